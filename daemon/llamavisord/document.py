@@ -1,0 +1,254 @@
+"""What may be written in a configuration file: every table and key, with its type and its meaning.
+
+The environment and the flags of `serve` are read into the same tables, so a value is checked alike wherever it stands.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from llamavisor.options import ModelOptions
+from llamavisord.toml_lines import Location
+from llamavisord.units import parse_size
+
+_ROUTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_HOST = re.compile(r"[A-Za-z0-9._:%-]{1,255}")
+_SHOWN = 60
+"""Characters of a wrong value that a message repeats."""
+_MODELS_MAX = 1_000_000
+
+
+def _whole(value: object, low: int, high: int, expected: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(expected)
+    return value
+
+
+def _port(value: object) -> int:
+    return _whole(value, 1, 65535, "expected a port, a whole number from 1 to 65535")
+
+
+def _metrics_port(value: object) -> int:
+    return _whole(value, 1, 65535, "expected a port, a whole number from 1 to 65535 (enabled = false turns metrics off)")
+
+
+def _count(value: object) -> int:
+    return _whole(value, 0, _MODELS_MAX, "expected a whole number from 0 (no cap) up")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError("expected text in quotes, not empty and without control characters")  # noqa: TRY004
+    return value
+
+
+def _host(value: object) -> str:
+    if not isinstance(value, str) or not _HOST.fullmatch(value):
+        raise ValueError('expected one address or host name in quotes, such as "127.0.0.1" or "::1"')  # noqa: TRY004
+    return value
+
+
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not _ROUTER_NAME.fullmatch(value):
+        raise ValueError("expected a name of 1 to 64 letters, digits, - and _ in quotes")  # noqa: TRY004
+    return value
+
+
+def _serve(value: object) -> object:
+    if value == "gateway":
+        raise ValueError('"gateway" comes with a later version; this one serves with "router"')
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("expected true or false")  # noqa: TRY004
+    return value
+
+
+def _tables(value: object) -> object:
+    if isinstance(value, dict):
+        raise ValueError("write [[router]] with two brackets: there may be several")  # noqa: TRY004
+    return value
+
+
+Port = Annotated[int, BeforeValidator(_port)]
+Text = Annotated[str, BeforeValidator(_text)]
+Host = Annotated[str, BeforeValidator(_host)]
+Env = dict[str, Annotated[str, Field(strict=True)]]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RouterKeys(_Table):
+    """What the top of a file says for every router, and a `[[router]]` table for itself."""
+
+    host: Host | None = None
+    """Address that the router listens on."""
+    port: Port | None = None
+    """TCP port that the router listens on; several routers need one each."""
+    models_dir: Text | None = None
+    """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file it is written in."""
+    models_max: Annotated[int, BeforeValidator(_count)] | None = None
+    """How many models a router keeps loaded, 0 = no cap."""
+    llama_server: Text | None = None
+    """llama-server to run, a path or a command; else LLAMAVISOR_LLAMA_SERVER, PATH, the llama extra."""
+    api_key_file: Text | None = None
+    """File with the API key that clients must send, on one line. The key itself is never written here."""
+
+
+class MetricsTable(_Table):
+    """`[metrics]`: the Prometheus endpoint."""
+
+    enabled: Annotated[bool, BeforeValidator(_flag)] | None = None
+    """Whether there is one."""
+    host: Host | None = None
+    """Address that it listens on."""
+    port: Annotated[int, BeforeValidator(_metrics_port)] | None = None
+    """TCP port that it listens on."""
+
+
+class DefaultsTable(ModelOptions):
+    """`[defaults]`: options of every model of every router."""
+
+    env: Env = Field(default_factory=dict)
+    """Extra environment of every router and its models."""
+
+
+class RouterTable(RouterKeys, ModelOptions):
+    """`[[router]]`: one router, and the options of its models."""
+
+    name: Annotated[str, BeforeValidator(_name)] | None = None
+    """What the router is called: letters, digits, - and _. A lone router is called "main" if nothing else is said."""
+    env: Env = Field(default_factory=dict)
+    """Extra environment of this router and its models, on top of that of `[defaults]`."""
+
+
+class Document(RouterKeys):
+    """A whole file; every key may be left out."""
+
+    serve: Annotated[Literal["router"], BeforeValidator(_serve)] | None = None
+    """Who listens on the public address: "router", each llama-server router itself."""
+    socket: Text | None = None
+    """Unix socket of the control API."""
+    state_dir: Text | None = None
+    """Folder for generated files, logs, and what survives a restart of the daemon."""
+    log_level: LogLevel | None = None
+    """Which of the daemon's own messages are logged, and all that are graver."""
+    log_size: Annotated[int, BeforeValidator(parse_size), Field(ge=64 * 1024)] | None = None
+    """Size at which a router's log file is rotated, such as "64MiB"; two older ones are kept."""
+    metrics: MetricsTable = Field(default_factory=MetricsTable)
+    """Where Prometheus reads."""
+    defaults: DefaultsTable = Field(default_factory=DefaultsTable)
+    """Options of every model."""
+    router: Annotated[list[RouterTable], BeforeValidator(_tables)] = Field(default_factory=list)
+    """The routers; none written = one called "main"."""
+
+
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "string_type": "expected text in quotes",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "list_type": "expected a list, in [ ]",
+    "tuple_type": "expected a list, in [ ]",
+    "dict_type": "expected a table of names and values, in { }",
+    "model_type": "expected a table of keys and values",
+    "model_attributes_type": "expected a table of keys and values",
+}
+_CONFIDENTIAL = frozenset({"env", "args", "api_key", "api_key_file"})
+"""Keys whose values a message does not repeat: they may hold a secret."""
+
+
+def validate(raw: Mapping[str, object]) -> Document | list[tuple[Location, str]]:
+    """The document that `raw` is, or all that is wrong with it as (where, what), one for each place."""
+    try:
+        return Document.model_validate(raw)
+    except ValidationError as exc:
+        wrong: dict[Location, str] = {}
+        for error in exc.errors(include_url=False):
+            location = _within(raw, error["loc"])
+            wrong.setdefault(location, _explain(location, error))
+        return list(wrong.items())
+
+
+def spell(location: Location) -> str:
+    """A location as a person writes it: `router[1].port`."""
+    text = ""
+    for piece in location:
+        text += f"[{piece}]" if isinstance(piece, int) else f".{piece}" if text else piece
+    return text
+
+
+def nearest(word: str, known: Iterator[str] | Mapping[str, object]) -> str:
+    """The name that was probably meant by `word`, as the end of a sentence; empty if none is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _within(raw: object, location: tuple[str | int, ...]) -> Location:
+    """The part of `location` that leads to something in `raw`: pydantic adds names of types and of missing keys."""
+    found: list[str | int] = []
+    for piece in location:
+        if isinstance(raw, dict) and piece in raw:
+            raw = raw[piece]
+        elif isinstance(raw, list | tuple) and isinstance(piece, int) and piece < len(raw):
+            raw = raw[piece]
+        else:
+            break
+        found.append(piece)
+    return tuple(found)
+
+
+def _explain(location: Location, error: ErrorDetails) -> str:
+    kind, key = error["type"], str(location[-1]) if location else ""
+    if kind == "extra_forbidden":
+        return _explain_unknown(location, key)
+    if kind == "value_error":
+        text = str(error["ctx"]["error"])
+    else:
+        text = _EXPECTED.get(kind) or error["msg"].replace("Input should be ", "expected ", 1)
+    return text + _found(location, error["input"])
+
+
+def _explain_unknown(location: Location, key: str) -> str:
+    """There are four cases: a key, a key of another table, a key that was misspelt, and anything else."""
+    if key == "api_key":
+        return "a key is not written here: put it into a file of its own and name that with api_key_file"
+    here = _table_at(location[:-1]).model_fields
+    if close := nearest(key, here):
+        return f"unknown key{close}"
+    if key in ModelOptions.model_fields:
+        return "unknown key here: it belongs into [defaults] or a [[router]]"
+    if key in Document.model_fields:
+        return "unknown key here: it belongs to the top of the file, above the first [table]"
+    return "unknown key"
+
+
+def _table_at(location: Location) -> type[BaseModel]:
+    names = {"metrics": MetricsTable, "defaults": DefaultsTable, "router": RouterTable}
+    return names.get(str(location[0]), Document) if location else Document
+
+
+def _found(location: Location, value: object) -> str:
+    if isinstance(value, bool):
+        return f", found {str(value).lower()}"
+    if isinstance(value, int | float):
+        return f", found {value}" if abs(value) < 10**_SHOWN else ", found a number beyond all bounds"
+    if isinstance(value, str) and _CONFIDENTIAL.isdisjoint(location):
+        return f', found "{value}"' if len(value) <= _SHOWN else ", found a long text"
+    kind = {str: "text", dict: "a table", list: "a list"}.get(type(value))
+    return f", found {kind}" if kind else ""

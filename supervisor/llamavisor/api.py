@@ -1,0 +1,336 @@
+"""The HTTP API of one llama-server router, typed; the only module that speaks HTTP to it.
+
+What it answers is read leniently (a newer build may say more) and boundedly (a broken one may say anything). See
+llama.cpp's tools/server/README.md, "Using multiple models"; checked against build b11434.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import anyio
+import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llamavisor import procfs
+from llamavisor.errors import ApiError
+from llamavisor.states import ModelState
+
+CONNECT_TIMEOUT_S = 5.0
+ANSWER_TIMEOUT_S = 10.0
+LOAD_TIMEOUT_S = 60.0
+"""/models/load answers after a model that has to leave has stopped, which takes up to its stop-timeout."""
+RELOAD_TIMEOUT_S = 120.0
+"""A reload opens the header of every GGUF in the folder."""
+ANSWER_BYTES = 64 * 1024 * 1024
+"""A longer answer is no answer; 3,000 models make 2 MB."""
+EVENT_BYTES = 1024 * 1024
+
+_STATES = {
+    "unloaded": ModelState.UNLOADED,
+    "downloaded": ModelState.UNLOADED,
+    "loading": ModelState.LOADING,
+    "loaded": ModelState.LOADED,
+    "sleeping": ModelState.SLEEPING,
+    "downloading": ModelState.DOWNLOADING,
+}
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+_A = TypeVar("_A", bound=_Answer)
+
+
+class _Status(_Answer):
+    value: str
+    args: tuple[str, ...] = ()
+    exit_code: int = 0
+    failed: bool = False
+
+
+class _Meta(_Answer):
+    n_ctx: int | None = None
+    size: int | None = None
+
+
+class _Model(_Answer):
+    id: str
+    status: _Status
+    meta: _Meta | None = None
+
+
+class _Models(_Answer):
+    data: tuple[_Model, ...]
+
+
+class _Props(_Answer):
+    role: str = ""
+    build_info: str | None = None
+
+
+class _Progress(_Answer):
+    current: str = ""
+    value: float = 0.0
+
+
+class _Info(_Answer):
+    meta: _Meta | None = None
+
+
+class _EventData(_Answer):
+    status: str | None = None
+    exit_code: int | None = None
+    progress: _Progress | None = None  # of a download it has other fields; the defaults stand then
+    info: _Info | None = None
+
+
+class _Event(_Answer):
+    model: str
+    event: str
+    data: _EventData | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ListedModel:
+    """One entry of GET /models.
+
+    Attributes:
+        name: the router's name of the model.
+        state: its state; a word that this version does not know is `ModelState.UNKNOWN`.
+        failed: whether its last process ended with anything but success.
+        path: file that it is loaded from, None when the router does not say.
+        n_ctx: context length in tokens that it really got, None while it is not loaded.
+    """
+
+    name: str
+    state: ModelState
+    failed: bool
+    path: Path | None
+    n_ctx: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StatusEvent:
+    """One message of GET /models/sse that tells of a model's state.
+
+    Attributes:
+        model: name of the model.
+        state: its new state.
+        exit_code: with UNLOADED: 0 for a clean end, 1 for any signal.
+        stage: with LOADING: what is being loaded, for example "text_model".
+        progress: with LOADING: fraction of the stage, 0 to 1.
+        n_ctx: with LOADED: context length in tokens.
+    """
+
+    model: str
+    state: ModelState
+    exit_code: int | None = None
+    stage: str | None = None
+    progress: float | None = None
+    n_ctx: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Props:
+    """What GET /props says: whether this is a router, and which build."""
+
+    is_router: bool
+    build: str | None
+
+
+class RouterApi:
+    """A client of one router, with a small pool of its own. Use it as an async context manager.
+
+    Proxy variables of the environment are ignored: the router is on this machine.
+
+    Args:
+        url: address of the router, without a path.
+        api_key: the key that it asks for, if any.
+    """
+
+    def __init__(self, url: str, *, api_key: str | None = None) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            # llama-server closes a connection that was idle for 5 s; ours are given up before that.
+            limits=httpx.Limits(max_connections=16, max_keepalive_connections=2, keepalive_expiry=3.0),
+            trust_env=False,
+        )
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"<RouterApi {self.url}>"
+
+    async def __aenter__(self) -> Self:
+        """Open the pool."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the pool."""
+        await self._client.aclose()
+
+    async def check_health(self, *, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Ask whether the router answers at all; says nothing of its models.
+
+        Raises:
+            ApiError: it does not, or not with 200.
+        """
+        await self._call("GET", "/health", timeout_s=timeout_s, limit=64 * 1024)
+
+    async def props(self) -> Props:
+        """What the router says of itself.
+
+        Raises:
+            ApiError: no understandable answer.
+        """
+        answer = _parse(_Props, await self._call("GET", "/props"), "/props")
+        return Props(answer.role == "router", answer.build_info)
+
+    async def models(self, *, reload: bool = False) -> list[ListedModel]:
+        """The models that the router knows, after it has read its folder and preset again if `reload`.
+
+        A reload stops running models that are gone or changed and blocks until they have stopped: see to that first.
+
+        Raises:
+            ApiError: no understandable answer, or the reload was refused (its message says why).
+        """
+        path = "/models?reload=1" if reload else "/models"
+        body = await self._call("GET", path, timeout_s=RELOAD_TIMEOUT_S if reload else ANSWER_TIMEOUT_S)
+        return [_listed(model) for model in _parse(_Models, body, path).data]
+
+    async def load(self, name: str) -> None:
+        """Have the router start loading a model. It is not loaded when this returns.
+
+        Raises:
+            ApiError: refused; status 400 also means that it runs already, 500 that no place could be made.
+        """
+        await self._call("POST", "/models/load", json_body={"model": name}, timeout_s=LOAD_TIMEOUT_S)
+
+    async def unload(self, name: str) -> None:
+        """Have the router start unloading a model. It is not gone when this returns. A loading model is killed.
+
+        Raises:
+            ApiError: refused; status 400 also means that it does not run.
+        """
+        await self._call("POST", "/models/unload", json_body={"model": name})
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent]]:
+        """Follow the router's state events; entered once the subscription exists, so nothing after that is missed.
+
+        There is no heartbeat and no replay: a quiet stream is normal, and after a reconnect the list is read again.
+
+        Raises:
+            ApiError: status 404 when this build has no event stream, None when the connection broke.
+        """
+        timeout = httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S, read=None)
+        try:
+            async with self._client.stream("GET", "/models/sse", timeout=timeout) as response:
+                if response.status_code != 200:
+                    raise ApiError("GET /models/sse was refused", status=response.status_code)
+                yield _status_events(response)
+        except httpx.HTTPError as exc:
+            raise ApiError(f"GET /models/sse broke: {_reason(exc)}") from exc
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: dict[str, str] | None = None,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        limit: int = ANSWER_BYTES,
+    ) -> bytes:
+        """The body of a 200 answer, at most `limit` bytes, within `timeout_s` in all."""
+        body = bytearray()
+        try:
+            with anyio.fail_after(timeout_s):
+                async with self._client.stream(method, path, json=json_body, timeout=timeout_s) as response:
+                    async for chunk in response.aiter_bytes():
+                        body += chunk
+                        if len(body) > limit:
+                            raise ApiError(f"{method} {path}: the answer exceeds {limit} bytes")
+        except TimeoutError as exc:
+            raise ApiError(f"{method} {path}: no answer within {timeout_s:.0f} s") from exc
+        except httpx.HTTPError as exc:
+            raise ApiError(f"{method} {path}: {_reason(exc)}") from exc
+        if response.status_code != 200:
+            raise ApiError(f"{method} {path}: {_message(bytes(body))}", status=response.status_code)
+        return bytes(body)
+
+
+async def _status_events(response: httpx.Response) -> AsyncIterator[StatusEvent]:
+    """Read `data:` lines; what is not JSON or not about a model's state is passed over."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > EVENT_BYTES:
+            raise ApiError(f"GET /models/sse: a line exceeds {EVENT_BYTES} bytes")
+        for line in lines:
+            if line.startswith(b"data:") and (event := _status_event(line[5:])) is not None:
+                yield event
+
+
+def _status_event(raw: bytes) -> StatusEvent | None:
+    try:
+        event = _Event.model_validate_json(raw)
+    except ValidationError:
+        return None
+    # Three names have been used for the same thing over time: model_status, status_update, status_change.
+    if event.data is None or event.data.status is None:
+        return None
+    progress = event.data.progress
+    return StatusEvent(
+        model=event.model,
+        state=_STATES.get(event.data.status, ModelState.UNKNOWN),
+        exit_code=event.data.exit_code,
+        stage=progress.current if progress else None,
+        progress=progress.value if progress else None,
+        n_ctx=event.data.info.meta.n_ctx if event.data.info and event.data.info.meta else None,
+    )
+
+
+def _listed(model: _Model) -> ListedModel:
+    path = procfs.option_value(list(model.status.args), "--model")
+    return ListedModel(
+        name=model.id,
+        state=_STATES.get(model.status.value, ModelState.UNKNOWN),
+        failed=model.status.failed,
+        path=Path(path) if path else None,
+        n_ctx=model.meta.n_ctx if model.meta else None,
+    )
+
+
+def _parse(kind: type[_A], body: bytes, path: str) -> _A:
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as exc:
+        raise ApiError(f"{path}: the answer is not what a llama-server router says: {_excerpt(body)}") from exc
+
+
+def _message(body: bytes) -> str:
+    """The message of an error body, which is JSON in most cases and plain text labelled JSON in some."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return _excerpt(body) or "an empty answer"
+
+
+def _excerpt(body: bytes) -> str:
+    text = bytes(body[:200]).decode("utf-8", "replace")
+    return "".join(char if char.isprintable() else " " for char in text).strip()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,91 @@
+"""Every error that llamavisor raises on purpose: what failed, which object, why, and what to do next."""
+
+from __future__ import annotations
+
+
+class LlamavisorError(Exception):
+    """Raised when something failed in a way that a person or a program is told about.
+
+    `str(error)` is one line: what failed, on which object, and why. `hint` says what to do next, and may be empty.
+    `code` is stable: programs match on it, and it becomes the `code` of a problem document.
+    """
+
+    code = "internal"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class OptionError(LlamavisorError):
+    """Raised when a llama-server option cannot be used: unknown to this build, reserved, or not writable in a preset."""
+
+    code = "option_invalid"
+
+
+class BinaryError(LlamavisorError):
+    """Raised when no usable llama-server is found: missing, not executable, or without router mode."""
+
+    code = "llama_server_unusable"
+
+
+class SpawnError(LlamavisorError):
+    """Raised when a process could not be started.
+
+    `is_permanent` tells whether trying again unchanged is pointless (no such file) or sensible (out of memory).
+    """
+
+    code = "spawn_failed"
+
+    def __init__(self, message: str, *, hint: str = "", is_permanent: bool) -> None:
+        super().__init__(message, hint=hint)
+        self.is_permanent = is_permanent
+
+
+class ApiError(LlamavisorError):
+    """Raised when a router's HTTP API refuses, fails, or cannot be reached.
+
+    `status` is the HTTP status, or None when no whole answer came.
+    """
+
+    code = "router_api_failed"
+
+    def __init__(self, message: str, *, hint: str = "", status: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+
+
+class RouterNotFoundError(LlamavisorError):
+    """Raised when a name is not one of the configured routers."""
+
+    code = "router_not_found"
+
+
+class RouterNotReadyError(LlamavisorError):
+    """Raised when a request needs a router that is serving, and this one is not."""
+
+    code = "router_not_ready"
+
+
+class ModelNotFoundError(LlamavisorError):
+    """Raised when no router lists a model of that name."""
+
+    code = "model_not_found"
+
+
+class ModelLoadError(LlamavisorError):
+    """Raised when a model was asked for and did not become loaded."""
+
+    code = "model_load_failed"
+
+
+class ModelsMaxError(LlamavisorError):
+    """Raised when `models_max` models are loaded and none of them can leave now."""
+
+    code = "models_max_reached"
+
+
+class DeviceMissingError(LlamavisorError):
+    """Raised when a model needs a device that llama-server does not see: it is never moved to the CPU silently."""
+
+    code = "device_missing"

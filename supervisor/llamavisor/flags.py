@@ -1,0 +1,384 @@
+"""From option tables to what one build of llama-server is told: a preset's entries, and a few words of argv.
+
+Nothing that concerns models goes onto the router's command line, because there it beats every section of the
+preset. Tables are laid over each other by option, whatever the spelling: `-c 4096` in a later table's `args`
+replaces an earlier `ctx_size`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+from llamavisor import loadmode
+from llamavisor.errors import OptionError
+from llamavisor.helptext import FlagSet, HelpOption, normal
+from llamavisor.ini import value_problem
+from llamavisor.options import ModelOptions, OptionLayer
+from llamavisor.reserved import find_reserved
+
+__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "resolve"]
+
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "gpu_layers": ("--n-gpu-layers", "--gpu-layers", "-ngl"),
+    "devices": ("--device", "-dev"),
+    "split_mode": ("--split-mode", "-sm"),
+    "tensor_split": ("--tensor-split", "-ts"),
+    "main_gpu": ("--main-gpu", "-mg"),
+    "flash_attn": ("--flash-attn", "-fa"),
+    "ctx_size": ("--ctx-size", "-c"),
+    "parallel": ("--parallel", "-np"),
+    "threads": ("--threads", "-t"),
+    "batch_size": ("--batch-size", "-b"),
+    "ubatch_size": ("--ubatch-size", "-ub"),
+    "cache_type_k": ("--cache-type-k", "-ctk"),
+    "cache_type_v": ("--cache-type-v", "-ctv"),
+    "load_mode": loadmode.SPELLINGS,
+    "fit": ("--fit", "-fit"),
+    "jinja": ("--jinja", "--no-jinja"),
+    "cont_batching": ("--cont-batching", "-cb", "--no-cont-batching", "-nocb"),
+    "embeddings": ("--embeddings", "--embedding"),
+    "reranking": ("--reranking", "--rerank"),
+    "sleep_idle_seconds": ("--sleep-idle-seconds",),
+}
+"""Every typed option, with its spellings in all builds since routers exist."""
+
+LISTENER = frozenset(
+    {
+        "--cors-origins",
+        "--cors-methods",
+        "--cors-headers",
+        "--cors-credentials",
+        "--ui",
+        "--webui",
+        "--ui-config",
+        "--webui-config",
+        "--ui-config-file",
+        "--webui-config-file",
+        "--ui-mcp-proxy",
+        "--webui-mcp-proxy",
+        "--path",
+        "--log-verbose",
+        "--log-verbosity",
+        "--log-prefix",
+        "--log-timestamps",
+    }
+)
+"""Options that mean something to the router's own process, so they alone go onto its command line.
+
+They are what `server.cpp`, `server-http.cpp` and the log of llama.cpp read in router mode, less what is
+reserved; the models inherit them and do not mind.
+"""
+
+_ALL_LAYERS = "999"
+"""More layers than any model has: how "all" was said before builds knew the word."""
+_DEVICE_OPTIONS = ("--device", "--device-draft", "--mmproj-device")
+_NOT_AWAITED = re.compile(r"none|CPU|RPC", re.IGNORECASE)
+"""Devices that --list-devices never shows: the CPU, and other machines', which exist only with --rpc."""
+_MAY_COME_IN_PIECES = ("devices", "tensor_split", "load_mode")
+"""What args may say in several words, as far as that can be known without the build's help."""
+_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
+_TYPED_BY_SPELLING = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """What the option tables of one router come to, for the build found.
+
+    Attributes:
+        preset: entries for the preset's `[*]`, sorted by key.
+        listener_args: words for the router's own command line.
+        required_devices: devices by name that must be visible before a model can load.
+        needs_gpu: whether a model is to be put onto a GPU, be it a named one or any.
+    """
+
+    preset: Mapping[str, str]
+    listener_args: tuple[str, ...] = ()
+    required_devices: tuple[str, ...] = ()
+    needs_gpu: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """What one table says about one option: `text` for `option`, or for load modes the preset's entries.
+
+    `text` is "on" or "off" for a flag, None where the build has no word for what is its default anyway.
+    """
+
+    name: str
+    written: str
+    option: HelpOption | None = None
+    text: str | None = None
+    entries: Mapping[str, str] = field(default_factory=dict)
+    is_typed: bool = False
+
+
+def check(layers: Sequence[OptionLayer]) -> None:
+    """Refuses what no build of llama-server could make good, so that it fails with the configuration.
+
+    Without the build's help it cannot be known whether a word is an option or the value of the one before it:
+    what looks like an option is taken for one.
+
+    Raises:
+        OptionError: an option is reserved for the supervisor, a value does not fit into a preset, or one
+            table says the same thing twice.
+    """
+    for layer in layers:
+        source, options = layer.source, layer.options
+        seen = {name: name for name in SPELLINGS if getattr(options, name) is not None}
+        if options.devices:
+            _refuse_unfit(source, "devices", ",".join(options.devices))
+        previous = ""
+        for word in options.args:
+            if _looks_like_option(word):
+                _refuse_equals_sign(source, word)
+                _refuse_reserved(source, word, (word,))
+                name = _TYPED_BY_SPELLING.get(normal(word))
+                if name in seen and (name not in _MAY_COME_IN_PIECES or seen[name] == name):
+                    _refuse_twice(source, seen[name], word)
+                if name is not None:
+                    seen[name] = word
+            elif not previous:
+                raise OptionError(f"{source}: args begin with {word!r}, which is not an option")
+            elif normal(previous) not in LISTENER:
+                _refuse_unfit(source, previous, word)
+            previous = word
+
+
+def resolve(layers: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> LaunchOptions:
+    """What llama-server must be told so that models run as `layers` say.
+
+    Pure. What the build spells differently is translated; what it does not know is an error, never left out.
+
+    Args:
+        layers: option tables, lowest precedence first.
+        flags: the options that the found build knows.
+        binary: its path, for messages.
+
+    Raises:
+        OptionError: an option is unknown to the build, reserved for the supervisor, given twice in one table,
+            or has a value that the build does not take or that a preset cannot carry.
+    """
+    chosen: dict[str, _Choice] = {}
+    for layer in layers:
+        table: dict[str, _Choice] = {}
+        for choice in (*_typed_choices(layer, flags, binary), *_args_choices(layer, flags, binary)):
+            earlier = table.get(choice.name)
+            table[choice.name] = choice if earlier is None else _joined(layer.source, earlier, choice)
+        chosen.update(table)
+    preset: dict[str, str] = {}
+    listener_args: list[str] = []
+    for choice in chosen.values():
+        if _is_listener(choice.option):
+            listener_args += _as_argv(choice)
+        else:
+            preset |= _as_preset(choice)
+    devices = _required_devices(preset, flags)
+    return LaunchOptions(
+        preset=dict(sorted(preset.items())),
+        listener_args=tuple(listener_args),
+        required_devices=devices,
+        needs_gpu=bool(devices) or _offloads(preset, flags),
+    )
+
+
+def _typed_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_Choice]:
+    for name, spellings in SPELLINGS.items():
+        value = getattr(layer.options, name)
+        if value is None:
+            continue
+        if name == "load_mode":
+            entries = _load_mode_entries(layer.source, name, value, flags, binary)
+            yield _Choice("load-mode", name, entries=entries, is_typed=True)
+            continue
+        option = next((known for spelling in spellings if (known := flags.find(spelling))), None)
+        if option is None:
+            removal = next((why for spelling in spellings if (why := flags.removal(spelling))), None)
+            raise OptionError(
+                f"{layer.source}: {name} needs {spellings[0]}, which {binary} does not know",
+                hint=removal or f"Remove {name}, or set llama_server to a build that has the option.",
+            )
+        text = _typed_text(name, value, option)
+        if option.values and text is not None:
+            _refuse_unknown_choice(layer.source, name, text, option, binary)
+            _refuse_unfit(layer.source, name, text)
+        yield _Choice(option.key, name, option, text, is_typed=True)
+
+
+def _typed_text(name: str, value: object, option: HelpOption) -> str | None:
+    """How this build spells a typed value.
+
+    1. Builds that take only numbers of layers: "all" is a number beyond any model, "auto" is left out.
+    2. Builds whose --flash-attn is a bare flag: "on" sets it; "off" is the default, and "auto" becomes that.
+    3. Everything else is spelled alike in all builds.
+    """
+    if name == "gpu_layers" and value in ("auto", "all") and f"'{value}'" not in option.help:
+        return _ALL_LAYERS if value == "all" else None
+    if name == "flash_attn" and not option.values:
+        return "on" if value == "on" else None
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ",".join(f"{part:.10g}" if isinstance(part, float) else part for part in value)
+    return str(value)
+
+
+def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_Choice]:
+    words = list(layer.options.args)
+    mode_words: list[tuple[str, str]] = []
+    previous = ""
+    while words:
+        word = words.pop(0)
+        option = _find(layer.source, word, previous, flags, binary)
+        takes_value = normal(word) in loadmode.VALUED if option is None else option.values > 0
+        text = ""
+        if takes_value:
+            if not words or (words[0].startswith("--") and flags.find(words[0])):
+                raise OptionError(f"{layer.source}: {word} in args needs a value")
+            text = words.pop(0)
+        elif option is not None:
+            text = "off" if normal(word) in option.negations else "on"
+        if option is None or normal(word) in loadmode.SPELLINGS:
+            mode_words.append((word, text))
+        else:
+            if takes_value and not _is_listener(option):
+                _refuse_unfit(layer.source, word, text, flags)
+            yield _Choice(option.key, word, option, text)
+        previous = word
+    if mode_words:
+        mode = loadmode.from_words(layer.source, mode_words)
+        written = mode_words[-1][0]
+        yield _Choice(
+            "load-mode", written, entries=_load_mode_entries(layer.source, written, mode, flags, binary)
+        )
+
+
+def _find(source: str, word: str, previous: str, flags: FlagSet, binary: str) -> HelpOption | None:
+    """The option that `word` stands for; None if it is about load modes, in the words of another build."""
+    if not _looks_like_option(word):
+        after = f" after {previous}" if previous else ""
+        raise OptionError(f"{source}: {word!r} in args{after} is not an option")
+    _refuse_equals_sign(source, word)
+    option = flags.find(word)
+    _refuse_reserved(source, word, option.spellings if option else (word,))
+    if option is None:
+        if normal(word) in loadmode.SPELLINGS:
+            return None
+        hint = flags.removal(word)
+        if hint is None and (similar := flags.similar(word)):
+            hint = f"Did you mean {similar}?"
+        raise OptionError(
+            f"{source}: {word} in args is not an option of {binary}",
+            hint=hint or "Its --help lists what it takes.",
+        )
+    if option.is_download:
+        raise OptionError(
+            f"{source}: {word} in args is refused: it downloads one model and makes every model be that one",
+            hint="Put the GGUF file into models_dir.",
+        )
+    if option.values > 1:
+        raise OptionError(
+            f"{source}: {word} in args is refused: it takes two values, which a router cannot hand on"
+        )
+    return option
+
+
+def _load_mode_entries(
+    source: str, written: str, mode: str, flags: FlagSet, binary: str
+) -> Mapping[str, str]:
+    entries = loadmode.as_preset(mode, flags)
+    if entries is None:
+        raise OptionError(
+            f"{source}: {written} asks for the load mode {mode!r}, which {binary} does not have",
+            hint=f"Remove {written}, or set llama_server to a build that has it.",
+        )
+    return entries
+
+
+def _joined(source: str, first: _Choice, second: _Choice) -> _Choice:
+    """One choice of two that a table makes of one option, if both stand in args and it may be repeated."""
+    option = second.option
+    if first.is_typed or option is None or not option.values or not option.is_repeatable:
+        _refuse_twice(source, first.written, second.written)
+    return replace(second, text=f"{first.text},{second.text}")
+
+
+def _is_listener(option: HelpOption | None) -> bool:
+    return option is not None and not LISTENER.isdisjoint(option.spellings)
+
+
+def _as_argv(choice: _Choice) -> tuple[str, ...]:
+    if choice.option is None or choice.text is None:
+        return ()
+    if choice.option.values:
+        return choice.option.spelling, choice.text
+    return (choice.option.spelling if choice.text == "on" else choice.option.negations[-1],)
+
+
+def _as_preset(choice: _Choice) -> Mapping[str, str]:
+    if choice.option is None or choice.text is None:
+        return choice.entries
+    if choice.option.values:
+        return {choice.option.key: choice.text}
+    return dict([choice.option.as_preset(is_on=choice.text == "on")])
+
+
+def _required_devices(preset: Mapping[str, str], flags: FlagSet) -> tuple[str, ...]:
+    options = [option for spelling in _DEVICE_OPTIONS if (option := flags.find(spelling))]
+    names = [name.strip() for option in options for name in preset.get(option.key, "").split(",")]
+    return tuple(dict.fromkeys(name for name in names if name and not _NOT_AWAITED.match(name)))
+
+
+def _offloads(preset: Mapping[str, str], flags: FlagSet) -> bool:
+    device, layers = flags.find("--device"), flags.find("--n-gpu-layers")
+    if layers is None or (device is not None and preset.get(device.key) == "none"):
+        return False
+    text = preset.get(layers.key, "")
+    return text == "all" or (text.isdecimal() and int(text) > 0)
+
+
+def _looks_like_option(word: str) -> bool:
+    return _OPTION.match(word) is not None
+
+
+def _refuse_equals_sign(source: str, word: str) -> None:
+    name, equals, value = word.partition("=")
+    if equals and _OPTION.fullmatch(name):
+        raise OptionError(
+            f"{source}: {word!r} in args is one word, and llama-server wants two",
+            hint=f'Write "{name}", "{value}".',
+        )
+
+
+def _refuse_reserved(source: str, word: str, spellings: Sequence[str]) -> None:
+    if reserved := find_reserved(spellings):
+        raise OptionError(f"{source}: {word} in args is refused: {reserved.reason}", hint=reserved.instead)
+
+
+def _refuse_twice(source: str, first: str, second: str) -> NoReturn:
+    what = f"{first} is given twice" if first == second else f"{first} and {second} set the same option"
+    raise OptionError(f"{source}: {what}", hint="Keep one of them; a later table may set it again.")
+
+
+def _refuse_unfit(source: str, written: str, value: str, flags: FlagSet | None = None) -> None:
+    problem = value_problem(value)
+    if problem is None:
+        return
+    in_file = flags.find(f"{written}-file") if flags else None
+    if in_file:
+        hint = f"Put the value into a file and name that with {in_file.spelling}."
+    elif normal(written) == "--samplers":
+        hint = "Write the same with --sampling-seq, one letter for each sampler."
+    else:
+        hint = "It reaches models through a preset file, which cannot quote."
+    raise OptionError(f"{source}: the value {value!r} of {written} {problem}", hint=hint)
+
+
+def _refuse_unknown_choice(source: str, name: str, text: str, option: HelpOption, binary: str) -> None:
+    if option.choices and text not in option.choices:
+        raise OptionError(
+            f"{source}: {name} = {text!r} is not known to {binary}",
+            hint=f"It takes {', '.join(option.choices)}.",
+        )

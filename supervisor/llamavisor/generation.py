@@ -1,0 +1,378 @@
+"""One run of a router's process, from the look at what it needs until nothing is left of it.
+
+A generation does and sees; it decides nothing. What it sees it posts as news to the router's owner, in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.cause import Cause, Verdict, classify
+from llamavisor.errors import ApiError, SpawnError
+from llamavisor.host import Api, Host, ModelProcess, RouterProcess
+from llamavisor.launch import Launch
+from llamavisor.process import TERM_GRACE_S, Leftovers
+from llamavisor.states import HAS_CHILD, ModelState
+
+START_DEADLINE_S = 60.0
+DEVICE_DEADLINE_S = 60.0
+"""How long a start waits for a device that the options name: drivers load late at boot."""
+DEVICE_POLL_S = 2.0
+DEVICE_POLL_LATE_S = 10.0
+PROBE_INTERVAL_S = 5.0
+PROBE_TIMEOUT_S = 10.0
+RECONNECT_S = 0.25
+POLL_S = 1.0
+"""How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
+POLL_LOADING_S = 0.25
+CHILD_DEADLINE_S = 5.0
+"""A child exists within milliseconds after its model is called loading."""
+CHILD_POLL_S = 0.02
+AFTERMATH_S = 0.1
+"""How long after a child's end its router is asked what it makes of it: it says "loaded" up to 55 ms longer."""
+LOG_SETTLE_S = 0.05
+"""llama-server logs from a thread of its own: the reason of a failure may reach the log after the news of it."""
+_READY_POLL_S = 0.003
+_READY_POLL_MAX_S = 0.1
+_ROUTER_MISSING = 404
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The start waits for something, or no longer (None)."""
+
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """The process runs."""
+
+    process: RouterProcess
+    launch: Launch
+
+
+@dataclass(frozen=True, slots=True)
+class CameUp:
+    """The router answers, is a router, and has these models; devices that it should have may still be missing."""
+
+    api: Api
+    models: list[ListedModel]
+    start_s: float
+    missing_devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """The router did not come up within its deadline."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The router's whole list, as it was when the table had the revision `asked_at`."""
+
+    models: list[ListedModel]
+    asked_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChildFound:
+    """The process that serves a model is known."""
+
+    model: str
+    child: ModelProcess
+
+
+@dataclass(frozen=True, slots=True)
+class ChildEnded:
+    """The process that served a model has ended."""
+
+    model: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The router was asked whether it answers; None means that it did."""
+
+    duration_s: float
+    error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesMissing:
+    """Devices that the options name and that llama-server does not see; empty once they are there."""
+
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """There will be no (more) process in this generation; `pid` is None when there never was one."""
+
+    verdict: Verdict
+    status: str
+    pid: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """Nothing of this generation is left."""
+
+    leftovers: Leftovers
+
+
+News = (
+    Waiting
+    | Spawned
+    | CameUp
+    | Overdue
+    | Listed
+    | StatusEvent
+    | ChildFound
+    | ChildEnded
+    | Probed
+    | DevicesMissing
+    | Ended
+    | Gone
+)
+
+
+class Generation:
+    """One run of a router's process.
+
+    Args:
+        host: where it runs.
+        post: takes the news; never blocks.
+        revision: the current revision of the owner's model table.
+    """
+
+    def __init__(self, host: Host, *, post: Callable[[News], None], revision: Callable[[], int]) -> None:
+        self.gone = anyio.Event()
+        self.process: RouterProcess | None = None
+        self._host = host
+        self._post = post
+        self._revision = revision
+        self._scope = anyio.CancelScope()
+        self._workers: anyio.abc.TaskGroup | None = None
+        self._api: Api | None = None
+        self._running: set[str] = set()  # models that the router says have a child
+        self._watched: set[str] = set()  # models whose child is being looked for or watched
+        self._loading: set[str] = set()
+        self._refusal: Verdict | None = None
+
+    def __repr__(self) -> str:
+        return f"<Generation {self._host.settings.name} pid={self.process.pid if self.process else None}>"
+
+    async def run(self, after: anyio.Event | None) -> None:
+        """Live from beginning to end. If cancelled from outside, everything that was started is ended first.
+
+        Args:
+            after: set when nothing is left of the generation before, which holds the same port.
+        """
+        leftovers = Leftovers()
+        try:
+            with self._scope:
+                if after is not None:
+                    await after.wait()
+                await self._live()
+        finally:
+            with anyio.CancelScope(shield=True):
+                if self.process is not None:
+                    await self.process.terminate(grace_s=TERM_GRACE_S)
+                    leftovers = await self.process.clear()
+                self.gone.set()
+                self._post(Gone(leftovers))
+
+    async def stop(self, *, grace_s: float) -> None:
+        """End the process, politely for `grace_s` seconds; returns when it has ended, `gone` follows."""
+        if self.process is None:
+            self._scope.cancel()
+        else:
+            await self.process.terminate(grace_s=grace_s)
+
+    def start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> bool:
+        """Have `work` done beside the router and cancelled when its process ends; False if it has none."""
+        if self._workers is None:
+            return False
+        self._workers.start_soon(work, *args)
+        return True
+
+    async def _live(self) -> None:
+        launch = await self._host.prepare()
+        if isinstance(launch, Verdict):
+            self._post(Ended(launch, launch.reason, None))
+            return
+        missing = await self._await_devices(launch)
+        try:
+            process = await self._host.spawn(launch, autoload=not missing)
+        except SpawnError as error:
+            cause = Cause.BAD_BINARY if error.is_permanent else Cause.SPAWN
+            self._post(Ended(Verdict(cause, str(error), error.hint), str(error), None))
+            return
+        if isinstance(process, Verdict):
+            self._post(Ended(process, process.reason, None))
+            return
+        self.process = process
+        self._post(Spawned(process, launch))
+        log_mark = self._host.output.size()
+        ready = anyio.Event()
+        async with anyio.create_task_group() as workers, self._host.connect() as api:
+            self._workers, self._api = workers, api
+            workers.start_soon(self._serve, api, launch, missing, ready)
+            status = await process.wait()
+            self._workers = self._api = None
+            workers.cancel_scope.cancel()
+        lines = self._host.output.tail(50, since=log_mark)
+        verdict = self._refusal or classify(status, was_ready=ready.is_set(), last_lines=lines)
+        self._post(Ended(verdict, str(status), process.pid))
+
+    async def _await_devices(self, launch: Launch) -> tuple[str, ...]:
+        """Wait until the devices that the options name are visible; return those that still are not."""
+        missing = await self._host.missing_devices(launch)
+        with anyio.move_on_after(DEVICE_DEADLINE_S):
+            while missing:
+                self._post(Waiting(f"waiting for {', '.join(missing)} to become visible to llama-server"))
+                await anyio.sleep(DEVICE_POLL_S)
+                missing = await self._host.missing_devices(launch)
+        self._post(Waiting(None))
+        return missing
+
+    async def _serve(self, api: Api, launch: Launch, missing: tuple[str, ...], ready: anyio.Event) -> None:
+        """What goes on beside a running process: see it come up, then follow it until it ends."""
+        started = anyio.current_time()
+        models: list[ListedModel] | None = None
+        with anyio.move_on_after(START_DEADLINE_S):
+            models = await self._come_up(api)
+        if models is None:
+            if self._refusal is None:
+                self._post(Overdue(f"not ready within {START_DEADLINE_S:.0f} s"))
+            return
+        ready.set()
+        self._post(CameUp(api, models, anyio.current_time() - started, missing))
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._follow, api)
+            group.start_soon(self._probe, api)
+            if missing:
+                group.start_soon(self._watch_devices, launch)
+            self._watch_children(models)
+
+    async def _come_up(self, api: Api) -> list[ListedModel] | None:
+        """Wait for the router's own word that it serves; None if what came up is not a router."""
+        assert self.process is not None  # noqa: S101 (a generation without a process does not come here)
+        pause = _READY_POLL_S
+        while True:
+            try:
+                await api.check_health(timeout_s=PROBE_TIMEOUT_S)
+                props = await api.props()
+                if await self._host.is_listening(self.process.pid):
+                    if props.is_router:
+                        return await api.models()
+                    self._refusal = Verdict(
+                        Cause.BAD_BINARY,
+                        "llama-server came up, but not as a router",
+                        "look for a model in its environment or in /etc/llama.cpp/config.ini",
+                    )
+                    await self.process.terminate(grace_s=TERM_GRACE_S)
+                    return None
+            except ApiError:
+                pass  # not yet
+            await anyio.sleep(pause)
+            pause = min(pause * 1.2, _READY_POLL_MAX_S)
+
+    async def _follow(self, api: Api) -> None:
+        """Follow the router's event stream, or its list where the build has no stream."""
+        while True:
+            try:
+                async with api.events() as events:
+                    await self._relist(api)
+                    async for event in events:
+                        if event.exit_code:
+                            await anyio.sleep(LOG_SETTLE_S)
+                        self._see(event.model, event.state)
+                        self._post(event)
+            except ApiError as error:
+                if error.status == _ROUTER_MISSING:
+                    await self._poll(api)
+            await anyio.sleep(RECONNECT_S)
+
+    async def _poll(self, api: Api) -> None:
+        while True:
+            await anyio.sleep(POLL_LOADING_S if self._loading else POLL_S)
+            await self._relist(api)
+
+    async def _relist(self, api: Api) -> None:
+        asked_at = self._revision()
+        try:
+            models = await api.models()
+        except ApiError:
+            return  # the probe reports a router that does not answer
+        self._post(Listed(models, asked_at))
+        self._watch_children(models)
+
+    def _watch_children(self, models: list[ListedModel]) -> None:
+        for model in models:
+            self._see(model.name, model.state)
+
+    def _see(self, model: str, state: ModelState) -> None:
+        """Take note of a model's state, and watch its process as soon as it has one."""
+        if state is ModelState.LOADING:
+            self._loading.add(model)
+        else:
+            self._loading.discard(model)
+        if state not in HAS_CHILD:
+            self._running.discard(model)
+            return
+        self._running.add(model)
+        if model not in self._watched and self.start_soon(self._watch_child, model):
+            self._watched.add(model)
+
+    async def _watch_child(self, model: str) -> None:
+        """Watch the processes that serve a model, one after the other, for as long as the router says it has one."""
+        try:
+            while model in self._running:
+                child = await self._find_child(model)
+                if child is None:
+                    return
+                self._post(ChildFound(model, child))
+                await child.wait()
+                self._post(ChildEnded(model, child.pid))
+                await anyio.sleep(AFTERMATH_S)
+                if self._api is not None:
+                    await self._relist(self._api)
+        finally:
+            self._watched.discard(model)
+
+    async def _find_child(self, model: str) -> ModelProcess | None:
+        with anyio.move_on_after(CHILD_DEADLINE_S):
+            while model in self._running and self.process is not None:
+                child = await self._host.find_child(self.process.pid, model)
+                if child is not None:
+                    return child
+                await anyio.sleep(CHILD_POLL_S)
+        return None
+
+    async def _probe(self, api: Api) -> None:
+        while True:
+            await anyio.sleep(PROBE_INTERVAL_S)
+            began = anyio.current_time()
+            error = None
+            try:
+                await api.check_health(timeout_s=PROBE_TIMEOUT_S)
+            except ApiError as failure:
+                error = str(failure)
+            self._post(Probed(anyio.current_time() - began, error))
+
+    async def _watch_devices(self, launch: Launch) -> None:
+        while missing := await self._host.missing_devices(launch):
+            self._post(DevicesMissing(missing))
+            await anyio.sleep(DEVICE_POLL_LATE_S)
+        self._post(DevicesMissing(()))

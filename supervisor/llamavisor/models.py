@@ -1,0 +1,257 @@
+"""What is known of every model on one router: one table, one writer, no waiting.
+
+The router's word arrives as events and as whole lists, the kernel's as the end of a child process, and our own intents
+are kept beside them, because the router's `failed` and `exit_code` do not tell a deliberate unload from a crash. Every
+method returns the events that follow from what it was told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.events import (
+    Event,
+    ModelChildExited,
+    ModelLoaded,
+    ModelLoadFailed,
+    ModelLoading,
+    ModelProgress,
+    ModelSleeping,
+    ModelUnloaded,
+    UnloadReason,
+)
+from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
+
+
+@dataclass(slots=True, kw_only=True)
+class Model:
+    """One model on one router. Written by `ModelTable` alone.
+
+    Attributes:
+        name: the router's name of it.
+        state: its state as far as we know.
+        since: monotonic time in seconds at which it came into this state.
+        path: file that it is loaded from.
+        pid: its child process, None without one or before it was found.
+        port: port of its child on 127.0.0.1.
+        n_ctx: context length in tokens that it really got.
+        stage: what is being loaded.
+        progress: fraction of the stage, 0 to 1.
+        progressed_at: monotonic time of the last sign of a load's progress.
+        error: why its last load failed or its child ended.
+        loaded_at: monotonic time at which it was last loaded; orders what is loaded again after a restart.
+        log_mark: size of the router's log in bytes when it began to load: what explains a failure stands behind it.
+    """
+
+    name: str
+    state: ModelState = ModelState.UNLOADED
+    since: float
+    path: Path | None = None
+    pid: int | None = None
+    port: int | None = None
+    n_ctx: int | None = None
+    stage: str | None = None
+    progress: float | None = None
+    progressed_at: float = 0.0
+    error: str | None = None
+    loaded_at: float | None = None
+    log_mark: int = 0
+    is_wanted: bool = False  # we asked for the load that is under way
+    is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
+    revision: int = 0  # Invariant: grows with every change; a list that was asked for before it is older news
+
+
+class ModelTable:
+    """All models of one router.
+
+    Args:
+        router: name of the router, for the events.
+    """
+
+    def __init__(self, router: str) -> None:
+        self._router = router
+        self._models: dict[str, Model] = {}
+        self.revision = 0
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{model.name}={model.state.value}" for model in self)
+        return f"<ModelTable {self._router}: {states}>"
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def get(self, name: str) -> Model | None:
+        """The model of that name, None when the router does not list it."""
+        return self._models.get(name)
+
+    def residents(self) -> list[str]:
+        """The names of the models in memory, the most recently loaded first. One that is loading is not among them."""
+        resident = [model for model in self if model.state in RESIDENT]
+        return [model.name for model in sorted(resident, key=lambda model: -(model.loaded_at or 0.0))]
+
+    def apply_list(self, listed: Iterable[ListedModel], *, asked_at: int, now: float) -> list[Event]:
+        """Take over a whole list of the router.
+
+        Args:
+            listed: what GET /models said.
+            asked_at: `revision` when the list was asked for; what changed since then is newer than the list.
+            now: monotonic seconds.
+        """
+        happened: list[Event] = []
+        names = set()
+        for entry in listed:
+            names.add(entry.name)
+            model = self._models.setdefault(entry.name, Model(name=entry.name, since=now))
+            model.path = entry.path or model.path
+            model.n_ctx = entry.n_ctx or model.n_ctx
+            if model.revision <= asked_at and not model.is_asking:
+                happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
+        for name in [name for name, model in self._models.items() if name not in names]:
+            if self._models[name].revision <= asked_at:
+                happened += self._observe(self._models[name], ModelState.UNLOADED, now, exit_code=0)
+                del self._models[name]
+        return happened
+
+    def apply_event(self, event: StatusEvent, *, now: float) -> list[Event]:
+        """Take over one status event of the router."""
+        model = self._models.setdefault(event.model, Model(name=event.model, since=now))
+        happened: list[Event] = []
+        if event.n_ctx is not None:
+            model.n_ctx = event.n_ctx
+        happened += self._observe(model, event.state, now, exit_code=event.exit_code)
+        if event.state is ModelState.LOADING and event.progress is not None:
+            model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
+            happened.append(
+                ModelProgress(
+                    router=self._router, model=model.name, stage=event.stage or "", progress=event.progress
+                )
+            )
+        return happened
+
+    def child_found(self, name: str, pid: int, port: int | None) -> None:
+        """Note which process serves the model."""
+        if (model := self._models.get(name)) is not None:
+            model.pid, model.port = pid, port
+
+    def child_ended(self, name: str, pid: int) -> list[Event]:
+        """The kernel says that a model's process has ended. The router's word on why follows within milliseconds."""
+        model = self._models.get(name)
+        if model is not None and model.pid == pid:
+            model.pid = model.port = None
+        return [ModelChildExited(router=self._router, model=name, pid=pid)]
+
+    def begin_load(self, name: str, *, now: float) -> list[Event]:
+        """We are asking the router to load the model; the call is under way."""
+        model = self._models[name]
+        model.is_asking = model.is_wanted = True
+        return self._observe(model, ModelState.LOADING, now, exit_code=None)
+
+    def end_load_call(self, name: str, *, refusal: str | None, now: float) -> list[Event]:
+        """The call to load the model has returned; a refusal means that it is not loading."""
+        model = self._models.get(name)
+        if model is None:
+            return []
+        self.revision += 1
+        model.revision, model.is_asking = self.revision, False
+        if refusal is None or model.state is not ModelState.LOADING:
+            return []
+        model.error, model.is_wanted = refusal, False
+        self._enter(model, ModelState.FAILED, now)
+        return [ModelLoadFailed(router=self._router, model=name, reason=refusal)]
+
+    def unloading(self, name: str, *, now: float) -> None:
+        """We are asking the router to unload the model; until it has gone the router goes on calling it loaded."""
+        model = self._models.get(name)
+        if model is not None and model.state in HAS_CHILD:
+            self._enter(model, ModelState.UNLOADING, now)
+
+    def still_there(self, name: str, *, now: float) -> None:
+        """The router would not unload the model: back to what the router calls it."""
+        model = self._models.get(name)
+        if model is not None and model.state is ModelState.UNLOADING:
+            self._enter(model, ModelState.LOADED, now)
+
+    def mark_log(self, name: str, size: int) -> None:
+        """Note how long the router's log was when the model began to load."""
+        if (model := self._models.get(name)) is not None:
+            model.log_mark = size
+
+    def explain(self, name: str, reason: str) -> None:
+        """Put a better reason in the place of a failed model's error."""
+        if (model := self._models.get(name)) is not None:
+            model.error = reason
+
+    def router_ended(self, *, now: float) -> list[Event]:
+        """The router's process has ended, and with it every child."""
+        happened: list[Event] = []
+        for model in self:
+            if model.state is ModelState.LOADING:
+                model.error = "its router ended while it was loading"
+                self._enter(model, ModelState.FAILED, now)
+                happened.append(ModelLoadFailed(router=self._router, model=model.name, reason=model.error))
+            elif model.state in HAS_CHILD:
+                self._enter(model, ModelState.UNLOADED, now)
+                happened.append(ModelUnloaded(router=self._router, model=model.name, reason=UnloadReason.ROUTER))
+        return happened
+
+    def _observe(self, model: Model, state: ModelState, now: float, *, exit_code: int | None) -> list[Event]:
+        """The router says that `model` is in `state`. There are five cases:
+
+        1. It says what we know: nothing happened.
+        2. It still calls a model loaded that we asked it to unload: it has no word for that state; ours stands.
+        3. A model is (being) loaded.
+        4. A load ended without the model.
+        5. A loaded model left: asked for, by the router's own choice, or by a crash. A model that failed stays FAILED
+           while the router calls it unloaded: that is the same news with less in it.
+        """
+        old = model.state
+        if state is old or (old is ModelState.UNLOADING and state in RESIDENT):
+            return []
+        if state is ModelState.UNLOADED and old is ModelState.FAILED:
+            return []
+        router, name = self._router, model.name
+        if state is ModelState.LOADING:
+            wanted = model.is_wanted
+            self._enter(model, state, now)
+            model.error, model.progressed_at = None, now
+            return [ModelLoading(router=router, model=name, is_requested=wanted)]
+        if state is ModelState.LOADED:
+            load_s = now - model.since if old is ModelState.LOADING else None
+            self._enter(model, state, now)
+            model.error, model.loaded_at, model.is_wanted = None, now, False
+            return [ModelLoaded(router=router, model=name, load_s=load_s)]
+        if state is ModelState.SLEEPING:
+            self._enter(model, state, now)
+            return [ModelSleeping(router=router, model=name)]
+        if state is ModelState.UNLOADED and old is ModelState.LOADING:
+            model.error, model.is_wanted = "the router reports that its process ended while it was loading", False
+            self._enter(model, ModelState.FAILED, now)
+            return [ModelLoadFailed(router=router, model=name, reason=model.error)]
+        if state is ModelState.UNLOADED and old in HAS_CHILD:
+            if old is ModelState.UNLOADING:
+                reason = UnloadReason.REQUESTED
+            else:
+                reason = UnloadReason.CRASHED if exit_code else UnloadReason.EVICTED
+            if reason is UnloadReason.CRASHED:
+                model.error = "its process ended unasked"
+                self._enter(model, ModelState.FAILED, now)
+            else:
+                self._enter(model, state, now)
+            return [ModelUnloaded(router=router, model=name, reason=reason)]
+        self._enter(model, state, now)
+        return []
+
+    def _enter(self, model: Model, state: ModelState, now: float) -> None:
+        self.revision += 1
+        model.revision = self.revision
+        model.state, model.since = state, now
+        if state is not ModelState.LOADING:
+            model.stage = model.progress = None
+        if state not in HAS_CHILD:
+            model.pid = model.port = model.n_ctx = None

@@ -1,0 +1,141 @@
+"""The options of models that a configuration names, typed, and checked as far as that needs no binary."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+_SECONDS_OF = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+
+
+def _no_bool(value: object) -> object:
+    if isinstance(value, bool):  # TOML's `true` would pass for 1
+        raise ValueError("must be a number, not true or false")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
+def _gpu_layers(value: object) -> object:
+    text = str(value).strip()
+    if text in ("auto", "all"):
+        return text
+    if isinstance(value, bool) or not re.fullmatch(r"\d+", text):
+        raise ValueError('must be "auto", "all", or a number of layers from 0 up')
+    return int(text)
+
+
+def _on_off(value: object) -> object:
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+def _device_names(value: object) -> object:
+    if isinstance(value, str):
+        value = value.split(",")
+    if not isinstance(value, list | tuple):
+        return value
+    names = tuple(name.strip() if isinstance(name, str) else name for name in value)
+    if any(isinstance(name, str) and (not name or "," in name) for name in names):
+        raise ValueError('must be a list of names, such as ["CUDA0", "CUDA1"]')
+    if len(names) > 1 and any(str(name).lower() in ("none", "cpu") for name in names):
+        raise ValueError('"none" (the CPU alone) cannot stand beside other devices')
+    # llama-server refuses the name CPU; what people mean by it is spelled "none"
+    return ("none",) if [str(name).lower() for name in names] == ["cpu"] else names
+
+
+def _seconds(value: object) -> object:
+    if isinstance(value, str):
+        found = _DURATION.fullmatch(value.strip())
+        if found is None or found[2] not in _SECONDS_OF:
+            raise ValueError('must be a duration, such as 300 or "5m"')
+        return float(found[1]) * _SECONDS_OF[found[2]]
+    return _no_bool(value)
+
+
+def _words(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError('must be a list with one string per word, such as ["--threads", "8"]')  # noqa: TRY004
+    if not isinstance(value, list | tuple):
+        return value
+    return tuple(str(word) if type(word) in (int, float) else word for word in value)
+
+
+_Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+_Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+_Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+_GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)]
+_Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1)]
+_Shares = Annotated[tuple[_Share, ...], Field(min_length=1)]
+_OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_on_off)]
+_IdleSeconds = Annotated[int, BeforeValidator(_seconds), Field(ge=1)]
+_CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+
+LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
+
+
+class ModelOptions(BaseModel):
+    """How models are loaded and served; None leaves the choice to an earlier table, or to llama-server.
+
+    Raises pydantic's ValidationError on an unknown key and on a value out of range. Whether the found
+    llama-server knows an option is for `llamavisor.flags.resolve` to say.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    gpu_layers: _GpuLayers | None = None
+    """Layers to keep in GPU memory: "auto" (as many as fit), "all", or a number."""
+    devices: _Devices | None = None
+    """Devices to use, as llama-server --list-devices names them; ["none"] keeps models on the CPU."""
+    split_mode: Literal["none", "layer", "row", "tensor"] | None = None
+    """How a model is spread over several GPUs."""
+    tensor_split: _Shares | None = None
+    """Share of the model for each device, in the order of devices, such as [3, 1]."""
+    main_gpu: _Natural | None = None
+    """Index of the GPU to use with split_mode none, or for intermediate results with row."""
+    flash_attn: _OnOffAuto | None = None
+    """Whether to use Flash Attention."""
+    ctx_size: _Natural | None = None
+    """Context size in tokens, all slots together; 0 takes the model's own."""
+    parallel: _Count | None = None
+    """Slots: how many requests a model answers at once."""
+    threads: _Count | None = None
+    """CPU threads for generation."""
+    batch_size: _Count | None = None
+    """Logical batch size in tokens."""
+    ubatch_size: _Count | None = None
+    """Physical batch size in tokens."""
+    cache_type_k: _CacheType | None = None
+    """Data type of the KV cache's keys."""
+    cache_type_v: _CacheType | None = None
+    """Data type of the KV cache's values."""
+    load_mode: LoadMode | None = None
+    """How a file gets into memory: mapped, locked, read directly, or plainly read ("none")."""
+    fit: bool | None = None
+    """Whether options that are not set are adjusted to the memory that is free when a model is loaded."""
+    jinja: bool | None = None
+    """Whether the model's own chat template is used through Jinja."""
+    cont_batching: bool | None = None
+    """Whether requests are batched continuously."""
+    embeddings: bool | None = None
+    """Whether models serve embeddings only."""
+    reranking: bool | None = None
+    """Whether models serve reranking."""
+    sleep_idle_seconds: _IdleSeconds | None = None
+    """Seconds (or a duration such as "5m") without requests until a model frees its memory, not its slot."""
+    args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    """Anything else that llama-server takes, one string per word: ["--top-k", "40"]."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionLayer:
+    """One table of options, and where it was written.
+
+    Attributes:
+        source: names the table in messages: `[defaults]`, `[[router]] gpu0`, `command line`.
+        options: what it says.
+    """
+
+    source: str
+    options: ModelOptions

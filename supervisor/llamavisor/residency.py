@@ -1,0 +1,300 @@
+"""Which models of one router are loaded, and what has been asked about them: the model half of a router's owner.
+
+`Residency` is used by the router's owner alone, in its task. It knows no process and no restart; it hears what the
+router says of its models, takes wishes in, has one call made at a time, and loads again what was resident before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import anyio
+
+from llamavisor import events as ev
+from llamavisor import generation as gen
+from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.cause import load_failure
+from llamavisor.errors import (
+    ApiError,
+    DeviceMissingError,
+    LlamavisorError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelsMaxError,
+)
+from llamavisor.host import Api
+from llamavisor.models import Model, ModelTable
+from llamavisor.operations import Kind, Operation, Operations, Ticket
+from llamavisor.output import OutputFile
+from llamavisor.restart import STABLE_AFTER_S
+from llamavisor.settings import RouterSettings
+from llamavisor.states import RESIDENT, ModelState
+
+LOAD_DEADLINE_S = 60.0
+LOAD_BYTES_PER_S = 100e6
+LOAD_DEADLINE_MAX_S = 1800.0
+"""A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
+_LOG_LINES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """A call to the router has returned; `error` says why it did not do what it was asked."""
+
+    generation: gen.Generation
+    operation: Operation
+    error: ApiError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """The connection to a router that serves."""
+
+    api: Api
+    generation: gen.Generation
+
+
+class Residency:
+    """The models of one router.
+
+    Args:
+        settings: what the router is told to be.
+        log: what it prints.
+        publish: where events go.
+        post: where the news of a finished call, and of a list, go: back to the owner.
+    """
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        log: OutputFile,
+        *,
+        publish: Callable[[ev.Event], None],
+        post: Callable[[gen.Generation, gen.Listed | CallEnded], None],
+    ) -> None:
+        self.settings = settings
+        self.table = ModelTable(settings.name)
+        self.missing_devices: str | None = None  # why no model may be loaded now
+        self._log = log
+        self._publish_one = publish
+        self._post = post
+        self._operations = Operations()
+        self._line: Line | None = None  # Invariant: set if and only if the router serves
+        self._ended_at: float | None = None  # when the process ended whose models are being loaded again
+        self._restoring: list[str] = []  # resident before, still to be loaded again
+        self._restored: dict[str, Ticket] = {}
+
+    def __repr__(self) -> str:
+        return f"<Residency {self.table!r} {self._operations!r}>"
+
+    # --- the router's life ----------------------------------------------------------------------------------------
+
+    def came_up(self, line: Line, models: Iterable[ListedModel]) -> None:
+        """The router serves, and has these models."""
+        self._line = line
+        now = anyio.current_time()
+        self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
+
+    def went_down(self, *, keeps: bool) -> None:
+        """The router's process has ended; `keeps` tells whether what was resident is wanted again.
+
+        What was still loading is not: it may be what ended the process.
+        """
+        self._line = None
+        self._ended_at = anyio.current_time()
+        residents = self.table.residents()
+        waiting = [name for name in self._restoring if name not in residents]
+        self._restoring = [*residents, *waiting] if keeps else []
+        self._restored.clear()
+        self._operations.end(None)
+        self._publish(self.table.router_ended(now=self._ended_at))
+
+    def given_up(self, error: LlamavisorError, *, forget: bool) -> None:
+        """The router is stopped or failed: nobody waits any longer; `forget` also what was resident."""
+        if forget:
+            self._restoring.clear()
+        self._operations.refuse_all(error)
+
+    # --- what is heard --------------------------------------------------------------------------------------------
+
+    def hear(self, news: StatusEvent | gen.Listed | gen.ChildFound | gen.ChildEnded) -> None:
+        """The router or the kernel says something of the models."""
+        now = anyio.current_time()
+        match news:
+            case StatusEvent():
+                happened = self.table.apply_event(news, now=now)
+                self._publish(happened)
+                self._load_crashed_again(happened, now)
+            case gen.Listed(models, asked_at):
+                self._publish(self.table.apply_list(models, asked_at=asked_at, now=now))
+            case gen.ChildFound(model, child):
+                self.table.child_found(model, child.pid, child.port)
+            case gen.ChildEnded(model, pid):
+                self._publish(self.table.child_ended(model, pid))
+
+    def _load_crashed_again(self, happened: Iterable[ev.Event], now: float) -> None:
+        """A model that had served for a while and crashed is loaded again at once, before most people notice.
+
+        One that crashed soon after its load stays away until somebody asks for it: it would only crash again.
+        """
+        for event in happened:
+            if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
+                model = self.table.get(event.model)
+                if model is not None and model.loaded_at is not None and now - model.loaded_at >= STABLE_AFTER_S:
+                    self.accept(Ticket(Operation(Kind.LOAD, event.model)))
+
+    def accept(self, ticket: Ticket) -> None:
+        """Take a wish in. A router that is starting is waited for."""
+        operation = ticket.operation
+        if self._line is not None and operation.model and self.table.get(operation.model) is None:
+            ticket.finish(self._unknown(operation.model))
+        elif operation.kind is Kind.LOAD and self.missing_devices is not None:
+            ticket.finish(self._device_missing())
+        else:
+            self._operations.ask(ticket, self.table)
+
+    def advance(self) -> None:
+        """Do what can be done now: called by the owner after every message."""
+        self._operations.settle(self.table)
+        self._restore_next()
+        self._start_operation()
+
+    def check_deadlines(self) -> None:
+        """Cancel loads that have made no progress for too long; called every second."""
+        now = anyio.current_time()
+        for model in self.table:
+            if model.state is ModelState.LOADING and now - model.progressed_at > _deadline_s(model):
+                text = f"no progress for {_deadline_s(model):.0f} s: its load is cancelled"
+                self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
+                self._operations.ask(Ticket(Operation(Kind.UNLOAD, model.name)), self.table)
+
+    # --- one call at a time ---------------------------------------------------------------------------------------
+
+    def _start_operation(self) -> None:
+        """Begin the next operation, if the router serves and none is under way."""
+        line = self._line
+        if line is None:
+            return
+        operation = self._operations.take(self.table)
+        if operation is None:
+            return
+        now = anyio.current_time()
+        if operation.model and self.table.get(operation.model) is None:  # asked for before the list was known
+            self._operations.end(self._unknown(operation.model))
+            return
+        if operation.kind is Kind.LOAD and self.missing_devices is not None:
+            self._operations.end(self._device_missing())
+            return
+        if operation.kind is Kind.LOAD:
+            self._publish(self.table.begin_load(operation.model, now=now))
+        elif operation.kind is Kind.UNLOAD:
+            self.table.unloading(operation.model, now=now)
+        elif (orphan := self._resident_without_file()) is not None:
+            reason = f"the file of {orphan.name} is gone and a reload would stop it; unload it first"
+            self._operations.end(ApiError(f"router {self.settings.name}: not reloaded: {reason}"))
+            return
+        line.generation.start_soon(self._call, operation, line)
+
+    def _resident_without_file(self) -> Model | None:
+        for model in self.table:
+            if model.state in RESIDENT and model.path is not None and not model.path.exists():
+                return model
+        return None
+
+    async def _call(self, operation: Operation, line: Line) -> None:
+        """The worker of one operation: the HTTP call and nothing else."""
+        error: ApiError | None = None
+        try:
+            match operation.kind:
+                case Kind.LOAD:
+                    await line.api.load(operation.model)
+                case Kind.UNLOAD:
+                    await line.api.unload(operation.model)
+                case Kind.RELOAD:
+                    asked_at = self.table.revision
+                    models = await line.api.models(reload=True)
+                    self._post(line.generation, gen.Listed(models, asked_at))
+        except ApiError as failure:
+            error = failure
+        self._post(line.generation, CallEnded(line.generation, operation, error))
+
+    def call_ended(self, operation: Operation, error: ApiError | None) -> None:
+        """The call of an operation has returned."""
+        now = anyio.current_time()
+        name = operation.model
+        refusal: LlamavisorError | None = error
+        if operation.kind is Kind.LOAD:
+            if error is not None and error.status == 400:  # "already running": a client's request was faster
+                refusal = error = None
+            if error is not None:
+                refusal = self._load_refusal(name, error)
+            self._publish(
+                self.table.end_load_call(name, refusal=str(refusal) if refusal else None, now=now)
+            )
+        elif operation.kind is Kind.UNLOAD and error is not None:
+            if error.status == 400:  # "not running": it has gone meanwhile, and the news of it is under way
+                refusal = None
+            else:
+                self.table.still_there(name, now=now)
+        self._operations.end(refusal)
+
+    def _load_refusal(self, name: str, error: ApiError) -> LlamavisorError:
+        if "model limit reached" in str(error):
+            text = f"model {name}: {self.settings.models_max} models are loaded and none of them can leave now"
+            return ModelsMaxError(text, hint="unload one, or raise models_max")
+        return ModelLoadError(f"model {name}: {error}", hint="see `llamavisor logs`")
+
+    def _restore_next(self) -> None:
+        """After a restart, load what was resident before, one after the other; say so when all is done."""
+        if self._line is None or self._ended_at is None or self.missing_devices is not None:
+            return
+        if any(not ticket.is_done for ticket in self._restored.values()):
+            return
+        while self._restoring:
+            name = self._restoring.pop(0)
+            if self.table.get(name) is None:
+                continue
+            ticket = Ticket(Operation(Kind.LOAD, name))
+            self._restored[name] = ticket
+            self.accept(ticket)
+            if not ticket.is_done:
+                return
+        loaded = tuple(name for name, ticket in self._restored.items() if ticket.error is None)
+        missing = tuple(name for name, ticket in self._restored.items() if ticket.error is not None)
+        seconds = anyio.current_time() - self._ended_at
+        self._ended_at = None
+        name = self.settings.name
+        self._publish([ev.RouterRecovered(router=name, models=loaded, missing=missing, seconds=seconds)])
+
+    def _device_missing(self) -> DeviceMissingError:
+        hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
+        return DeviceMissingError(f"router {self.settings.name}: {self.missing_devices}", hint=hint)
+
+    def _unknown(self, name: str) -> ModelNotFoundError:
+        hint = f"see `llamavisor models`; a new file in {self.settings.models_dir} needs `llamavisor reload`"
+        return ModelNotFoundError(f"no model {name!r} on router {self.settings.name}", hint=hint)
+
+    def _publish(self, events: Iterable[ev.Event]) -> None:
+        for event in events:
+            self._publish_one(self._explained(event))
+
+    def _explained(self, event: ev.Event) -> ev.Event:
+        """Add to an event what only the log knows."""
+        if isinstance(event, ev.ModelLoading):
+            self.table.mark_log(event.model, self._log.size())
+        if isinstance(event, ev.ModelLoadFailed):
+            model = self.table.get(event.model)
+            lines = self._log.tail(_LOG_LINES, since=model.log_mark if model else 0)
+            if reason := load_failure(event.model, lines):
+                self.table.explain(event.model, reason)
+                return replace(event, reason=reason)
+        return event
+
+
+def _deadline_s(model: Model) -> float:
+    try:
+        size = model.path.stat().st_size if model.path else 0
+    except OSError:
+        size = 0
+    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + size / LOAD_BYTES_PER_S)

@@ -1,0 +1,503 @@
+"""One supervised router: the owner of its state, who alone decides and alone writes.
+
+Everything that happens reaches the owner as a message in its inbox: news from the running generation, wishes of people,
+the tick of the clock. It looks the answer up in the table of `states`, asks the policy of `restart`, and starts
+workers; it never waits for the outside itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from llamavisor import events as ev
+from llamavisor import generation as gen
+from llamavisor import restart
+from llamavisor.api import StatusEvent
+from llamavisor.cause import Cause, Verdict
+from llamavisor.errors import RouterNotReadyError
+from llamavisor.host import Host, RouterProcess
+from llamavisor.launch import Launch
+from llamavisor.models import ModelTable
+from llamavisor.operations import Kind, Operation, Ticket
+from llamavisor.output import OutputFile
+from llamavisor.process import TERM_GRACE_S
+from llamavisor.residency import CallEnded, Line, Residency
+from llamavisor.settings import RouterSettings
+from llamavisor.states import SERVING, Life, RouterAction, RouterInput, RouterState, step
+
+TICK_S = 1.0
+REARM_POLL_S = 1.0
+"""How often a FAILED router looks whether what stood in its way has changed."""
+PROBES_TO_DEGRADE = 2
+WARN_AGAIN_S = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class _News:
+    generation: gen.Generation
+    news: gen.News
+
+
+@dataclass(frozen=True, slots=True)
+class _RetryDue:
+    generation: gen.Generation | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rearmed:
+    generation: gen.Generation | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    wish: RouterInput
+
+
+@dataclass(frozen=True, slots=True)
+class _Reconfigured:
+    host: Host
+
+
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    pass
+
+
+_Message = _News | _RetryDue | _Rearmed | _Wish | _Reconfigured | CallEnded | _Tick | Ticket
+
+
+class Router:
+    """One router under supervision.
+
+    Args:
+        host: where it runs.
+        bus: where its events go.
+        random: a source of numbers in [0, 1), for the jitter of the backoff.
+
+    Everything public may be read at any time on the event loop; only the owner (`run`) writes.
+    """
+
+    def __init__(self, host: Host, *, bus: ev.Bus, random: Callable[[], float]) -> None:
+        self.life = Life()
+        self.since = 0.0
+        self.history = restart.RestartHistory()
+        self.starts = 0  # generations that were begun
+        self.restarts = 0  # of these, the ones that replaced another
+        self.verdict: Verdict | None = None  # why it is not serving, or was not the last time
+        self.retry_at: float | None = None  # monotonic time of the next try, in BACKOFF
+        self.process: RouterProcess | None = None
+        self.spawned_at: float | None = None  # monotonic time of the start of its process
+        self.launch: Launch | None = None
+        self._host = host
+        self._bus = bus
+        self._random = random
+        self._send, self._inbox = anyio.create_memory_object_stream[_Message](math.inf)
+        self._residency = Residency(
+            host.settings, host.output, publish=bus.publish, post=self._post_from
+        )
+        self._generation: gen.Generation | None = None
+        self._ready_since: float | None = None
+        self._why: Cause | None = None  # why the next generation is begun, None for the first
+        self._waiting: str | None = None  # what a start waits for
+        self._troubles: dict[str, str] = {}
+        self._probe_failures = 0
+        self._changed = anyio.Event()
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._grace_s = TERM_GRACE_S
+
+    def __repr__(self) -> str:
+        return f"<Router {self.name} {self.state.value} pid={self.process.pid if self.process else None}>"
+
+    @property
+    def settings(self) -> RouterSettings:
+        """What it is told to be."""
+        return self._host.settings
+
+    @property
+    def name(self) -> str:
+        """Its name in the fleet."""
+        return self._host.settings.name
+
+    @property
+    def state(self) -> RouterState:
+        """Where it is in its life."""
+        return self.life.state
+
+    @property
+    def table(self) -> ModelTable:
+        """What is known of its models."""
+        return self._residency.table
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether clients are answered."""
+        return self.state in SERVING
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not simply READY, as a person reads it."""
+        if self.state is RouterState.DEGRADED:
+            return "; ".join(self._troubles.values())
+        if self.state is RouterState.STARTING and self._waiting:
+            return self._waiting
+        if self.state in {RouterState.READY, RouterState.STOPPED} or self.verdict is None:
+            return None
+        return self.verdict.reason
+
+    @property
+    def hint(self) -> str | None:
+        """What a person can do about the reason."""
+        if self.state in {RouterState.FAILED, RouterState.BACKOFF} and self.verdict is not None:
+            return self.verdict.hint or None
+        return None
+
+    @property
+    def output(self) -> OutputFile:
+        """What its processes print."""
+        return self._host.output
+
+    # --- what others ask of it ------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Want it up. Clears FAILED; no effect on a router that is up."""
+        self._post(_Wish(RouterInput.START))
+
+    def stop(self) -> None:
+        """Want it down, and what was resident forgotten."""
+        self._post(_Wish(RouterInput.STOP))
+
+    def restart(self) -> None:
+        """Want a fresh process, with what is resident loaded again. Neither uses nor needs the restart budget."""
+        self._post(_Wish(RouterInput.RESTART))
+
+    def reconfigure(self, host: Host) -> None:
+        """Go on with other settings; a router that is not STOPPED is restarted with them."""
+        self._post(_Reconfigured(host))
+
+    async def load(self, model: str) -> bool:
+        """Have `model` loaded, and wait until the router says so. A router that is starting is waited for.
+
+        Returns:
+            False if it was loaded already.
+
+        Raises:
+            ModelNotFoundError: the router does not list it.
+            ModelLoadError: it did not become loaded.
+            ModelsMaxError: no other model can leave now.
+            DeviceMissingError: the device that it is meant for is not there.
+            RouterNotReadyError: the router is stopped or failed.
+        """
+        return await self._ask(Operation(Kind.LOAD, model))
+
+    async def unload(self, model: str) -> bool:
+        """Have `model` unloaded, and wait until it is gone; a load that is under way is cancelled.
+
+        Returns:
+            False if it was not loaded.
+
+        Raises:
+            ModelNotFoundError: the router does not list it.
+            RouterNotReadyError: the router is stopped or failed.
+            ApiError: the router refused.
+        """
+        return await self._ask(Operation(Kind.UNLOAD, model))
+
+    async def rescan(self) -> None:
+        """Have the router read its folder and its preset again.
+
+        A reload that would stop a loaded model (its file is gone) is refused: the model goes on serving.
+
+        Raises:
+            ApiError: the router refused, or a loaded model's file is gone.
+            RouterNotReadyError: the router is stopped or failed.
+        """
+        await self._ask(Operation(Kind.RELOAD))
+
+    async def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Wait until `condition` holds, looked at after every message that the owner has handled."""
+        while not condition():
+            await self._changed.wait()
+
+    async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
+        """Stop for good; returns when nothing of it is left. A second call with a shorter grace hurries the first."""
+        self._grace_s = grace_s
+        self.stop()
+        if self._generation is not None and self.state is RouterState.STOPPING:
+            await self._generation.stop(grace_s=grace_s)
+        await self.wait_until(lambda: self.state is RouterState.STOPPED)
+        if self._generation is not None:
+            await self._generation.gone.wait()
+
+    async def _ask(self, operation: Operation) -> bool:
+        ticket = Ticket(operation)
+        self._post(ticket)
+        return await ticket.wait()
+
+    def _post(self, message: _Message) -> None:
+        # The inbox has no bound of its own: what is posted is bounded by connections, models and processes.
+        self._send.send_nowait(message)
+
+    # --- the owner ------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Supervise until cancelled; when cancelled, end the process first. Begins in STOPPED: call `start`."""
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._keep_house)
+            async for message in self._inbox:
+                self._handle(message)
+                self._residency.advance()
+                self._changed.set()
+                self._changed = anyio.Event()
+
+    def _handle(self, message: _Message) -> None:
+        match message:
+            case _News(generation, news):
+                if generation is self._generation:
+                    self._hear(news)
+            case CallEnded(generation, operation, error):
+                if generation is self._generation:
+                    self._residency.call_ended(operation, error)
+            case _RetryDue(generation):
+                if generation is self._generation:
+                    self._signal(RouterInput.RETRY_DUE)
+            case _Rearmed(generation):
+                if generation is self._generation and self.state is RouterState.FAILED:
+                    self._why = self.verdict.cause if self.verdict else None
+                    self._signal(RouterInput.START)
+            case _Wish(wish):
+                self._why = Cause.REQUESTED
+                self._signal(wish)
+            case _Reconfigured(host):
+                self._host = host
+                self._residency.settings = host.settings
+                if self.state is not RouterState.STOPPED:
+                    self._why = Cause.REQUESTED
+                    self._signal(RouterInput.RESTART)
+            case Ticket():
+                is_up = self.state not in {RouterState.STOPPED, RouterState.FAILED}
+                if is_up and self.life.then is not RouterState.STOPPED:
+                    self._residency.accept(message)
+                else:
+                    message.finish(self._not_ready())
+            case _Tick():
+                self._tick()
+
+    def _signal(self, signal: RouterInput) -> None:
+        old = self.state
+        self.life, action = step(self.life, signal)
+        if self.state is not old:
+            self.since = anyio.current_time()
+            self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
+            if self.state in {RouterState.STOPPED, RouterState.FAILED}:
+                self._residency.given_up(self._not_ready(), forget=self.state is RouterState.STOPPED)
+        match action:
+            case RouterAction.SPAWN:
+                self._spawn()
+            case RouterAction.STOP:
+                assert self._generation is not None  # noqa: S101 (only a state with a generation leads here)
+                self._start_soon(self._stop_generation, self._generation)
+            case RouterAction.BACK_OFF:
+                self._back_off()
+            case RouterAction.LATCH:
+                self._latch()
+            case RouterAction.NONE:
+                pass
+
+    def _spawn(self) -> None:
+        before = self._generation
+        self.starts += 1
+        self.retry_at = self._ready_since = self._waiting = None
+        self._troubles.clear()
+        self._residency.missing_devices = None
+        self._probe_failures = 0
+
+        def post(news: gen.News) -> None:
+            self._post(_News(generation, news))
+
+        generation = gen.Generation(self._host, post=post, revision=lambda: self.table.revision)
+        self._generation = generation
+        self._start_soon(generation.run, before.gone if before else None)
+
+    async def _stop_generation(self, generation: gen.Generation) -> None:
+        await generation.stop(grace_s=self._grace_s)
+
+    def _back_off(self) -> None:
+        now = anyio.current_time()
+        verdict = self.verdict or Verdict(Cause.EXIT, "ended")
+        ready_for = None if self._ready_since is None else now - self._ready_since
+        was_loop = self.history.is_crash_loop
+        self.history, delay = restart.after_end(
+            self.history, now=now, ready_for_s=ready_for, jitter=self._random()
+        )
+        self._why = verdict.cause
+        self.retry_at = now + delay
+        self._publish(
+            ev.RouterRestartScheduled(
+                router=self.name, cause=verdict.cause, delay_s=delay, failures=self.history.failures
+            )
+        )
+        if self.history.is_crash_loop and not was_loop:
+            self._publish(ev.RouterCrashLoop(router=self.name, failures=self.history.failures))
+        self._start_soon(self._wait_out, delay, self._generation)
+
+    async def _wait_out(self, delay: float, generation: gen.Generation | None) -> None:
+        await anyio.sleep(delay)
+        self._post(_RetryDue(generation))
+
+    def _latch(self) -> None:
+        verdict = self.verdict or Verdict(Cause.EXIT, "ended")
+        self._publish(
+            ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint)
+        )
+        self._start_soon(self._watch_obstacle, verdict, self._generation)
+
+    async def _watch_obstacle(self, verdict: Verdict, generation: gen.Generation | None) -> None:
+        """Wait until what stood in the way is different, then have the router started again."""
+
+        async def look() -> object:
+            found = await self._host.prepare()
+            return found.found.fingerprint if isinstance(found, Launch) else found
+
+        # An obstacle that we see ourselves is compared with itself. What only llama-server could see stays until the
+        # binary changes (a new configuration comes with a restart).
+        seen = verdict if verdict.is_obstacle else await look()
+        while generation is self._generation and self.state is RouterState.FAILED:
+            await anyio.sleep(REARM_POLL_S)
+            if await look() != seen:
+                self._post(_Rearmed(generation))
+                return
+
+    # --- news of the generation -----------------------------------------------------------------------------------
+
+    def _hear(self, news: gen.News) -> None:
+        now = anyio.current_time()
+        match news:
+            case StatusEvent() | gen.Listed() | gen.ChildFound() | gen.ChildEnded():
+                self._residency.hear(news)
+            case gen.Probed(duration_s, error):
+                self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
+                self._probe_failures = self._probe_failures + 1 if error else 0
+                silent = self._probe_failures >= PROBES_TO_DEGRADE
+                self._trouble("probe", f"it does not answer: {error}" if silent else None)
+            case gen.DevicesMissing(devices):
+                self._devices_missing(devices)
+            case gen.Waiting(reason):
+                self._waiting = reason
+            case gen.Spawned(process, launch):
+                self.process, self.launch, self.spawned_at = process, launch, now
+                self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
+                self.restarts += self._why is not None
+                for warning in launch.warnings:
+                    self._publish(ev.Warned(subject=f"router {self.name}", text=warning))
+            case gen.CameUp():
+                self._come_up(news)
+            case gen.Overdue(reason):
+                self.verdict = Verdict(Cause.START_TIMEOUT, reason, "see `llamavisor logs`")
+                self._signal(RouterInput.OVERDUE)
+            case gen.Ended():
+                self._end(news)
+            case gen.Gone(leftovers):
+                if leftovers.killed or leftovers.survivors:
+                    self._publish(
+                        ev.StraysKilled(
+                            router=self.name, pids=leftovers.killed, survivors=leftovers.survivors
+                        )
+                    )
+                self._signal(RouterInput.GONE)
+
+    def _come_up(self, up: gen.CameUp) -> None:
+        assert self.process is not None  # noqa: S101 (it answers)
+        assert self._generation is not None  # noqa: S101
+        self._ready_since = anyio.current_time()
+        self.verdict = None
+        self._residency.came_up(Line(up.api, self._generation), up.models)
+        self._signal(RouterInput.READY)
+        url = self.settings.url
+        self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=url, start_s=up.start_s))
+        self._devices_missing(up.missing_devices)
+
+    def _end(self, ended: gen.Ended) -> None:
+        is_requested = self.state is RouterState.STOPPING
+        self.process = self.spawned_at = None
+        if ended.pid is not None:
+            self._publish(
+                ev.RouterExited(
+                    router=self.name,
+                    pid=ended.pid,
+                    status=ended.status,
+                    cause=ended.verdict.cause,
+                    is_requested=is_requested,
+                    detail=ended.verdict.reason,
+                )
+            )
+        self._residency.went_down(keeps=self.life.then is not RouterState.STOPPED)
+        if not is_requested:
+            self.verdict = ended.verdict
+            self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
+
+    def _trouble(self, subject: str, reason: str | None) -> None:
+        """Note a reason to be DEGRADED, or that it has gone (None)."""
+        if reason is None:
+            if self._troubles.pop(subject, None) is not None and not self._troubles:
+                self._signal(RouterInput.CLEARED)
+            return
+        if subject not in self._troubles:
+            self._publish(ev.RouterDegraded(router=self.name, reason=reason))
+        self._troubles[subject] = reason
+        self._signal(RouterInput.TROUBLE)
+
+    def _devices_missing(self, devices: tuple[str, ...]) -> None:
+        if devices:
+            reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
+            self._residency.missing_devices = reason
+            self._trouble("devices", reason)
+        elif self._troubles.pop("devices", None) is not None:
+            # It was started without autoload, so that no request could load a model onto the CPU.
+            self._why = Cause.DEVICE
+            self._signal(RouterInput.RESTART)
+
+    def _not_ready(self) -> RouterNotReadyError:
+        reason = f": {self.verdict.reason}" if self.verdict and self.state is RouterState.FAILED else ""
+        return RouterNotReadyError(
+            f"router {self.name} is {self.state.value}{reason}", hint=self.hint or f"llamavisor start {self.name}"
+        )
+
+    # --- the clock ------------------------------------------------------------------------------------------------
+
+    async def _keep_house(self) -> None:
+        """Every second: let the owner look at its deadlines, and keep the log file within its bound."""
+        warned_at = -math.inf
+        while True:
+            await anyio.sleep(TICK_S)
+            self._post(_Tick())
+            try:
+                if size := await self._host.output.rotate():
+                    self._publish(ev.LogRotated(router=self.name, size_bytes=size))
+            except OSError as error:
+                if anyio.current_time() - warned_at >= WARN_AGAIN_S:
+                    warned_at = anyio.current_time()
+                    self._publish(ev.Warned(subject=f"log of router {self.name}", text=str(error)))
+
+    def _tick(self) -> None:
+        now = anyio.current_time()
+        if self.is_serving and self._ready_since is not None:
+            self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
+        self._residency.check_deadlines()
+
+    # --- small change ---------------------------------------------------------------------------------------------
+
+    def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        assert self._tasks is not None  # noqa: S101 (the owner runs)
+        self._tasks.start_soon(work, *args)
+
+    def _publish(self, event: ev.Event) -> None:
+        self._bus.publish(event)
+
+    def _post_from(self, generation: gen.Generation, news: gen.Listed | CallEnded) -> None:
+        self._post(news if isinstance(news, CallEnded) else _News(generation, news))

@@ -1,0 +1,41 @@
+"""What one router is told to be: the library's side of a configuration file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamavisor.flags import OptionLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSettings:
+    """The whole configuration of one router; two equal settings mean that nothing has to be restarted.
+
+    Attributes:
+        name: unique among the routers of a fleet; used in file names, so `[A-Za-z0-9_-]+`.
+        host: address that the router listens on.
+        port: TCP port, 1 to 65535.
+        models_dir: absolute path of the folder with the GGUF files.
+        models_max: how many models may be loaded at once, 0 = no cap.
+        llama_server: path or command name as configured, None = search for one.
+        layers: option tables, lowest precedence first.
+        env: extra environment of this router and its models, as (name, value) pairs.
+        api_key: the key that clients must send, None = no key. Never shown.
+    """
+
+    name: str
+    host: str = "127.0.0.1"
+    port: int = 8080
+    models_dir: Path
+    models_max: int = 4
+    llama_server: str | None = None
+    layers: tuple[OptionLayer, ...] = ()
+    env: tuple[tuple[str, str], ...] = ()
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        """Where this machine's own clients reach the router: a wildcard address becomes the loopback one."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
