@@ -18,7 +18,7 @@ check: $(VENV)/dev
 	$(BIN)/mypy
 
 bench: $(VENV)/llama
-	$(BIN)/python -m tests.bench
+	$(BIN)/python tests/bench
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

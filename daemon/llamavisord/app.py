@@ -81,11 +81,17 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
     bus.listen(_log_event)
     spawner = Spawner(_instance(config.state_dir))
     fleet = open_fleet(
-        spawner=spawner, state_dir=config.state_dir, log_dir=config.log_dir, environ=os.environ, bus=bus
+        spawner=spawner,
+        state_dir=config.state_dir,
+        log_dir=config.log_dir,
+        log_size_bytes=config.log_size_bytes,
+        environ=os.environ,
+        bus=bus,
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus)
     exposition = Exposition(daemon)
     await sweep(spawner, bus)
+    exit_code = ExitCode.OK
     try:
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
@@ -97,10 +103,10 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid()))
                 await _obey_signals(daemon)
             tasks.cancel_scope.cancel()
-    except* Exception:
+    except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
-        return ExitCode.FAILED
-    return ExitCode.OK
+        exit_code = ExitCode.FAILED
+    return exit_code
 
 
 async def _obey_signals(daemon: Daemon) -> None:

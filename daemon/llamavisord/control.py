@@ -13,6 +13,7 @@ from typing import Any
 
 import anyio
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, PeerRefused, Published
@@ -133,9 +134,7 @@ class _Api:
     async def unload(self, request: web.Request) -> web.Response:
         return await self._move(request, lambda router, name: router.unload(name))
 
-    async def _move(
-        self, request: web.Request, move: Callable[[Router, str], Awaitable[bool]]
-    ) -> web.Response:
+    async def _move(self, request: web.Request, move: Callable[[Router, str], Awaitable[bool]]) -> web.Response:
         name = request.match_info["name"]
         router = self._fleet.holder_of(name, router=request.query.get("router"))
         event_id, wait_s = self._bus.last_id, _wait_s(request)
@@ -165,9 +164,7 @@ class _Api:
         router = self._fleet[request.match_info["name"]]
         changed = router.state is not RouterState.STOPPED
         router.stop()
-        return await self._settle(
-            request, router, lambda: router.state is RouterState.STOPPED, changed=changed
-        )
+        return await self._settle(request, router, lambda: router.state is RouterState.STOPPED, changed=changed)
 
     async def _settle(
         self, request: web.Request, router: Router, is_done: Callable[[], bool], *, changed: bool = True
@@ -187,9 +184,7 @@ class _Api:
         since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"
         if not since.isdigit() or len(since) > 18:
             raise BadRequestError(f"since: not a number of an event: {since[:40]!r}")
-        response = web.StreamResponse(
-            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
-        )
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
         await response.prepare(request)
         async with self._bus.subscribe(since=int(since)) as (past, future):
             for published in past:
@@ -292,11 +287,8 @@ def _problem(status: int, detail: str, code: str, hint: str = "") -> web.Respons
     return web.json_response(body, status=status, content_type="application/problem+json")
 
 
-_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
 @web.middleware
-async def _problems(request: web.Request, handler: _Handler) -> web.StreamResponse:
+async def _problems(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Turn every error into a problem document; a bug into one line for the caller and a traceback for the log."""
     try:
         return await handler(request)
@@ -308,14 +300,14 @@ async def _problems(request: web.Request, handler: _Handler) -> web.StreamRespon
         return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)
     except (ConnectionError, TimeoutError):
         raise
-    except Exception:
+    except Exception:  # noqa: BLE001 (a request's boundary)
         _log.exception("%s %s failed", request.method, request.path)
         return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
 
 
-def _guard(bus: Bus, control_socket: ControlSocket) -> Callable[[web.Request, _Handler], Awaitable[web.StreamResponse]]:
+def _guard(bus: Bus, control_socket: ControlSocket) -> Middleware:
     @web.middleware
-    async def guard(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let the right people in, and no request bodies: no command takes one."""
         transport = request.transport
         if transport is None:

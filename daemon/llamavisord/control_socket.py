@@ -18,7 +18,7 @@ from llamavisor.errors import LlamavisorError
 SOCKET_MODE = 0o660
 FOLDER_MODE = 0o750
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module has no name for it
-_GROUPS_MAX = 65536  # NGROUPS_MAX of Linux
+_GETSOCKOPT_BYTES = 1024  # the most that socket.getsockopt takes
 
 
 class AlreadyRunningError(LlamavisorError):
@@ -126,17 +126,18 @@ class ControlSocket:
 def peer_of(connection: socket.socket) -> Peer:
     """Who is at the other end. SO_PEERGROUPS sees supplementary groups, which SO_PEERCRED does not; see unix(7).
 
+    A peer with more than 256 groups is known by its first group alone: Python reads no longer answer of the kernel.
+
     Raises:
         OSError: the kernel does not say.
     """
     pid, uid, gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     groups = array.array("I")
     try:
-        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024))
+        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GETSOCKOPT_BYTES))
     except OSError as error:
         if error.errno != errno.ERANGE:
             raise
-        groups.frombytes(connection.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _GROUPS_MAX))
     return Peer(pid, uid, frozenset({gid, *groups}))
 
 

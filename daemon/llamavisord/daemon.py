@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -15,7 +16,8 @@ from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
 from llamavisor.fleet import Fleet
 from llamavisor.states import RouterState
 from llamavisord import __version__
-from llamavisord.config import Config, ConfigError
+from llamavisord.config import Config
+from llamavisord.problems import ConfigError, Problem
 
 
 class Daemon:
@@ -68,16 +70,16 @@ class Daemon:
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""
-        for key in ("socket", "state_dir", "metrics"):
-            if getattr(config, key) != getattr(self.config, key):
-                raise ConfigError([f"{key} cannot be changed by a reload: restart llamavisor"])
+        fixed = ("socket", "state_dir", "log_dir", "log_size_bytes", "log_level", "metrics")
+        changed = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
+        if changed:
+            text = "cannot be changed by a reload: restart llamavisor"
+            raise ConfigError([Problem(text, key=key) for key in changed])
 
     async def try_reload(self) -> None:
         """Reload for SIGHUP: the error is in the log, in `status` and in the metrics, and work goes on."""
-        try:
+        with suppress(LlamavisorError):
             await self.reload()
-        except LlamavisorError:
-            pass
 
     def warnings(self) -> list[str]:
         """What a person should know although it works."""

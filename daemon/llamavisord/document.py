@@ -1,13 +1,14 @@
 """What may be written in a configuration file: every table and key, with its type and its meaning.
 
-The environment and the flags of `serve` are read into the same tables, so a value is checked alike wherever it stands.
+The environment and the flags of `serve` are read into the same tables: a value is checked alike wherever it
+stands.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -35,7 +36,9 @@ def _port(value: object) -> int:
 
 
 def _metrics_port(value: object) -> int:
-    return _whole(value, 1, 65535, "expected a port, a whole number from 1 to 65535 (enabled = false turns metrics off)")
+    return _whole(
+        value, 1, 65535, "expected a port, a whole number from 1 to 65535 (enabled = false turns metrics off)"
+    )
 
 
 def _count(value: object) -> int:
@@ -44,19 +47,19 @@ def _count(value: object) -> int:
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError("expected text in quotes, not empty and without control characters")  # noqa: TRY004
+        raise ValueError("expected text in quotes, not empty and without control characters")
     return value
 
 
 def _host(value: object) -> str:
     if not isinstance(value, str) or not _HOST.fullmatch(value):
-        raise ValueError('expected one address or host name in quotes, such as "127.0.0.1" or "::1"')  # noqa: TRY004
+        raise ValueError('expected one address or host name in quotes, such as "127.0.0.1" or "::1"')
     return value
 
 
 def _name(value: object) -> str:
     if not isinstance(value, str) or not _ROUTER_NAME.fullmatch(value):
-        raise ValueError("expected a name of 1 to 64 letters, digits, - and _ in quotes")  # noqa: TRY004
+        raise ValueError("expected a name of 1 to 64 letters, digits, - and _ in quotes")
     return value
 
 
@@ -97,7 +100,7 @@ class RouterKeys(_Table):
     port: Port | None = None
     """TCP port that the router listens on; several routers need one each."""
     models_dir: Text | None = None
-    """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file it is written in."""
+    """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file."""
     models_max: Annotated[int, BeforeValidator(_count)] | None = None
     """How many models a router keeps loaded, 0 = no cap."""
     llama_server: Text | None = None
@@ -128,7 +131,7 @@ class RouterTable(RouterKeys, ModelOptions):
     """`[[router]]`: one router, and the options of its models."""
 
     name: Annotated[str, BeforeValidator(_name)] | None = None
-    """What the router is called: letters, digits, - and _. A lone router is called "main" if nothing else is said."""
+    """What the router is called: letters, digits, - and _. A lone router may do without, and is "main"."""
     env: Env = Field(default_factory=dict)
     """Extra environment of this router and its models, on top of that of `[defaults]`."""
 
@@ -174,7 +177,7 @@ _CONFIDENTIAL = frozenset({"env", "args", "api_key", "api_key_file"})
 
 
 def validate(raw: Mapping[str, object]) -> Document | list[tuple[Location, str]]:
-    """The document that `raw` is, or all that is wrong with it as (where, what), one for each place."""
+    """The document that `raw` is, or all that is wrong with it: where, and what."""
     try:
         return Document.model_validate(raw)
     except ValidationError as exc:
@@ -193,22 +196,21 @@ def spell(location: Location) -> str:
     return text
 
 
-def nearest(word: str, known: Iterator[str] | Mapping[str, object]) -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """The name that was probably meant by `word`, as the end of a sentence; empty if none is near."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def _within(raw: object, location: tuple[str | int, ...]) -> Location:
-    """The part of `location` that leads to something in `raw`: pydantic adds names of types and of missing keys."""
+    """The part of `location` that leads to something in `raw`: pydantic adds names of types."""
     found: list[str | int] = []
     for piece in location:
-        if isinstance(raw, dict) and piece in raw:
-            raw = raw[piece]
-        elif isinstance(raw, list | tuple) and isinstance(piece, int) and piece < len(raw):
-            raw = raw[piece]
-        else:
+        is_key = isinstance(raw, Mapping) and piece in raw
+        is_index = isinstance(raw, Sequence) and isinstance(piece, int) and piece < len(raw)
+        if not is_key and not is_index:
             break
+        raw = raw[piece]  # type: ignore[index]
         found.append(piece)
     return tuple(found)
 
@@ -232,15 +234,19 @@ def _explain_unknown(location: Location, key: str) -> str:
     if close := nearest(key, here):
         return f"unknown key{close}"
     if key in ModelOptions.model_fields:
-        return "unknown key here: it belongs into [defaults] or a [[router]]"
+        return "unknown key here: it belongs in [defaults] or a [[router]]"
     if key in Document.model_fields:
-        return "unknown key here: it belongs to the top of the file, above the first [table]"
+        return "unknown key here: it belongs at the top of the file, above the first [table]"
     return "unknown key"
 
 
 def _table_at(location: Location) -> type[BaseModel]:
-    names = {"metrics": MetricsTable, "defaults": DefaultsTable, "router": RouterTable}
-    return names.get(str(location[0]), Document) if location else Document
+    tables: dict[str, type[BaseModel]] = {
+        "metrics": MetricsTable,
+        "defaults": DefaultsTable,
+        "router": RouterTable,
+    }
+    return tables.get(str(location[0]), Document) if location else Document
 
 
 def _found(location: Location, value: object) -> str:
@@ -250,5 +256,7 @@ def _found(location: Location, value: object) -> str:
         return f", found {value}" if abs(value) < 10**_SHOWN else ", found a number beyond all bounds"
     if isinstance(value, str) and _CONFIDENTIAL.isdisjoint(location):
         return f', found "{value}"' if len(value) <= _SHOWN else ", found a long text"
-    kind = {str: "text", dict: "a table", list: "a list"}.get(type(value))
-    return f", found {kind}" if kind else ""
+    for kind, name in ((str, "text"), (dict, "a table"), (list, "a list")):
+        if isinstance(value, kind):
+            return f", found {name}"
+    return ""

@@ -39,7 +39,7 @@ class Exposition:
     """
 
     def __init__(self, daemon: Daemon) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
         self._daemon = daemon
         self.registry = CollectorRegistry()
         registry = self.registry
@@ -162,9 +162,7 @@ class _Snapshot(Collector):
         lag.add_metric([], daemon.loop_lag_s)
         good = _gauge("config_last_reload_successful", "1 if the last attempt to read the configuration succeeded.")
         good.add_metric([], float(daemon.config_error is None))
-        when = _gauge(
-            "config_last_reload_success_timestamp_seconds", "When the configuration in force was read."
-        )
+        when = _gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
         when.add_metric([], daemon.config_loaded_at)
         yield from (lag, good, when)
 

@@ -21,8 +21,9 @@ _SYSTEM_STATE = Path("/var/lib/llamavisor")
 class Places:
     """The default places of one user.
 
-    systemd's own variables (RUNTIME_DIRECTORY, STATE_DIRECTORY, LOGS_DIRECTORY) come first. Then root has /run and
-    /var/lib, and everybody else the folders of the XDG Base Directory Specification. Nothing is created or opened here.
+    The variables of systemd (RUNTIME_DIRECTORY, STATE_DIRECTORY, LOGS_DIRECTORY) come first. Then root has
+    /run and /var/lib, and everybody else the folders of the XDG Base Directory Specification. Nothing is
+    created or opened here.
 
     Args:
         environ: the environment to look at.
@@ -51,11 +52,18 @@ class Places:
         return (own, _SYSTEM_CONFIG)
 
     @property
+    def config_file(self) -> Path | None:
+        """The configuration file to read when the command line names none; None if there is none."""
+        if named := self._environ.get("LLAMAVISOR_CONFIG"):
+            return Path(named)
+        return next((path for path in self.config_files if os.path.lexists(path)), None)
+
+    @property
     def runtime_dir(self) -> Path:
         """The folder of the control socket and its lock.
 
-        Without XDG_RUNTIME_DIR it is inside the user's own state: a predictable name under /tmp could be somebody
-        else's.
+        Without XDG_RUNTIME_DIR it is inside the user's own state: a predictable name under /tmp could be
+        somebody else's.
         """
         if (given := self._first_of("RUNTIME_DIRECTORY")) is not None:
             return given
@@ -99,6 +107,6 @@ class Places:
         return Path(value) if value.startswith("/") else None
 
     def _first_of(self, variable: str) -> Path | None:
-        """systemd lists several folders with colons between them."""
+        """The first folder in `variable`: systemd puts colons between several."""
         value = self._environ.get(variable, "").split(":")[0]
         return Path(value) if value.startswith("/") else None

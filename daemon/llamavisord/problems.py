@@ -48,13 +48,14 @@ class Problem:
 
 
 class ConfigError(LlamavisorError):
-    """Raised when a configuration cannot be used: unreadable, not understood, or in contradiction with itself.
+    """Raised when a configuration cannot be used: unreadable, not understood, or contradicting itself.
 
-    Carries everything that was found, so that a person can put it all right at once; `str(error)` is one line for each.
+    Carries everything that was found, so that a person can put it all right at once; `str(error)` is one line
+    for each.
     """
 
     code = "config_invalid"
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[Problem | str]) -> None:
+        self.problems = tuple(Problem(each) if isinstance(each, str) else each for each in problems)
         super().__init__("\n".join(map(str, self.problems)))

@@ -1,4 +1,4 @@
-"""The places where configuration is written, each read into the same kind of document: file, environment, flags."""
+"""The places where configuration is written (file, environment, flags), each read into the same document."""
 
 from __future__ import annotations
 
@@ -110,10 +110,7 @@ def read_file(path: Path, problems: list[Problem]) -> Source:
     path = _cwd() / path
     nothing = Source(Document(), path.parent, path=path)
     try:
-        with path.open("rb") as file:
-            raw = file.read(FILE_BYTES + 1)
-        if len(raw) > FILE_BYTES:
-            raise ValueError(f"longer than {FILE_BYTES} bytes, so it is no configuration")
+        raw = _read(path)
         text = raw.decode("utf-8").replace("\r\n", "\n")
         tables = tomllib.loads(text)
     except OSError as exc:
@@ -125,7 +122,8 @@ def read_file(path: Path, problems: list[Problem]) -> Source:
         found = _WHERE.search(str(exc))
         line = int(found[1]) if found and found[1] else text.count("\n") + 1
         problems.append(Problem(f"not TOML: {_WHERE.sub('', str(exc))}", Origin(str(path), line)))
-    except (ValueError, RecursionError) as exc:  # a number of thousands of digits, a table in a table in a table
+    except (ValueError, RecursionError) as exc:
+        # Too long a file, a number of thousands of digits, a list in a list in a list.
         text = "nested too deeply" if isinstance(exc, RecursionError) else str(exc)
         problems.append(Problem(f"not TOML: {text}", Origin(str(path))))
     else:
@@ -135,10 +133,8 @@ def read_file(path: Path, problems: list[Problem]) -> Source:
 
 
 def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> tuple[Source, Source]:
-    """What the LLAMAVISOR_ variables say: above the file, and below it. A variable that is empty is not set."""
-    above, below = (
-        {name: at for name, at in table.items() if environ.get(name)} for table in (_VARIABLES, _FALLBACKS)
-    )
+    """What the LLAMAVISOR_ variables say above the file, and below it. An empty one is not set."""
+    above, below = ({name: at for name, at in table.items() if environ.get(name)} for table in (_VARIABLES, _FALLBACKS))
     return _from_variables(above, environ, problems), _from_variables(below, environ, problems)
 
 
@@ -168,6 +164,14 @@ def read_overrides(overrides: Overrides, problems: list[Problem]) -> Source:
     given = {at: (flag, value) for at, (flag, value) in flags.items() if value is not None}
     source = Source(Document(), _cwd(), names={at: flag for at, (flag, _) in given.items()})
     return _checked(source, _nested({at: value for at, (_, value) in given.items()}), problems)
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        raw = file.read(FILE_BYTES + 1)
+    if len(raw) > FILE_BYTES:
+        raise ValueError(f"longer than {FILE_BYTES} bytes")
+    return raw
 
 
 def _from_variables(
@@ -202,7 +206,8 @@ def _checked(source: Source, tables: Mapping[str, object], problems: list[Proble
     outcome = validate(tables)
     if isinstance(outcome, Document):
         return Source(outcome, source.base, source.names, source.path, source.lines)
-    problems += [source.problem(location, text) for location, text in outcome]
+    found = [source.problem(location, text) for location, text in outcome]
+    problems += sorted(found, key=lambda problem: problem.origin.line or 0 if problem.origin else 0)
     return source
 
 

@@ -1,10 +1,10 @@
 """Makes a tiny GGUF model that a real llama-server loads and that says what it is told to say.
 
-For the demo and the tests: nothing is downloaded, nothing is trained, and the answer is the same on every machine.
+For the demo and the tests: nothing is downloaded, nothing is trained, and every machine gives the same answer.
 
-The model is a `llama` whose attention and feed-forward weights are all zero. What reaches the output matrix is then the
-embedding of the last token alone, and the output matrix becomes a lookup table from one token to the next: any token
-of a prompt leads to the first word, each word to the one after it, the last word to the end of the text.
+The model is a `llama` whose attention and feed-forward weights are all zero. What reaches the output matrix is
+then the embedding of the last token alone, and the output matrix becomes a lookup table from one token to the next:
+any token of a prompt leads to the first word, each word to the one after it, the last word to the end of the text.
 
 The format is described in ggml's docs/gguf.md; checked against llama-server b11434.
 """
@@ -12,7 +12,7 @@ The format is described in ggml's docs/gguf.md; checked against llama-server b11
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 _MAGIC = b"GGUF"
@@ -29,11 +29,17 @@ _WORD_START = "\u2581"
 _WIDTH = 32
 """Size of the embedding, rounded up to a multiple of this; llama.cpp computes in rows of 32 floats."""
 _GAIN = 20.0
-"""RMS normalisation turns a one-hot of width 32 into 5.7, so the chosen token leads by 113: certain at any temperature."""
+"""RMS normalisation makes 5.7 of the one in a row of 32, so the next token leads by 113: certain when sampled too."""
 
 
 def write_tiny_model(
-    path: Path, words: Sequence[str], *, loop: bool = False, n_layer: int = 1, n_ctx: int = 4096, pad_bytes: int = 0
+    path: Path,
+    words: Sequence[str],
+    *,
+    loop: bool = False,
+    n_layer: int = 1,
+    n_ctx: int = 4096,
+    pad_bytes: int = 0,
 ) -> None:
     """Write a model of about 100 KB to `path`; it takes a few milliseconds.
 
@@ -43,7 +49,8 @@ def write_tiny_model(
         loop: begin again after the last word, until the client has enough.
         n_layer: number of layers, 28 KB each; 300 with `n_ctx` 100,000 take llama-server seconds to load.
         n_ctx: context length in tokens.
-        pad_bytes: zero bytes after the end, a hole in the file: a big file that costs nothing.
+        pad_bytes: zero bytes after the end, a hole in the file that needs no room on disk. llama-server reads through
+            it when it maps the file.
 
     Raises:
         ValueError: no words, or a word twice (the table has one successor per token).
@@ -57,6 +64,8 @@ def write_tiny_model(
     first = len(tokens)
     tokens += [_WORD_START + word for word in words]
     kinds += [_NORMAL] * len(words)
+    scores = struct.pack(f"<{len(tokens)}f", *[0.0] * len(tokens))
+    kind_bytes = struct.pack(f"<{len(kinds)}i", *kinds)
 
     metadata = [
         _entry("general.architecture", _STRING, _string("llama")),
@@ -68,9 +77,9 @@ def write_tiny_model(
         _entry("llama.attention.head_count", _UINT32, struct.pack("<I", 1)),
         _entry("llama.attention.layer_norm_rms_epsilon", _FLOAT32, struct.pack("<f", 1e-5)),
         _entry("tokenizer.ggml.model", _STRING, _string("llama")),
-        _entry("tokenizer.ggml.tokens", _ARRAY, _array(_STRING, [_string(token) for token in tokens])),
-        _entry("tokenizer.ggml.scores", _ARRAY, _array(_FLOAT32, [struct.pack("<f", 0.0)] * len(tokens))),
-        _entry("tokenizer.ggml.token_type", _ARRAY, _array(_INT32, [struct.pack("<i", kind) for kind in kinds])),
+        _entry("tokenizer.ggml.tokens", _ARRAY, _array(_STRING, len(tokens), map(_string, tokens))),
+        _entry("tokenizer.ggml.scores", _ARRAY, _array(_FLOAT32, len(tokens), [scores])),
+        _entry("tokenizer.ggml.token_type", _ARRAY, _array(_INT32, len(kinds), [kind_bytes])),
         _entry("tokenizer.ggml.bos_token_id", _UINT32, struct.pack("<I", _BOS)),
         _entry("tokenizer.ggml.eos_token_id", _UINT32, struct.pack("<I", _EOS)),
         _entry("tokenizer.ggml.unknown_token_id", _UINT32, struct.pack("<I", _UNK)),
@@ -128,8 +137,8 @@ def _entry(key: str, kind: int, value: bytes) -> bytes:
     return _string(key) + struct.pack("<I", kind) + value
 
 
-def _array(kind: int, values: Sequence[bytes]) -> bytes:
-    return struct.pack("<IQ", kind, len(values)) + b"".join(values)
+def _array(kind: int, count: int, values: Iterable[bytes]) -> bytes:
+    return struct.pack("<IQ", kind, count) + b"".join(values)
 
 
 def _string(text: str) -> bytes:

@@ -1,7 +1,7 @@
 """On which line of a TOML file a key stands; tomllib does not say.
 
-Reads no values: it only finds where each of them ends. The text has been parsed before, so what stands here need not
-judge it.
+Reads no values: it only finds where each of them ends. The text has been parsed before, so what stands here
+need not judge it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Mapping
 
 Location = tuple[str | int, ...]
 """The way to a value: keys, and indices of tables in an array, such as ("router", 1, "port")."""
+
+_DEPTH = 4
+"""How deep keys are followed; router, index, env, variable is the deepest that a configuration goes."""
 
 _BLANK = re.compile(r"(?:[ \t\r\n]|#[^\n]*)*")
 _KEY = re.compile(r"""(?:"(?:[^"\\\n]|\\.)*"|'[^'\n]*'|[A-Za-z0-9_-]|[ \t]*\.[ \t]*)+""")
@@ -81,7 +84,7 @@ def _pieces(dotted: str) -> tuple[str, ...]:
     while isinstance(value, dict):
         ((piece, value),) = value.items()
         pieces.append(piece)
-    return tuple(pieces)
+    return tuple(pieces[:_DEPTH])
 
 
 def _table(pieces: tuple[str, ...], arrays: dict[Location, int], *, is_array: bool) -> Location:

@@ -10,7 +10,7 @@ _DURATION_PIECE = re.compile(rf"{_NUMBER}\s*([a-z]+)\s*", re.IGNORECASE)
 _PLAIN_NUMBER = re.compile(_NUMBER)
 
 # A bare K, M, G or T is binary, as with Docker and systemd.
-_BYTES_OF = {"": 1, "b": 1} | {
+_BYTES_OF: dict[str, int] = {"": 1, "b": 1} | {
     unit: base**power
     for power, letter in enumerate("kmgt", start=1)
     for unit, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
@@ -63,11 +63,11 @@ def format_size(size_bytes: int) -> str:
     if size_bytes < 1024:
         return f"{size_bytes} B"
     scaled = float(size_bytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
+    for unit in ("KiB", "MiB", "GiB"):
         scaled /= 1024
         if scaled < 1024:
-            break
-    return f"{scaled:.1f} {unit}"
+            return f"{scaled:.1f} {unit}"
+    return f"{scaled / 1024:.1f} TiB"
 
 
 def format_duration(seconds: float) -> str:
@@ -75,7 +75,11 @@ def format_duration(seconds: float) -> str:
     if seconds < 10:
         return f"{max(seconds, 0):.1f}s"
     whole = int(seconds)
-    for unit, size, smaller, smaller_size in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
+    for unit, size, smaller, smaller_size in (
+        ("d", 86400, "h", 3600),
+        ("h", 3600, "m", 60),
+        ("m", 60, "s", 1),
+    ):
         if whole >= size:
             return f"{whole // size}{unit} {whole % size // smaller_size}{smaller}"
     return f"{whole}s"

@@ -31,7 +31,7 @@ def main() -> None:
             with open("/proc/self/coredump_filter", "wb", buffering=0) as file:  # noqa: PTH123
                 file.write(b"0")
         except OSError:
-            pass  # noqa: S110 (a kernel without core dumps has no filter either)
+            pass  # a kernel without core dumps has no filter either
         for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and execve would pass that on
             signal.signal(ignored, signal.SIG_DFL)
         os.execve(program[0], program, os.environ)  # noqa: S606

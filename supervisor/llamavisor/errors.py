@@ -18,7 +18,7 @@ class LlamavisorError(Exception):
 
 
 class OptionError(LlamavisorError):
-    """Raised when a llama-server option cannot be used: unknown to this build, reserved, or not writable in a preset."""
+    """Raised when a llama-server option cannot be used: unknown to this build, reserved, or unfit for a preset."""
 
     code = "option_invalid"
 

@@ -79,7 +79,9 @@ _NOT_AWAITED = re.compile(r"none|CPU|RPC", re.IGNORECASE)
 """Devices that --list-devices never shows: the CPU, and other machines', which exist only with --rpc."""
 _MAY_COME_IN_PIECES = ("devices", "tensor_split", "load_mode")
 """What args may say in several words, as far as that can be known without the build's help."""
-_OPTION = re.compile(r"--?[A-Za-z][\w.-]*")
+_OPTION = re.compile(r"--?[A-Za-z]")
+_TWO_IN_ONE = re.compile(r"(--?[A-Za-z][\w.-]*)[= ]\s*(.+)", re.DOTALL)
+_WORDS = 'Write one string per word: ["--threads", "8"].'
 _TYPED_BY_SPELLING = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
 
 
@@ -133,7 +135,7 @@ def check(layers: Sequence[OptionLayer]) -> None:
         previous = ""
         for word in options.args:
             if _looks_like_option(word):
-                _refuse_equals_sign(source, word)
+                _refuse_two_in_one(source, word)
                 _refuse_reserved(source, word, (word,))
                 name = _TYPED_BY_SPELLING.get(normal(word))
                 if name in seen and (name not in _MAY_COME_IN_PIECES or seen[name] == name):
@@ -141,7 +143,7 @@ def check(layers: Sequence[OptionLayer]) -> None:
                 if name is not None:
                     seen[name] = word
             elif not previous:
-                raise OptionError(f"{source}: args begin with {word!r}, which is not an option")
+                raise OptionError(f"{source}: args begin with {word!r}, which is not an option", hint=_WORDS)
             elif normal(previous) not in LISTENER:
                 _refuse_unfit(source, previous, word)
             previous = word
@@ -259,8 +261,8 @@ def _find(source: str, word: str, previous: str, flags: FlagSet, binary: str) ->
     """The option that `word` stands for; None if it is about load modes, in the words of another build."""
     if not _looks_like_option(word):
         after = f" after {previous}" if previous else ""
-        raise OptionError(f"{source}: {word!r} in args{after} is not an option")
-    _refuse_equals_sign(source, word)
+        raise OptionError(f"{source}: {word!r} in args{after} is not an option", hint=_WORDS)
+    _refuse_two_in_one(source, word)
     option = flags.find(word)
     _refuse_reserved(source, word, option.spellings if option else (word,))
     if option is None:
@@ -343,12 +345,11 @@ def _looks_like_option(word: str) -> bool:
     return _OPTION.match(word) is not None
 
 
-def _refuse_equals_sign(source: str, word: str) -> None:
-    name, equals, value = word.partition("=")
-    if equals and _OPTION.fullmatch(name):
+def _refuse_two_in_one(source: str, word: str) -> None:
+    if two := _TWO_IN_ONE.fullmatch(word):
         raise OptionError(
             f"{source}: {word!r} in args is one word, and llama-server wants two",
-            hint=f'Write "{name}", "{value}".',
+            hint=f'Write "{two[1]}", "{two[2]}".',
         )
 
 
@@ -372,7 +373,11 @@ def _refuse_unfit(source: str, written: str, value: str, flags: FlagSet | None =
     elif normal(written) == "--samplers":
         hint = "Write the same with --sampling-seq, one letter for each sampler."
     else:
-        hint = "It reaches models through a preset file, which cannot quote."
+        hint = (
+            "It reaches models through a preset file, which cannot quote."
+            if value
+            else f"Leave {written} out."
+        )
     raise OptionError(f"{source}: the value {value!r} of {written} {problem}", hint=hint)
 
 

@@ -14,6 +14,7 @@ from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoun
 from llamavisor.events import Bus, StraysKilled, Warned
 from llamavisor.host import Host
 from llamavisor.launch import Launcher
+from llamavisor.output import CAP_BYTES
 from llamavisor.process import TERM_GRACE_S, Spawner
 from llamavisor.router import Router
 from llamavisor.settings import RouterSettings
@@ -162,7 +163,13 @@ async def _shut_down(router: Router, grace_s: float) -> None:
 
 
 def open_fleet(
-    *, spawner: Spawner, state_dir: Path, log_dir: Path, environ: Mapping[str, str], bus: Bus
+    *,
+    spawner: Spawner,
+    state_dir: Path,
+    log_dir: Path,
+    environ: Mapping[str, str],
+    bus: Bus,
+    log_size_bytes: int = CAP_BYTES,
 ) -> Fleet:
     """A fleet of real routers.
 
@@ -172,12 +179,19 @@ def open_fleet(
         log_dir: folder for what the routers print.
         environ: the environment of which a short list is passed on.
         bus: where the events go.
+        log_size_bytes: size at which a router's output file is rotated.
     """
     probes = ProbeCache()
 
     def make_host(settings: RouterSettings) -> Host:
         return Launcher(
-            settings, spawner=spawner, state_dir=state_dir, log_dir=log_dir, probes=probes, environ=environ
+            settings,
+            spawner=spawner,
+            state_dir=state_dir,
+            log_dir=log_dir,
+            log_size_bytes=log_size_bytes,
+            probes=probes,
+            environ=environ,
         )
 
     return Fleet(make_host=make_host, spawner=spawner, bus=bus)

@@ -131,7 +131,7 @@ class FlagSet:
     def similar(self, spelling: str) -> str | None:
         """The known spelling that somebody who wrote `spelling` most likely meant."""
         known = [known for known, option in self._by_spelling.items() if not option.removal]
-        return next(iter(difflib.get_close_matches(normal(spelling), known, n=1, cutoff=0.75)), None)
+        return next(iter(difflib.get_close_matches(normal(spelling), known, n=1, cutoff=0.8)), None)
 
 
 def normal(spelling: str) -> str:

@@ -19,8 +19,8 @@ import anyio.to_thread
 import psutil
 
 from llamavisor import flags, preset
-from llamavisor.binary import Binary, ProbeCache, find, list_devices
 from llamavisor.api import RouterApi
+from llamavisor.binary import Binary, ProbeCache, find, list_devices
 from llamavisor.cause import Cause, Verdict
 from llamavisor.child import Child
 from llamavisor.child import find as find_child
@@ -64,6 +64,7 @@ class Launcher:
         spawner: starts processes that carry our marker.
         state_dir: folder for the generated files of this router; created when missing.
         log_dir: folder for its output.
+        log_size_bytes: size at which its output file is rotated.
         probes: remembers what each llama-server can do.
         environ: the daemon's own environment, of which a short list is passed on.
     """
@@ -75,11 +76,12 @@ class Launcher:
         spawner: Spawner,
         state_dir: Path,
         log_dir: Path,
+        log_size_bytes: int,
         probes: ProbeCache,
         environ: Mapping[str, str],
     ) -> None:
         self.settings = settings
-        self.output = OutputFile(log_dir / f"{settings.name}.log")
+        self.output = OutputFile(log_dir / f"{settings.name}.log", cap_bytes=log_size_bytes)
         self._spawner = spawner
         self._dir = state_dir / "routers" / settings.name
         self._preset = self._dir / "preset.ini"
@@ -105,9 +107,7 @@ class Launcher:
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
-        obstacle = _folder_obstacle(self.settings.models_dir) or _port_obstacle(
-            self.settings.host, self.settings.port
-        )
+        obstacle = _folder_obstacle(self.settings.models_dir) or _port_obstacle(self.settings.host, self.settings.port)
         if obstacle is not None:
             return obstacle
         warnings = []

@@ -43,18 +43,15 @@ def from_words(source: str, words: Sequence[tuple[str, str]]) -> str:
     Raises:
         OptionError: they contradict each other.
     """
-    (first, mode), *more = words
-    if normal(first) in VALUED and not more:
-        return mode
-    asked: dict[str, bool] = {}
-    for word, _ in words:
-        what, is_on = _OLD.get(normal(word), ("", False))
-        if not what or what in asked:
-            raise OptionError(
-                f"{source}: {first} and {word} in args both choose a load mode",
-                hint='Set load_mode = "…" instead.',
-            )
-        asked[what] = is_on
+    named = [mode for word, mode in words if normal(word) in VALUED]
+    asked = dict(_OLD[normal(word)] for word, _ in words if normal(word) in _OLD)
+    if len(named) + len(asked) < len(words) or (named and asked):
+        spelled = " and ".join(word for word, _ in words)
+        raise OptionError(
+            f"{source}: {spelled} in args contradict each other", hint='Set load_mode = "…" instead.'
+        )
+    if named:
+        return named[-1]
     if asked.get("dio"):
         return "dio"
     is_mapped = asked.get("mmap", True)
@@ -69,11 +66,13 @@ def as_preset(mode: str, flags: FlagSet) -> Mapping[str, str] | None:
     """The preset's entries for `mode` in this build, none for its default; None if the build cannot do it."""
     option = flags.find("--load-mode")
     if option is not None:
-        if mode in option.choices:
+        if mode in option.choices or not option.choices:
             return {option.key: mode}
         return {} if mode == "auto" else None
+    if mode not in _AS_FLAGS:
+        return None
     entries: dict[str, str] = {}
-    for spelling, is_on in _AS_FLAGS.get(mode, {"": True}).items():
+    for spelling, is_on in _AS_FLAGS[mode].items():
         known = flags.find(spelling)
         if known is None and (off := flags.find(spelling.replace("--", "--no-", 1))):
             known, is_on = off, not is_on  # noqa: PLW2901 - `--no-mmap` alone, without a `--mmap`

@@ -128,9 +128,7 @@ class ModelTable:
         if event.state is ModelState.LOADING and event.progress is not None:
             model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
             happened.append(
-                ModelProgress(
-                    router=self._router, model=model.name, stage=event.stage or "", progress=event.progress
-                )
+                ModelProgress(router=self._router, model=model.name, stage=event.stage or "", progress=event.progress)
             )
         return happened
 
@@ -201,7 +199,9 @@ class ModelTable:
         return happened
 
     def _observe(self, model: Model, state: ModelState, now: float, *, exit_code: int | None) -> list[Event]:
-        """The router says that `model` is in `state`. There are five cases:
+        """Take note that the router says that `model` is in `state`.
+
+        There are five cases:
 
         1. It says what we know: nothing happened.
         2. It still calls a model loaded that we asked it to unload: it has no word for that state; ours stands.

@@ -1,7 +1,7 @@
 """What a router has been asked to do with its models: one operation at a time, and who waits for what.
 
 Loads, unloads and reloads of one router must never overlap (a reload between the two halves of a load leaves a model
-without a name behind). An operation covers only the HTTP call; whether its goal is reached is read from the model table.
+without a name behind). An operation covers only the HTTP call; whether its goal is reached is read from the table.
 """
 
 from __future__ import annotations

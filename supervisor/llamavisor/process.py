@@ -142,35 +142,41 @@ class Process:
         """
         self.kill()
         killed: set[int] = set()
-        remaining: list[int] = []
+        # Once found, a stray is kept in sight until it is gone: a killed one has no environment to know it by.
+        strays: set[procfs.Identity] = set()
         with anyio.move_on_after(KILL_GRACE_S):
             while True:
-                remaining = self._strays()
+                strays |= self._find_strays()
                 self._reap()
-                if not remaining:
+                strays = {stray for stray in strays if not self._is_gone(stray)}
+                if not strays:
                     break
-                for pid in remaining:
-                    known = procfs.stat(pid)
+                for stray in strays:
+                    known = procfs.stat(stray.pid)
                     if known is None or known.is_zombie:
                         continue
                     if known.session != self.pid:
-                        killed.add(pid)  # beyond the group: it called setsid, a plain killpg would have missed it
+                        killed.add(stray.pid)  # it called setsid: a killpg would have missed it
                     with suppress(ProcessLookupError, PermissionError):
-                        os.kill(pid, signal.SIGKILL)
+                        os.kill(stray.pid, signal.SIGKILL)
                 await anyio.sleep(_POLL_S)
-        return Leftovers(killed=tuple(sorted(killed)), survivors=tuple(remaining))
+        survivors = sorted(stray.pid for stray in strays)
+        return Leftovers(killed=tuple(sorted(killed)), survivors=tuple(survivors))
 
-    def _strays(self) -> list[int]:
-        """The processes that belong to this one and still exist, zombies of its session included."""
-        strays = []
+    def _find_strays(self) -> set[procfs.Identity]:
+        """The processes of our session and those with our marker, besides this process itself."""
+        strays = set()
         for pid in procfs.descendants(os.getpid()):
             known = procfs.stat(pid)
             if pid == self.pid or known is None:
                 continue
             if known.session == self.pid or procfs.has_environment(pid, self.marker):
-                strays.append(pid)
-                _reap_adopted(pid, self._own)
-        return [pid for pid in strays if procfs.stat(pid) is not None]
+                strays.add(procfs.Identity(pid, known.start_ticks, procfs.boot_id()))
+        return strays
+
+    def _is_gone(self, stray: procfs.Identity) -> bool:
+        """Whether a stray has ended and been reaped, which is ours to do once its parent is gone."""
+        return _reap_adopted(stray.pid, self._own) or not stray.is_current
 
     def _reap(self) -> None:
         """Collect the exit status of the process itself, which frees its pid and its group's number."""
@@ -213,10 +219,10 @@ class Spawner:
     ) -> Process:
         """Start `argv[0]`, an absolute path, as the leader of its own session.
 
-        Its standard output and error are appended to the file `output`, never to a pipe: a pipe that nobody drains stops
-        llama-server for ever while /health says 200. Its standard input is /dev/null.
+        Its standard output and error are appended to the file `output`, never to a pipe: a pipe that nobody drains
+        stops llama-server for ever while /health says 200. Its standard input is /dev/null.
 
-        Called from the main thread's event loop: the parent-death signal is bound to the thread that starts the process.
+        Called from the main thread's event loop: the parent-death signal is bound to the thread that starts it.
 
         Raises:
             SpawnError: the process could not be started; says whether trying again makes sense.
@@ -250,9 +256,7 @@ class Spawner:
             finally:
                 os.close(error_write)
             try:
-                number = await _read_errno(error_read)
-                if number:
-                    raise _spawn_error(argv[0], OSError(number, os.strerror(number)))
+                await _await_exec(error_read, argv[0])
                 identity = procfs.identify(popen.pid)
                 assert identity is not None  # noqa: S101 (our child stays at least a zombie until we reap it)
             except BaseException:
@@ -328,12 +332,14 @@ def _reap_adopted(pid: int, own: set[int]) -> bool:
         return False
 
 
-async def _read_errno(error_read: int) -> int:
-    """The number that the launcher wrote before it gave up, 0 when execve closed the pipe."""
+async def _await_exec(error_read: int, program: str) -> None:
+    """Wait until execve has closed the launcher's pipe; a number in it says why there was no execve."""
+    number = errno.EAGAIN  # a machine too busy to run the launcher is short of something, and that may pass
     with anyio.move_on_after(EXEC_TIMEOUT_S):
         await anyio.wait_readable(error_read)
-        return int(os.read(error_read, 16) or b"0")
-    return errno.EAGAIN  # a machine too busy to run the launcher is short of something, and that may pass
+        number = int(os.read(error_read, 16) or b"0")
+    if number:
+        raise _spawn_error(program, OSError(number, os.strerror(number)))
 
 
 def _abandon(popen: subprocess.Popen[bytes]) -> None:

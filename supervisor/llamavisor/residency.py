@@ -229,9 +229,7 @@ class Residency:
                 refusal = error = None
             if error is not None:
                 refusal = self._load_refusal(name, error)
-            self._publish(
-                self.table.end_load_call(name, refusal=str(refusal) if refusal else None, now=now)
-            )
+            self._publish(self.table.end_load_call(name, refusal=str(refusal) if refusal else None, now=now))
         elif operation.kind is Kind.UNLOAD and error is not None:
             if error.status == 400:  # "not running": it has gone meanwhile, and the news of it is under way
                 refusal = None

@@ -98,9 +98,7 @@ class Router:
         self._bus = bus
         self._random = random
         self._send, self._inbox = anyio.create_memory_object_stream[_Message](math.inf)
-        self._residency = Residency(
-            host.settings, host.output, publish=bus.publish, post=self._post_from
-        )
+        self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
         self._why: Cause | None = None  # why the next generation is begun, None for the first
@@ -332,9 +330,7 @@ class Router:
         verdict = self.verdict or Verdict(Cause.EXIT, "ended")
         ready_for = None if self._ready_since is None else now - self._ready_since
         was_loop = self.history.is_crash_loop
-        self.history, delay = restart.after_end(
-            self.history, now=now, ready_for_s=ready_for, jitter=self._random()
-        )
+        self.history, delay = restart.after_end(self.history, now=now, ready_for_s=ready_for, jitter=self._random())
         self._why = verdict.cause
         self.retry_at = now + delay
         self._publish(
@@ -352,9 +348,7 @@ class Router:
 
     def _latch(self) -> None:
         verdict = self.verdict or Verdict(Cause.EXIT, "ended")
-        self._publish(
-            ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint)
-        )
+        self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
         self._start_soon(self._watch_obstacle, verdict, self._generation)
 
     async def _watch_obstacle(self, verdict: Verdict, generation: gen.Generation | None) -> None:
@@ -405,9 +399,7 @@ class Router:
             case gen.Gone(leftovers):
                 if leftovers.killed or leftovers.survivors:
                     self._publish(
-                        ev.StraysKilled(
-                            router=self.name, pids=leftovers.killed, survivors=leftovers.survivors
-                        )
+                        ev.StraysKilled(router=self.name, pids=leftovers.killed, survivors=leftovers.survivors)
                     )
                 self._signal(RouterInput.GONE)
 

@@ -20,7 +20,7 @@ OLD_BUILD: dict[str, object] = {
 
 
 class FakeLlamaServer:
-    """An executable that passes for llama-server: `str()` is its path, and it can stand where a path is wanted.
+    """An executable that passes for llama-server; `str()` of it is its path, and so is it wherever one is wanted.
 
     Args:
         path: where the executable is.
@@ -52,7 +52,7 @@ class FakeLlamaServer:
             TypeError: there is no such behaviour.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        fake = cls(folder / name)
+        fake = cls(folder.resolve() / name)
         fake.change(**behaviour)
         command = shlex.join([sys.executable, "-I", "-S", str(_SCRIPT), str(fake._behaviour)])
         fake.path.write_text(f'#!/bin/sh\nexec {command} "$0" "$@"\n', encoding="utf-8")

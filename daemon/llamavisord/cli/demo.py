@@ -152,9 +152,7 @@ def _chat(port: int, model: str) -> str:
     connection = HTTPConnection("127.0.0.1", port, timeout=STEP_TIMEOUT_S)
     try:
         body = {"model": model, "messages": [{"role": "user", "content": "Who are you?"}]}
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         text = answer.read()
         if answer.status != 200:

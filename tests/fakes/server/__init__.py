@@ -1,1 +1,1 @@
-"""The parts of the stand-in for llama-server. What it imitates is build b11434, seen through its interface."""
+"""The parts of the stand-in for llama-server, which imitates build b11434 as it is seen from outside."""

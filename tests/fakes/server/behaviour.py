@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 
+
 class _Script:
     """Keys with defaults; whoever sets one that is not there hears of it."""
 
@@ -34,8 +35,8 @@ class ModelBehaviour(_Script):
         hang_after_s: answer nothing any more this long after it was loaded; connections are still accepted.
         hang_after_requests: likewise, after this many answered requests.
         ignore_exit: take no notice of the router's order to end, nor of the router's death.
-        grandchild: start a process of its own that stays: "group" in the same process group, "setsid" in its own session.
-        grandchild_holds_output: that process keeps the output pipes open, so that the router never sees the end.
+        grandchild: start a process that stays: "group" in the same process group, "setsid" in a session of its own.
+        grandchild_holds_output: that process keeps the output open, so that the router never sees the end.
     """
 
     load_s: float = 0.0
@@ -60,7 +61,7 @@ class Behaviour(_Script):
         version: what --version prints, the line with the version.
         missing_options: spellings of options that this build does not know.
         devices: what --list-devices prints, one line each.
-        devices_after_calls: how many calls of --list-devices show no device before that (a driver that loads late).
+        devices_after_calls: how many calls of --list-devices show none before that (a driver that loads late).
         sse: whether GET /models/sse exists.
         role: what GET /props says it is; "" = says nothing, as a server of one model does.
         start_s: time between the start and listening.
@@ -74,7 +75,7 @@ class Behaviour(_Script):
         hang_after_s: answer nothing any more this long after listening; connections are still accepted.
         hang_paths: the paths that hang then, none = all.
         ignore_sigterm: take no notice of SIGTERM and SIGINT.
-        grandchild: start a process of its own that stays: "group" in the same process group, "setsid" in its own session.
+        grandchild: start a process that stays: "group" in the same process group, "setsid" in a session of its own.
         zombies: how many ended processes of its own it does not wait for.
         answers: by path, what is answered instead: `status`, `type`, `body`, `repeat` (how often the body is sent) and
             `delay_s` (before it; without `body` the true answer follows late).
@@ -119,20 +120,25 @@ class Record:
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
-        os.makedirs(folder, exist_ok=True)  # noqa: PTH103 (pathlib takes a third of the time that a start may take)
+        os.makedirs(folder, exist_ok=True)
 
     def count(self, what: str) -> int:
         """Count one more `what`, over all processes; returns the new count."""
-        fd = os.open(f"{self._folder}/{what}.count", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+        fd = os.open(f"{self._folder}/{what}.count", flags, 0o644)
         try:
             os.write(fd, b".")
             return os.lseek(fd, 0, os.SEEK_CUR)
         finally:
             os.close(fd)
 
+    def is_among_first(self, n: int, what: str) -> bool:
+        """Count one more `what`, and say whether it is among the first `n`; all are among -1."""
+        return n < 0 or (n > 0 and self.count(what) <= n)
+
     def note(self, what: str, line: str) -> None:
         """Append a line to the list of `what`."""
-        with open(f"{self._folder}/{what}.jsonl", "a", encoding="utf-8") as file:  # noqa: PTH123
+        with open(f"{self._folder}/{what}.jsonl", "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
 
@@ -147,12 +153,12 @@ def end(how: int | str) -> None:
 
 def start_grandchild(kind: str, *, holds_output: bool = False) -> None:
     """Start a process that does nothing for ten minutes and that nobody waits for."""
-    outputs = () if holds_output else ((os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0), (os.POSIX_SPAWN_DUP2, 1, 2))
+    kept_free = (0,) if holds_output else (0, 1, 2)
     os.posix_spawn(
         "/bin/sleep",
         ["sleep", "600"],
         os.environ,
-        file_actions=[(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0), *outputs],
+        file_actions=[(os.POSIX_SPAWN_OPEN, fd, "/dev/null", os.O_RDWR, 0) for fd in kept_free],
         setsid=kind == "setsid",
         setsigmask=(),
     )

@@ -1,7 +1,7 @@
 """The process of one model: listens at once, answers when it has loaded, obeys the router through its pipes.
 
-It tells the router of its state in lines on standard output and prints its log on standard error. Orders come as lines
-on standard input; the end of that means that the router has died.
+It tells the router of its state in lines on standard output and prints its log on standard error. Orders come as
+lines on standard input; the end of that means that the router has died.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from .behaviour import Behaviour, Record, end, start_grandchild
 from .gguf import ModelFile
 from .http import (
-    ErrorResponse,
+    AnswerError,
     HttpServer,
     Request,
     Response,
@@ -91,8 +91,8 @@ class Child:
         self._load()
         self._loaded_at = time.monotonic()
         self._is_ready = True
-        self._log.info("llama_server", "model loaded")
-        self._log.info("llama_server", f"listening on {server.url}")
+        self._log("llama_server", "model loaded")
+        self._log("llama_server", f"listening on {server.url}")
         if not self._is_alone:
             threading.Thread(target=self._obey, args=(server,), daemon=True).start()
             self._tell("ready", self.info())
@@ -103,7 +103,7 @@ class Child:
             server.close()
             if self._is_alone:
                 end(0)
-            # A true child stops serving and then waits for its standard input: "loaded" for ever, until unloaded.
+            # A true child stops serving and then waits for its standard input: "loaded" until it is unloaded.
 
     def info(self) -> dict[str, object]:
         """What the router is told of a loaded model."""
@@ -129,7 +129,7 @@ class Child:
             check_key(request, self._keys)
             self._hang_if_told()
             return self._answer(request)
-        except ErrorResponse as error:
+        except AnswerError as error:
             return error.response
 
     def _answer(self, request: Request) -> Response:
@@ -143,8 +143,7 @@ class Child:
             return json_response(self._props())
         if request.method == "GET" and request.path == "/slots":
             self._wake()
-            slots = [{"id": at, "n_ctx": self._n_ctx, "is_processing": at < self._busy} for at in range(_SLOTS)]
-            return json_response(slots)
+            return json_response([{"id": at, "is_processing": at < self._busy} for at in range(_SLOTS)])
         if request.method == "POST" and request.path in CHAT_PATHS | TEXT_PATHS:
             return self._generate(request)
         raise not_found()
@@ -154,7 +153,7 @@ class Child:
         is_chat = request.path in CHAT_PATHS
         needed = "messages" if is_chat else "prompt"
         if needed not in body:
-            raise ErrorResponse(400, f"'{needed}' is required")
+            raise AnswerError(400, f"'{needed}' is required")
         with self._lock:
             self._requests += 1
         if self._requests == self._script.exit_after_requests:
@@ -163,16 +162,16 @@ class Child:
         limit = body.get("max_tokens", body.get("n_predict", -1))
         words = self._words(limit if isinstance(limit, int) else -1)
         if body.get("stream"):
-            return Response(200, content_type="text/event-stream", chunks=self._stream(words, is_chat=is_chat))
+            return Response(200, content_type="text/event-stream", chunks=self._stream(words))
         said = list(words)
-        reason = "stop" if limit != len(said) else "length"
-        choice = {"message": {"role": "assistant", "content": "".join(said)}} if is_chat else {"text": "".join(said)}
+        text = "".join(said)
+        choice = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        choice |= {"finish_reason": "length" if limit == len(said) else "stop", "index": 0}
         usage = {"completion_tokens": len(said) + 1, "prompt_tokens": 8, "total_tokens": len(said) + 9}
-        choices = [{"finish_reason": reason, "index": 0, **choice}]
-        return json_response({"choices": choices, **self._envelope("chat.completion"), "usage": usage})
+        return json_response({"choices": [choice], **self._envelope("chat.completion"), "usage": usage})
 
-    def _stream(self, words: Iterator[str], *, is_chat: bool) -> Iterator[bytes]:
-        envelope = self._envelope("chat.completion.chunk" if is_chat else "text_completion")
+    def _stream(self, words: Iterator[str]) -> Iterator[bytes]:
+        envelope = self._envelope("chat.completion.chunk")
 
         def event(reason: str | None, delta: dict[str, object]) -> bytes:
             choice = {"finish_reason": reason, "index": 0, "delta": delta}
@@ -209,8 +208,8 @@ class Child:
 
     def _metrics(self) -> Response:
         if not self._has_metrics:
-            hint = "Start it with `--metrics`"
-            raise ErrorResponse(501, f"This server does not support metrics endpoint. {hint}", "not_supported_error")
+            reason = "This server does not support metrics endpoint. Start it with `--metrics`"
+            raise AnswerError(501, reason, "not_supported_error")
         values = {**self._counts, "requests_processing": self._busy}
         lines = [
             f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {values[name]}\n"
@@ -231,18 +230,17 @@ class Child:
 
     def _load(self) -> None:
         """Read the file, as slowly and as badly as told."""
-        self._log.info("load_model", f"loading model '{self._path}'")
+        self._log("load_model", f"loading model '{self._path}'")
         self._progress(0.0)
-        failures = self._script.load_failures
-        if failures and (failures < 0 or self._record.count(f"loads-{self.alias.replace('/', '_')}") <= failures):
-            self._log.error("load_model", f"failed to load model, '{self._path}'")
+        if self._record.is_among_first(self._script.load_failures, f"loads-{self.alias.replace('/', '_')}"):
+            self._log("load_model", f"failed to load model, '{self._path}'", "E")
             end(self._script.load_exit)
         try:
             self._file = ModelFile(self._path)
         except (OSError, ValueError) as exc:
             self._log.raw(f"0.00.000.001 E {exc}\n".encode())
-            self._log.error("load_model", f"failed to load model, '{self._path}'")
-            self._log.error("llama_server", "exiting due to model loading error")
+            self._log("load_model", f"failed to load model, '{self._path}'", "E")
+            self._log("llama_server", "exiting due to model loading error", "E")
             end(1)
         steps = int(self._script.load_s / _PROGRESS_EVERY_S)
         for step in range(steps):
@@ -266,17 +264,17 @@ class Child:
 
     def _obey(self, server: HttpServer) -> None:
         """Wait for the order to end, or for the router's death."""
-        self._log.info("operator()", "child server monitoring thread started, waiting for EOF on stdin...")
+        self._log("operator()", "child server monitoring thread started, waiting for EOF on stdin...")
         for line in sys.stdin.buffer:
             if EXIT.encode() in line and not self._script.ignore_exit:
-                self._log.info("operator()", "exit command received, exiting...")
+                self._log("operator()", "exit command received, exiting...")
                 self._is_ending = True
                 server.close()
                 while self._busy:  # an answer under way never ends, and keeps the process until it is killed
                     time.sleep(0.01)
                 end(0)
         if not self._script.ignore_exit:
-            self._log.info("operator()", "EOF on stdin detected, forcing shutdown...")
+            self._log("operator()", "EOF on stdin detected, forcing shutdown...")
             end(1)
 
     def _hang_if_told(self) -> None:
@@ -308,4 +306,3 @@ class Child:
         if was_asleep:
             self._load()
             self._tell("ready", {})
-

@@ -1,4 +1,4 @@
-"""As much of a GGUF file as a model's process must know: its size, its vocabulary, and what a tiny model says."""
+"""As much of a GGUF file as a model's process must know: its size, its vocabulary, what a tiny model says."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ModelFile:
     """
 
     def __init__(self, path: str) -> None:
-        with open(path, "rb") as file:  # noqa: PTH123 (see `behaviour`)
+        with open(path, "rb") as file:
             self._data = file.read()
         self._at = 4
         if len(self._data) < 4:

@@ -61,14 +61,14 @@ class Response:
         self.headers = headers or {}
 
 
-class ErrorResponse(Exception):
+class AnswerError(Exception):
     """Raised when a request is answered with one of llama-server's error bodies.
 
     Args:
         status: HTTP status, repeated in the body.
         message: what it says.
         kind: llama-server's name for the class of the error.
-        is_general: whether it comes from the server at large; those bodies name their fields in another order.
+        is_general: whether it comes from the server at large; there the fields have another order.
     """
 
     def __init__(
@@ -90,41 +90,41 @@ def dumps(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def not_found() -> ErrorResponse:
+def not_found() -> AnswerError:
     """What every 404 says, whatever it is that was not found."""
-    return ErrorResponse(404, "File Not Found", "not_found_error", is_general=True)
+    return AnswerError(404, "File Not Found", "not_found_error", is_general=True)
 
 
-def not_ready() -> ErrorResponse:
+def not_ready() -> AnswerError:
     """What everything is answered with before a server is ready."""
-    return ErrorResponse(503, "Loading model", "unavailable_error", is_general=True)
+    return AnswerError(503, "Loading model", "unavailable_error", is_general=True)
 
 
 def check_key(request: Request, keys: list[str]) -> None:
     """See that a request carries one of the keys, if there are any.
 
     Raises:
-        ErrorResponse: it does not.
+        AnswerError: it does not.
     """
     if not keys or request.path in {"/health", "/v1/health", "/"}:
         return
     given = request.headers.get("authorization") or request.headers.get("x-api-key", "")
     if given.removeprefix("Bearer ") not in keys:
-        raise ErrorResponse(401, "Invalid API Key", "authentication_error", is_general=True)
+        raise AnswerError(401, "Invalid API Key", "authentication_error", is_general=True)
 
 
 def body_object(request: Request) -> dict[str, object]:
     """The JSON object in the body; what is JSON but no object counts as an empty one.
 
     Raises:
-        ErrorResponse: it is no JSON.
+        AnswerError: it is no JSON.
     """
     try:
         value = json.loads(request.body)
     except ValueError as exc:
         line, column = getattr(exc, "lineno", 1), getattr(exc, "colno", 1)
         where = f"parse error at line {line}, column {column}: syntax error while parsing value"
-        raise ErrorResponse(400, f"[json.exception.parse_error.101] {where}") from exc
+        raise AnswerError(400, f"[json.exception.parse_error.101] {where}") from exc
     return value if isinstance(value, dict) else {}
 
 

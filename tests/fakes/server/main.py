@@ -26,12 +26,12 @@ _MODEL_OPTIONS = (
 def main(behaviour_path: str, program: str, arguments: list[str]) -> None:
     """Be llama-server."""
     behaviour_path = os.environ.get("FAKE_LLAMA", behaviour_path)
-    with open(behaviour_path, encoding="utf-8") as file:  # noqa: PTH123 (see `behaviour`)
+    with open(behaviour_path, encoding="utf-8") as file:
         script = Behaviour(**json.load(file))
     record = Record(f"{behaviour_path}.record")
-    with open("/proc/self/comm", "w", encoding="ascii") as file:  # noqa: PTH123
+    with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write("llama-server")
-    with open(_HELP, encoding="utf-8") as file:  # noqa: PTH123
+    with open(_HELP, encoding="utf-8") as file:
         table = OptionTable(file.read(), script.missing_options)
 
     if {"-h", "--help", "--usage"} & set(arguments):
@@ -51,11 +51,13 @@ def main(behaviour_path: str, program: str, arguments: list[str]) -> None:
         sys.exit(1)
 
     options = {option.env: value for option, value in given.items()}
-    keys = [key for key in options.get("LLAMA_API_KEY", os.environ.get("LLAMA_API_KEY", "")).split(",") if key]
+    given_keys = options.get("LLAMA_API_KEY", os.environ.get("LLAMA_API_KEY", ""))
+    keys = [key for key in given_keys.split(",") if key]
     log = Log(2)
-    log.info("llama_server", "initializing ...")
-    log.info("common_params", "common_params_print_info: verbosity = 3 (adjust with the `-lv N` CLI arg)")
-    note = dumps({"argv": [program, *arguments], "env": dict(os.environ), "cwd": os.getcwd(), "pid": os.getpid()})  # noqa: PTH109
+    log("llama_server", "initializing ...")
+    log("common_params", "common_params_print_info: verbosity = 3 (adjust with the `-lv N` CLI arg)")
+    folder = os.getcwd()
+    note = dumps({"argv": [program, *arguments], "env": dict(os.environ), "cwd": folder, "pid": os.getpid()})
     if "LLAMA_ARG_MODEL" in options:
         record.note("models", note)
         own = {name: options[name] for name in _MODEL_OPTIONS if name in options}
@@ -65,21 +67,21 @@ def main(behaviour_path: str, program: str, arguments: list[str]) -> None:
 
     record.note("starts", note)
     time.sleep(script.start_s)
-    if script.start_failures and (script.start_failures < 0 or record.count("failures") <= script.start_failures):
+    if record.is_among_first(script.start_failures, "failures"):
         if script.start_line:
-            log.error("llama_server", script.start_line)
+            log("llama_server", script.start_line, "E")
         end(script.start_exit)
     port = int(options.get("LLAMA_ARG_PORT", "8080"))
     env = {**os.environ, "LLAMA_SERVER_ROUTER_PORT": str(port)}
     try:
         registry = Registry(table, given, program=program, log=log, env=env)
     except PresetError as exc:
-        log.error("llama_server", f"failed to initialize router models: {exc}")
+        log("llama_server", f"failed to initialize router models: {exc}", "E")
         end(1)
     if not keys:
-        log.warning("llama_server", "security: no API key is set and CORS allows all origins")
-    log.warning("llama_server", "security: router mode enabled - do not expose to untrusted environments")
-    log.info("llama_server", "starting server in router mode. models will be automatically loaded on-demand")
+        log("llama_server", "security: no API key is set and CORS allows all origins", "W")
+    log("llama_server", "security: router mode enabled - do not expose to untrusted environments", "W")
+    log("llama_server", "starting server in router mode. models will be automatically loaded on-demand")
     autoload = is_on(options.get("LLAMA_ARG_MODELS_AUTOLOAD", "1"))
     router = Router(registry, script, keys=keys, autoload=autoload, log=log)
     router.run(options.get("LLAMA_ARG_HOST", "127.0.0.1"), port)

@@ -59,7 +59,7 @@ class OptionTable:
         for option in found:
             if option not in known:
                 self.help_text = self.help_text.replace(option.block + "\n", "", 1)
-        self._by_spelling = {spelling: option for option in known for spelling in option.spellings + option.negations}
+        self._by_spelling = {spelling: one for one in known for spelling in one.spellings + one.negations}
         self._by_key = {spelling.lstrip("-"): option for spelling, option in self._by_spelling.items()}
         self._by_key |= {option.env: option for option in known if option.env}
         self._by_key |= {key: Option([key], [], "N", key, "") for key in _PRESET_ONLY}
@@ -84,11 +84,10 @@ class OptionTable:
                 given[option] = "0" if argument in option.negations else "1"
                 continue
             value = next(rest, None)
-            complaint = "expected value for argument" if value is None else _complaint(option, argument, value)
-            if complaint:
+            if complaint := _complaint(option, argument, value):
                 usage = f"usage:\n{option.block}\n\n\nto show complete usage, run with -h"
                 raise UsageError(f'error while handling argument "{argument}": {complaint}\n\n{usage}')
-            given[option] = value or ""
+            given[option] = str(value)
         return given
 
     def read_preset(self, path: str) -> dict[str, dict[Option, str]]:
@@ -98,7 +97,7 @@ class OptionTable:
             PresetError: missing, malformed, or with a key that no option has.
         """
         try:
-            with open(path, encoding="utf-8", newline="") as file:  # noqa: PTH123 (see `behaviour`)
+            with open(path, encoding="utf-8", newline="") as file:
                 text = file.read()
         except FileNotFoundError as exc:
             raise PresetError(f"preset file does not exist: {path}") from exc
@@ -112,10 +111,11 @@ class OptionTable:
                 raw.setdefault(section, {})[found[1]] = found[2]
             elif not _BLANK.fullmatch(line):
                 raise PresetError(f"failed to parse server config file: {path}")
-        sections = {_canonical(name): self._preset(_canonical(name), pairs) for name, pairs in sorted(raw.items())}
+        named = {_canonical(name): pairs for name, pairs in sorted(raw.items())}
+        sections = {name: self._options_of(name, pairs) for name, pairs in named.items()}
         return {name: options for name, options in sections.items() if options or name != "default"}
 
-    def _preset(self, name: str, pairs: dict[str, str]) -> dict[Option, str]:
+    def _options_of(self, name: str, pairs: dict[str, str]) -> dict[Option, str]:
         options = {}
         for key, value in sorted(pairs.items()):
             if key == "version":
@@ -161,7 +161,7 @@ def to_ini(name: str, options: dict[Option, str]) -> str:
 
 
 def _read_block(block: str) -> Option:
-    """`-x, --long, --no-long HINT   what it does`, where the hint and what follows may stand on the next lines."""
+    """`-x, --long, --no-long HINT   what it does`, where what it does may stand on the next lines."""
     first = block.partition("\n")[0]
     spellings: list[str] = []
     rest = first
@@ -181,8 +181,10 @@ def _negations(spellings: list[str]) -> list[str]:
     return spellings[at:] if is_pair else []
 
 
-def _complaint(option: Option, argument: str, value: str) -> str:
+def _complaint(option: Option, argument: str, value: str | None) -> str:
     """What llama-server has against a value, "" = nothing."""
+    if value is None:
+        return "expected value for argument"
     if option.hint in _NUMBERS and not (value in _WORDS_FOR_NUMBERS and "'auto'" in option.block):
         return "" if re.match(r"\s*[+-]?\d", value) else "stoi"
     if option.hint == "[on|off|auto]" and not (is_on(value) or is_off(value) or value == "auto"):

@@ -1,6 +1,6 @@
 """The router's table of models and the processes behind them: what runs, who must leave, who is told.
 
-One lock and one condition guard everything; every change of a model's state is one message to the event listeners.
+One lock guards everything; every change of a model's state is one message to those who listen to the events.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 
 from .child import EXIT, STATE
-from .http import ErrorResponse, dumps
+from .http import AnswerError, dumps
 from .log import Log
 from .options import Option, OptionTable, PresetError, is_on, render, to_ini
 from .sources import RESERVED, Found, Sources
@@ -133,11 +133,7 @@ class Registry:
             return [self._entry(model) for _, model in sorted(self._models.items())]
 
     def _entry(self, model: Model) -> dict[str, object]:
-        shown = {
-            option: value
-            for option, value in model.options.items()
-            if option.env not in _NOT_SHOWN
-        }
+        shown = {option: value for option, value in model.options.items() if option.env not in _NOT_SHOWN}
         status = {"value": model.state, "args": model.args, "preset": to_ini(model.name, shown)}
         if model.state == "unloaded" and model.exit_code:
             status |= {"exit_code": model.exit_code, "failed": True}
@@ -156,11 +152,11 @@ class Registry:
         return {**model.info, **entry} if model.is_running else entry
 
     def reload(self) -> None:
-        """Read folder and preset again. What has changed or gone is stopped first, which may take its stop-timeout.
+        """Read folder and preset again; what has changed or gone is stopped first, however long that takes.
 
         Raises:
-            PresetError: they cannot be read, or two models claim one name. In the second case nothing can be loaded any
-                more until a reload succeeds, as with the true llama-server.
+            PresetError: they cannot be read, or two models claim one name. In the second case nothing can be loaded
+                any more until a reload succeeds, as with the true llama-server.
         """
         found = self._sources.read()
         with self._changed:
@@ -170,7 +166,7 @@ class Registry:
                 now = found.get(model.name)
                 if now is None or _comparable(now.options) != _comparable(model.options):
                     reason = "(source updated or removed)"
-                    self._log.info("operator()", f"(reload) unloading model name={model.name} {reason}")
+                    self._log("operator()", f"(reload) unloading model name={model.name} {reason}")
                     self._stop(model)
                     self._changed.wait_for(lambda model=model: not model.is_running)
             self._models = {name: model for name, model in self._models.items() if name in found}
@@ -185,12 +181,12 @@ class Registry:
                 self._announce("models_reload", "*")
 
     def _log_models(self) -> None:
-        self._log.info("operator()", f"Available models ({len(self._models)}):")
+        self._log("operator()", f"Available models ({len(self._models)}):")
         for name, model in sorted(self._models.items()):
-            self._log.info("operator()", f"  [{model.source:>10}] {name}")
+            self._log("operator()", f"  [{model.source:>10}] {name}")
         if not self._models:
             hint = "(visit https://llama.app/models for suggestions)"
-            self._log.info("operator()", f"  no models found on the system {hint}")
+            self._log("operator()", f"  no models found on the system {hint}")
 
     def _update(self, model: Model, found: Found, *, is_new: bool) -> None:
         others = [other for other in self._models.values() if other is not model]
@@ -230,31 +226,31 @@ class Registry:
         """Start a model's process; returns before it is loaded, but after an idle one has made room for it.
 
         Raises:
-            ErrorResponse: no place can be made, or the program is gone.
+            AnswerError: no place can be made, or the program is gone.
         """
         with self._changed:
             if not self._has_place() and (victim := self._victim()):
-                self._log.info("unload_lru", f"models_max limit reached, removing LRU name={victim.name}")
+                self._log("unload_lru", f"models_max limit reached, removing LRU name={victim.name}")
                 self._stop(victim)
                 self._changed.wait_for(lambda: not victim.is_running)
             self._changed.wait_for(lambda: not self._is_reloading)
             if model.is_running:
                 return
             if not self._has_place():
-                raise ErrorResponse(500, "model limit reached, try again later", "server_error")
+                raise AnswerError(500, "model limit reached, try again later", "server_error")
             self._spawn(model)
 
     def _spawn(self, model: Model) -> None:
         model.port = _free_port()
         self._render(model)
-        self._log.info("load", f"spawning server instance with name={model.name} on port {model.port}")
-        self._log.info("load", "spawning server instance with args:")
+        self._log("load", f"spawning server instance with name={model.name} on port {model.port}")
+        self._log("load", "spawning server instance with args:")
         for argument in model.args:
-            self._log.info("load", f"  {argument}")
+            self._log("load", f"  {argument}")
         try:
             process = Process(model.args, self._env)
         except OSError as exc:
-            raise ErrorResponse(500, "failed to spawn server instance", "server_error") from exc
+            raise AnswerError(500, "failed to spawn server instance", "server_error") from exc
         model.process = process
         model.state = "loading"
         model.info = {}
@@ -273,9 +269,9 @@ class Registry:
             return
         model.is_stopping = True
         process = model.process
-        self._log.info("unload", f"stopping model instance name={model.name}")
+        self._log("unload", f"stopping model instance name={model.name}")
         if model.state == "loading":
-            self._log.warning("unload", f"model name={model.name} is still loading, force-killing")
+            self._log("unload", f"model name={model.name} is still loading, force-killing", "W")
             process.kill()
             return
         process.order_exit()
@@ -286,7 +282,7 @@ class Registry:
     def _force(self, model: Model, process: Process) -> None:
         with self._changed:
             if model.process is process and model.is_running:
-                self._log.warning("run", f"force-killing model instance name={model.name} after timeout")
+                self._log("run", f"force-killing model instance name={model.name} after timeout", "W")
                 process.kill()
 
     def end(self) -> None:
@@ -321,7 +317,7 @@ class Registry:
             model.is_stopping = False
             self._tick()
             self._announce("status_change", model.name, {"status": "unloaded", "exit_code": exit_code})
-            self._log.info("run", f"instance name={model.name} exited with status {exit_code}")
+            self._log("run", f"instance name={model.name} exited with status {exit_code}")
             self._changed.notify_all()
 
     def _hear(self, model: Model, line: bytes, *, is_log: bool) -> None:
@@ -349,19 +345,19 @@ class Registry:
         """Wait until a model can take a request, loading it when it is its turn.
 
         Raises:
-            ErrorResponse: it failed to load, or the client has left.
+            AnswerError: it failed to load, or the client has left.
         """
         with self._changed:
             if model.state in {"loaded", "sleeping"} and not model.is_stopping:
                 return
-            self._log.info("ensure_model", f"waiting until model name={model.name} is fully loaded...")
+            self._log("ensure_model", f"waiting until model name={model.name} is fully loaded...")
             waiting = self._join(model) if model.state == "unloaded" else None
             saw_load = False
             try:
                 while True:
                     if has_left() or self._is_ending:
                         gone = f"request cancelled while waiting for model name={model.name}"
-                        raise ErrorResponse(500, gone, "server_error")
+                        raise AnswerError(500, gone, "server_error")
                     if model.is_stopping:
                         waiting = waiting or self._join(model)
                     elif model.state in {"loaded", "sleeping"}:
@@ -370,7 +366,8 @@ class Registry:
                         saw_load = True
                     elif saw_load:
                         if model.exit_code:
-                            raise ErrorResponse(500, f"model name={model.name} failed to load", "server_error")
+                            failed = f"model name={model.name} failed to load"
+                            raise AnswerError(500, failed, "server_error")
                         return
                     elif waiting is None:
                         return
@@ -388,21 +385,22 @@ class Registry:
 
     def _load_queued(self, waiting: _Waiting) -> None:
         """Called under the lock by the head of the queue."""
-        self._log.info("ensure_model", f"slot available, loading queued model name={waiting.model.name}")
+        self._log("ensure_model", f"slot available, loading queued model name={waiting.model.name}")
         self._changed.wait_for(lambda: not self._is_reloading)
         try:
             waiting.is_loading = True
             self._spawn(waiting.model)
-        except ErrorResponse as exc:
+        except AnswerError as exc:
             waiting.is_loading = False
-            self._log.warning("ensure_model", f"queued load of name={waiting.model.name} did not go through: {exc}")
+            name = waiting.model.name
+            self._log("ensure_model", f"queued load of name={name} did not go through: {exc}", "W")
 
     def _join(self, model: Model) -> _Waiting:
         waiting = next((one for one in self._queue if one.model is model), None)
         if waiting is None:
             waiting = _Waiting(model)
             self._queue.append(waiting)
-            self._log.info("join", f"request for name={model.name} queued at position {len(self._queue)}")
+            self._log("join", f"request for name={model.name} queued at position {len(self._queue)}")
         waiting.n_waiters += 1
         self._tick()
         return waiting
@@ -412,8 +410,8 @@ class Registry:
         running = [model for model in self._models.values() if model.is_running]
         free = self.models_max - len(running) + sum(model.is_stopping for model in running)
         wanted = sum(not waiting.is_loading for waiting in self._queue)
-        while 0 < self.models_max and free < wanted and (victim := self._victim()):
-            self._log.info("tick", f"evicting idle LRU name={victim.name} for a queued request")
+        while self.models_max > 0 and free < wanted and (victim := self._victim()):
+            self._log("tick", f"evicting idle LRU name={victim.name} for a queued request")
             self._stop(victim)
             free += 1
 

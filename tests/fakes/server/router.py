@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from .behaviour import Behaviour, end, start_grandchild, start_zombie
 from .http import (
     JSON,
-    ErrorResponse,
+    AnswerError,
     HttpServer,
     Request,
     Response,
@@ -36,6 +36,8 @@ PROXIED_POSTS = frozenset(
     }
 )
 _NOT_RELAYED = frozenset({"server", "transfer-encoding", "content-length", "keep-alive", "connection", "content-type"})
+_CANNOT_CONNECT = b"proxy error: Could not establish connection"
+_CANNOT_READ = b"proxy error: Failed to read connection"
 _FLOOD_EVERY_S = 0.05
 
 
@@ -62,17 +64,17 @@ class Router:
 
     def run(self, host: str, port: int) -> None:
         """Live until SIGTERM or SIGINT; returns never."""
-        # Waiting for signals instead of handling them: a handler would run Python at any moment, under any lock.
+        # Signals are waited for, not handled: a handler would run Python at any moment, under any lock.
         ending = {signal.SIGTERM, signal.SIGINT}
         signal.pthread_sigmask(signal.SIG_BLOCK, ending)
         try:
             server = HttpServer(host, port, self.answer)
         except OSError:
-            self._log.error("start", f"couldn't bind HTTP server socket, hostname: {host}, port: {port}")
-            self._log.error("llama_server", "exiting due to HTTP server error")
+            self._log("start", f"couldn't bind HTTP server socket, hostname: {host}, port: {port}", "E")
+            self._log("llama_server", "exiting due to HTTP server error", "E")
             end(1)
         self._listens_since = time.monotonic()
-        self._log.info("llama_server", f"listening on {server.url}")
+        self._log("llama_server", f"listening on {server.url}")
         self._misbehave()
         self._registry.load_on_startup()
         while signal.sigwait(ending) and self._script.ignore_sigterm:
@@ -81,7 +83,7 @@ class Router:
             signal.signal(number, lambda *_: end(1))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ending)
         server.close()
-        self._log.info("operator()", "operator(): cleaning up before exit...")
+        self._log("operator()", "operator(): cleaning up before exit...")
         self._registry.end()
         end(0)
 
@@ -98,9 +100,9 @@ class Router:
             self._hang_if_told(request.path)
             check_key(request, self._keys)
             return self._answer(request)
-        except ErrorResponse as error:
+        except AnswerError as error:
             if error.response.status >= 500:
-                self._log.warning("operator()", f"got exception: {error.response.body.decode()}")
+                self._log("operator()", f"got exception: {error.response.body.decode()}", "W")
             return error.response
 
     def _answer(self, request: Request) -> Response:
@@ -131,7 +133,7 @@ class Router:
             try:
                 self._registry.reload()
             except PresetError as exc:
-                raise ErrorResponse(500, str(exc), "server_error") from exc
+                raise AnswerError(500, str(exc), "server_error") from exc
         return json_response({"data": self._registry.listed(), "object": "list"})
 
     def _events(self, request: Request) -> Iterable[bytes]:
@@ -160,16 +162,16 @@ class Router:
         if model is None:
             raise not_found()
         if model.is_running:
-            raise ErrorResponse(400, "model is already running")
+            raise AnswerError(400, "model is already running")
         self._registry.load(model)
         return json_response({"success": True})
 
     def _unload(self, request: Request) -> Response:
         model = self._registry.find(body_object(request).get("model"))
         if model is None:
-            raise ErrorResponse(400, "model is not found")
+            raise AnswerError(400, "model is not found")
         if not model.is_running:
-            raise ErrorResponse(400, "model is not running")
+            raise AnswerError(400, "model is not running")
         self._registry.unload(model)
         return json_response({"success": True})
 
@@ -181,34 +183,34 @@ class Router:
             if self._requests == self._script.exit_after_requests:
                 end(self._script.exit_with)
         if not isinstance(name, str) or not name:
-            raise ErrorResponse(400, "model name is missing from the request")
+            raise AnswerError(400, "model name is missing from the request")
         model = self._registry.find(name)
         if model is None:
-            raise ErrorResponse(400, f"model '{name}' not found")
+            raise AnswerError(400, f"model '{name}' not found")
         wish = request.query.get("autoload", "")
         autoload = wish in {"true", "1"} if wish else self._autoload
         if autoload:
             self._registry.make_ready(model, request.has_left)
         elif not model.is_running:
-            raise ErrorResponse(400, "model is not loaded")
+            raise AnswerError(400, "model is not loaded")
         if not model.is_running:
-            raise ErrorResponse(400, f"model name={model.name} is not running")
+            raise AnswerError(400, f"model name={model.name} is not running")
         return self._relay(request, model)
 
     def _relay(self, request: Request, model: Model) -> Response:
         """Pass a request on to a model's process; the answer is passed back piece by piece."""
-        self._log.info("proxy_request", f"proxying request to model {model.name} on port {model.port}")
+        self._log("proxy_request", f"proxying request to model {model.name} on port {model.port}")
         self._registry.begin_request(model, counts_as_use=request.method == "POST")
-        head = {name: value for name, value in request.headers.items() if name not in {"connection", "content-length"}}
-        head |= {"host": f"127.0.0.1:{model.port}", "connection": "close", "content-length": str(len(request.body))}
-        lines = [f"{request.method} {request.target} HTTP/1.1", *(f"{name}: {value}" for name, value in head.items())]
+        head = {**request.headers, "host": f"127.0.0.1:{model.port}", "connection": "close"}
+        head["content-length"] = str(len(request.body))
+        fields = [f"{name}: {value}" for name, value in head.items()]
+        lines = [f"{request.method} {request.target} HTTP/1.1", *fields]
         closing = {"Connection": "close"}
         try:
             connection = socket.create_connection(("127.0.0.1", model.port))
         except OSError:
             self._registry.end_request(model)
-            text = b"proxy error: Could not establish connection"
-            return Response(500, content_type=JSON, chunks=[text], headers=closing)
+            return Response(500, content_type=JSON, chunks=[_CANNOT_CONNECT], headers=closing)
         stream = connection.makefile("rb")
         try:
             connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + request.body)
@@ -218,7 +220,7 @@ class Router:
         if answer is None:
             connection.close()
             self._registry.end_request(model)
-            return Response(500, content_type=JSON, chunks=[b"proxy error: Failed to read connection"], headers=closing)
+            return Response(500, content_type=JSON, chunks=[_CANNOT_READ], headers=closing)
         (_, status, _), headers = answer
         return Response(
             int(status),
@@ -227,11 +229,13 @@ class Router:
             headers={name.title(): value for name, value in headers.items() if _is_relayed(name)} | closing,
         )
 
-    def _pieces(self, model: Model, connection: socket.socket, stream: object, headers: dict[str, str]) -> Iterator[bytes]:
+    def _pieces(
+        self, model: Model, connection: socket.socket, stream: object, headers: dict[str, str]
+    ) -> Iterator[bytes]:
         try:
             yield from read_body(stream, headers, to_end=True)
         except (OSError, EOFError, ValueError):
-            yield b"proxy error: Failed to read connection"
+            yield _CANNOT_READ
         finally:
             connection.close()
             self._registry.end_request(model)

@@ -1,4 +1,4 @@
-"""Where a router's models come from: a folder, the sections of a preset file, and the router's own command line."""
+"""Where a router's models come from: a folder, the sections of a preset, and the router's own command line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ RESERVED = (
 )
 """What no model is told, by environment variable."""
 
-_OF_ONE_MODEL = ("LLAMA_ARG_MODEL", "LLAMA_ARG_MMPROJ", "LLAMA_ARG_ALIAS", "LLAMA_ARG_HF_REPO", "LLAMA_ARG_LOG_FILE")
+_OF_ONE_MODEL = (
+    "LLAMA_ARG_MODEL",
+    "LLAMA_ARG_MMPROJ",
+    "LLAMA_ARG_ALIAS",
+    "LLAMA_ARG_HF_REPO",
+    "LLAMA_ARG_LOG_FILE",
+)
 _DRAFT_PREFIXES = ("mtp-", "dspark-", "dflash-")
 
 
@@ -71,7 +77,7 @@ def _scan(folder: str) -> list[tuple[str, str]]:
     Raises:
         PresetError: it is no folder.
     """
-    if not os.path.isdir(folder):  # noqa: PTH112 (see `behaviour`)
+    if not os.path.isdir(folder):
         raise PresetError(f"error: '{folder}' does not exist or is not a directory\n")
     found = []
     for entry in os.scandir(folder):

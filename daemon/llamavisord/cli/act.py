@@ -1,0 +1,148 @@
+"""Commands that change something: load, unload, restart, stop, start, reload.
+
+What is begun goes on when its command is interrupted or runs out of time: the daemon works for the fleet, not for
+one terminal.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from typing import Any
+
+from llamavisord.cli.client import Client, model_path
+from llamavisord.cli.errors import CommandError
+from llamavisord.cli.look import client_of
+from llamavisord.cli.render import Progress, Screen, plain
+from llamavisord.exit_codes import ExitCode
+
+RELOAD_TIMEOUT_S = 180.0
+"""A reload opens the header of every GGUF, and may end a router first."""
+_GOALS: Mapping[str, frozenset[str]] = {
+    "loaded": frozenset({"loaded", "sleeping"}),
+    "unloaded": frozenset({"unloaded", "failed"}),
+}
+_SERVING = frozenset({"ready", "degraded"})
+
+
+def load(arguments: Namespace) -> int:
+    """Load a model; show on standard error how far it has come."""
+    client = client_of(arguments)
+    progress = Progress(f"loading {arguments.model}", Screen(sys.stderr))
+
+    def tick() -> None:
+        try:
+            model = _find_model(client, arguments)
+        except CommandError:  # the answer to the load itself will say what is wrong
+            return
+        progress.show(model.get("progress"), model.get("stage") or "")
+
+    try:
+        answer = client.call("POST", model_path(arguments.model, "load"), _model_query(arguments), tick=tick)
+    except KeyboardInterrupt:
+        raise CommandError(
+            f"interrupted; {arguments.model} goes on loading",
+            hint=f"`llamavisor unload {arguments.model}` ends it",
+            exit_code=ExitCode.INTERRUPTED,
+        ) from None
+    finally:
+        progress.close()
+    return _tell_model(arguments, answer, goal="loaded")
+
+
+def unload(arguments: Namespace) -> int:
+    """Unload a model."""
+    path = model_path(arguments.model, "unload")
+    answer = client_of(arguments).post(path, **_model_query(arguments))
+    return _tell_model(arguments, answer, goal="unloaded")
+
+
+def restart(arguments: Namespace) -> int:
+    """End routers and start them again."""
+    return _move_routers(arguments, "restart")
+
+
+def stop(arguments: Namespace) -> int:
+    """End routers."""
+    return _move_routers(arguments, "stop")
+
+
+def start(arguments: Namespace) -> int:
+    """Start routers."""
+    return _move_routers(arguments, "start")
+
+
+def reload(arguments: Namespace) -> int:
+    """Have the daemon read its configuration again."""
+    answer = client_of(arguments).call("POST", "/control/v1/reload", {}, timeout_s=RELOAD_TIMEOUT_S)
+    screen = Screen()
+    if arguments.json:
+        screen.json(answer)
+    else:
+        changed = ", ".join(plain(name) for name in answer["changed"])
+        screen.line(f"configuration reloaded, changed: {changed or 'nothing'}")
+    return ExitCode.OK
+
+
+def _model_query(arguments: Namespace) -> dict[str, object]:
+    return {"router": arguments.router, "wait": arguments.timeout if arguments.wait else None}
+
+
+def _find_model(client: Client, arguments: Namespace) -> dict[str, Any]:
+    for model in client.get("/control/v1/models")["models"]:
+        if model["name"] == arguments.model and arguments.router in (None, model["router"]):
+            found: dict[str, Any] = model
+            return found
+    return {}
+
+
+def _tell_model(arguments: Namespace, answer: dict[str, Any], *, goal: str) -> int:
+    screen = Screen()
+    if arguments.json:
+        screen.json(answer)
+        return ExitCode.OK
+    model = answer["model"] or {"router": arguments.router, "state": "unloaded"}
+    if model["state"] in _GOALS[goal]:
+        outcome = goal if answer["changed"] else f"already {goal}"
+    else:
+        outcome = f"{plain(model['state'])}, and goes on"
+    screen.line(f"{plain(arguments.model)}: {outcome} (router {plain(model['router'])})")
+    return ExitCode.OK
+
+
+def _move_routers(arguments: Namespace, command: str) -> int:
+    """One after the other; the exit code is that of the first failure."""
+    client = client_of(arguments)
+    code = ExitCode.OK
+    answers = []
+    for name in _routers_meant(client, arguments):
+        wait = arguments.timeout if arguments.wait else None
+        answer = client.post(f"/control/v1/routers/{name}/{command}", wait=wait)
+        answers.append(answer)
+        code = code or _tell_router(arguments, answer["router"], command)
+    if arguments.json:
+        Screen().json(answers[0] if len(answers) == 1 else answers)
+    return code
+
+
+def _routers_meant(client: Client, arguments: Namespace) -> list[str]:
+    if arguments.router:
+        return list(dict.fromkeys(arguments.router))
+    names = [router["name"] for router in client.get("/control/v1/routers")["routers"]]
+    if len(names) == 1 or arguments.all:
+        return names
+    hint = f"name some of {', '.join(names)}, or use --all"
+    raise CommandError("there are several routers", hint=hint, exit_code=ExitCode.USAGE)
+
+
+def _tell_router(arguments: Namespace, router: dict[str, Any], command: str) -> ExitCode:
+    """Say what became of a router; waiting for a start that ends elsewhere is a failure."""
+    if not arguments.json:
+        pid = f", pid {router['pid']}" if router["pid"] else ""
+        Screen().line(f"{plain(router['name'])}: {plain(router['state'])}{pid}")
+    if not arguments.wait or command == "stop" or router["state"] in _SERVING:
+        return ExitCode.OK
+    why = "; ".join(plain(router[key]) for key in ("reason", "hint") if router[key])
+    print(f"llamavisor: router {plain(router['name'])} is {router['state']}: {why}", file=sys.stderr)
+    return ExitCode.FAILED

@@ -1,0 +1,216 @@
+"""The command line as people write it: every command, its flags, and what `--help` says of them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamavisord import __version__
+from llamavisord.units import parse_duration
+
+LOAD_TIMEOUT_S = 600.0
+ROUTER_TIMEOUT_S = 120.0
+WAIT_MAX_S = 3600.0
+"""The daemon lets nobody wait longer; whoever wants to asks again."""
+LOG_LINES = 100
+
+_EPILOG = """\
+exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 daemon unreachable, 5 timeout, 75 already running,
+77 not permitted, 78 bad configuration, 130 interrupted
+"""
+
+
+class _Commands:
+    """Adds commands to a parser, each with what all commands have."""
+
+    def __init__(self, parser: argparse.ArgumentParser, title: str, dest: str) -> None:
+        self._actions = parser.add_subparsers(title=title, metavar="COMMAND", dest=dest, required=True)
+
+    def add(
+        self, name: str, does: str, *, details: str = "", talks: bool = False, json: bool = False
+    ) -> argparse.ArgumentParser:
+        """A command that does what `does` says.
+
+        Args:
+            name: the command.
+            does: one line for the list of commands.
+            details: what its own help adds.
+            talks: whether it talks to the daemon.
+            json: whether it can answer in JSON.
+        """
+        description = f"{does[0].upper()}{does[1:]}.{details and ' '}{details}"
+        parser = self._actions.add_parser(name, help=does, description=description, allow_abbrev=False)
+        add_debug(parser)
+        if talks:
+            parser.add_argument("--socket", metavar="PATH", help="the daemon's control socket (else LLAMAVISOR_SOCKET)")
+        if json:
+            parser.add_argument("--json", action="store_true", help="answer in JSON")
+        return parser
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """What is asked for: `command` names it, `server_args` are the words after the `--` of `serve`.
+
+    Raises:
+        SystemExit: it makes no sense (2), or help was asked for (0); both have been printed.
+    """
+    words, server_args = list(words), []
+    # argparse would let the words after `--` wander off to other arguments.
+    if "--" in words and "serve" in words[: words.index("--")]:
+        at = words.index("--")
+        words, server_args = words[:at], words[at + 1 :]
+    parser = _parser()
+    arguments = parser.parse_args(words)
+    arguments.server_args = tuple(server_args)
+    return arguments
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug` may stand before the command and behind it."""
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llamavisor",
+        description="Keeps llama.cpp's llama-server alive, so that a folder of GGUF files is an OpenAI endpoint.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_debug(parser)
+    parser.add_argument("--version", action="version", version=f"llamavisor {__version__}")
+    commands = _Commands(parser, "commands", "command")
+    _add_serve(commands)
+    _add_reading(commands)
+    _add_acting(commands)
+    _add_config(commands)
+    demo = commands.add("demo", "show it working, with tiny models made on the spot")
+    demo.add_argument("--llama-server", metavar="PATH", help="the llama-server to use")
+    commands.add("version", "say which version this is", json=True)
+    return parser
+
+
+def _add_serve(commands: _Commands) -> None:
+    serve = commands.add(
+        "serve",
+        "run the daemon",
+        details="Flags win over the environment (LLAMAVISOR_...), the environment over the configuration file. "
+        "What follows -- goes to llama-server: llamavisor serve --models-dir DIR -- --threads 8",
+    )
+    add = serve.add_argument
+    add("--config", type=Path, metavar="FILE", help="the configuration file (else LLAMAVISOR_CONFIG)")
+    add("--models-dir", metavar="DIR", help="folder with the GGUF files")
+    add("--models-max", type=int, metavar="N", help="how many models are kept loaded, 0 = no cap")
+    add("--host", help="address that the router listens on")
+    add("--port", type=int, help="port that the router listens on")
+    add("--gpu-layers", metavar="N", help='layers in GPU memory: a number, "auto" or "all"')
+    add("--llama-server", metavar="PATH", help="the llama-server to run, a path or a command")
+    add("--socket", metavar="PATH", help="where the control socket is to be")
+    add("--state-dir", metavar="DIR", help="folder for generated files and logs")
+    add("--metrics-port", type=int, metavar="PORT", help="port that Prometheus reads")
+    add("--no-metrics", action="store_true", help="no Prometheus endpoint")
+    add("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+
+
+def _add_reading(commands: _Commands) -> None:
+    commands.add("status", "show how the daemon, its routers and its models are", talks=True, json=True)
+    commands.add("models", "list the models", talks=True, json=True)
+    events = commands.add(
+        "events", "show what happened", details="With --json, one object on each line.", talks=True, json=True
+    )
+    events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
+    events.add_argument("-n", "--lines", type=_count, metavar="N", help="only the last N of the past")
+    events.add_argument("--since", type=_count, default=0, metavar="ID", help="only events after this number")
+    logs = commands.add(
+        "logs",
+        "show what llama-server printed",
+        details="With --json, one object on each line.",
+        talks=True,
+        json=True,
+    )
+    logs.add_argument("router", nargs="?", help="only this router's")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on with what is printed")
+    logs.add_argument(
+        "-n", "--lines", type=_count, default=LOG_LINES, metavar="N", help=f"the last N lines ({LOG_LINES})"
+    )
+
+
+def _add_acting(commands: _Commands) -> None:
+    load = commands.add("load", "load a model and wait until it answers", talks=True, json=True)
+    _add_model(load, LOAD_TIMEOUT_S)
+    unload = commands.add("unload", "unload a model and wait until it is gone", talks=True, json=True)
+    _add_model(unload, ROUTER_TIMEOUT_S)
+    for name, does in (
+        ("restart", "end a router and start it again"),
+        ("stop", "end a router, until it is started"),
+        ("start", "start a router that was stopped or has failed"),
+    ):
+        moved = commands.add(
+            name, does, details="Without a name: the router, if there is only one.", talks=True, json=True
+        )
+        moved.add_argument("router", nargs="*", help="name of a router")
+        moved.add_argument("--all", action="store_true", help="every router")
+        _add_wait(moved, ROUTER_TIMEOUT_S)
+    commands.add(
+        "reload",
+        "read the configuration and the models folder again",
+        details="On any error the old configuration stays in force.",
+        talks=True,
+        json=True,
+    )
+
+
+def _add_config(commands: _Commands) -> None:
+    config = commands.add("config", "check or show the configuration")
+    verbs = _Commands(config, "commands", "verb")
+    check = verbs.add(
+        "check", "tell everything that is wrong with the configuration", details="Exit code 78 if anything is."
+    )
+    show = verbs.add("show", "show what is in force, and where each value is written", json=True)
+    for verb in (check, show):
+        verb.add_argument(
+            "file", nargs="?", type=Path, help="the file (else LLAMAVISOR_CONFIG, else the default place)"
+        )
+        verb.add_argument("--config", type=Path, metavar="FILE", help="the same")
+
+
+def _add_model(parser: argparse.ArgumentParser, timeout_s: float) -> None:
+    parser.add_argument("model", help="name of the model")
+    parser.add_argument("--router", metavar="NAME", help="the router, if several have the model")
+    _add_wait(parser, timeout_s)
+
+
+def _add_wait(parser: argparse.ArgumentParser, timeout_s: float) -> None:
+    parser.add_argument(
+        "--wait",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether to wait until it is done (default: yes)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_duration,
+        default=timeout_s,
+        metavar="TIME",
+        help=f'how long to wait, such as "90s" or "10m", at most 1h (default: {timeout_s / 60:.0f}m)',
+    )
+
+
+def _duration(text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+    if not 0 < seconds <= WAIT_MAX_S:
+        raise argparse.ArgumentTypeError("expected more than nothing and at most 1h")
+    return seconds
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) < 16):
+        raise argparse.ArgumentTypeError("expected a whole number from 0 up")
+    return int(text)

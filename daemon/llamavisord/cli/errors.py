@@ -1,0 +1,27 @@
+"""How a command ends that cannot do what it was asked."""
+
+from __future__ import annotations
+
+from llamavisord.exit_codes import ExitCode
+
+
+class CommandError(Exception):
+    """Raised when a command ends without success.
+
+    Args:
+        message: what failed, on which object, and why.
+        hint: what to do next.
+        exit_code: the exit code of the command.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.hint = hint
+        self.exit_code = exit_code
+
+
+class UnreachableError(CommandError, OSError):
+    """Raised when no daemon answers on the socket. An OSError for those who wait until one does."""
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: ExitCode = ExitCode.UNREACHABLE) -> None:
+        super().__init__(message, hint=hint, exit_code=exit_code)

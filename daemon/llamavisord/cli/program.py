@@ -1,0 +1,98 @@
+"""`llamavisor`: from the words of a command line to an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import sys
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+
+from llamavisord.cli.arguments import parse
+from llamavisord.cli.errors import CommandError
+from llamavisord.cli.render import plain
+from llamavisord.exit_codes import ExitCode
+
+# Which module has which command: a quick command must not pay for the imports of the daemon.
+_COMMANDS: Mapping[str, str] = {
+    "serve": "serve:run",
+    "status": "look:status",
+    "models": "look:models",
+    "events": "look:events",
+    "logs": "look:logs",
+    "load": "act:load",
+    "unload": "act:unload",
+    "restart": "act:restart",
+    "stop": "act:stop",
+    "start": "act:start",
+    "reload": "act:reload",
+    "config": "settings:run",
+    "demo": "show:demo",
+    "version": "show:version",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the words after `llamavisor`; None takes those of this process.
+
+    Returns:
+        The exit code, an `ExitCode`.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    if sys.platform != "linux":
+        return _complain("llamavisor supervises processes by means that only Linux has")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _silence_stdout()  # the reader has seen enough
+        return ExitCode.OK
+    except OSError as exc:  # a full disk behind `>`
+        _silence_stdout()
+        return _complain(f"cannot write the answer: {exc.strerror or exc}")
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
+    try:
+        arguments = parse(words)
+    except SystemExit as exc:  # argparse has said why
+        return exc.code if isinstance(exc.code, int) else ExitCode.USAGE
+    module, name = _COMMANDS[arguments.command].split(":")
+    try:
+        command: Callable[[Namespace], int] = getattr(importlib.import_module(f"llamavisord.cli.{module}"), name)
+        return command(arguments)
+    except BrokenPipeError:
+        raise
+    except KeyboardInterrupt:
+        return _complain("interrupted", code=ExitCode.INTERRUPTED)
+    except CommandError as exc:
+        return _complain(str(exc), exc.hint, code=exc.exit_code)
+    except Exception as exc:  # noqa: BLE001 (the last resort: one line for a person, the rest with --debug)
+        if getattr(arguments, "debug", False):
+            traceback.print_exc()
+            return ExitCode.FAILED
+        return _complain(f"{type(exc).__name__}: {exc}", "--debug shows where it comes from")
+
+
+def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED) -> int:
+    text = f"{message}; {hint}" if hint else message
+    for line in text.splitlines():
+        print(f"llamavisor: {plain(line)}", file=sys.stderr)
+    return code
+
+
+def _silence_stdout() -> None:
+    """Have the flush at the end of the interpreter fail no more."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

@@ -1,0 +1,130 @@
+"""How things look on a terminal: tables, colours, and nothing that a name could do to the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+from llamavisord.units import format_duration
+
+_COLOURS: Mapping[str, str] = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
+_STATE_COLOURS: Mapping[str, str] = {
+    "ready": "green",
+    "loaded": "green",
+    "sleeping": "green",
+    "starting": "yellow",
+    "loading": "yellow",
+    "stopping": "yellow",
+    "unloading": "yellow",
+    "downloading": "yellow",
+    "degraded": "yellow",
+    "backoff": "red",
+    "failed": "red",
+    "stopped": "dim",
+    "unloaded": "dim",
+}
+_BAR_WIDTH = 24
+
+
+class Screen:
+    """Standard output, or something like it, with colours if they are wanted.
+
+    Args:
+        stream: where to write; None is standard output.
+        environ: NO_COLOR (no-color.org) and TERM=dumb turn colours off.
+    """
+
+    def __init__(self, stream: TextIO | None = None, environ: Mapping[str, str] | None = None) -> None:
+        environ = os.environ if environ is None else environ
+        self._stream = stream or sys.stdout
+        self.is_terminal = self._stream is not None and self._stream.isatty()  # None: it was closed
+        self._has_colours = self.is_terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+    def paint(self, text: str, colour: str) -> str:
+        """`text` in that colour, unchanged where there are none."""
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self._has_colours and colour else text
+
+    def line(self, text: str = "") -> None:
+        """Write a line."""
+        print(text, file=self._stream)
+
+    def flush(self) -> None:
+        """Have everything seen that was written."""
+        if self._stream is not None:
+            self._stream.flush()
+
+    def rewrite(self, text: str) -> None:
+        """Put `text` in the place of the line that the cursor is on."""
+        print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Write a table. A cell that is the name of a state has its colour; control characters are escaped."""
+        cells = [[plain(cell) for cell in row] for row in rows]
+        widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        self.line(self.paint(_row(headers, widths), "bold"))
+        for row in cells:
+            painted = [self.paint(cell, _STATE_COLOURS.get(cell, "")) for cell in row]
+            # Colours have no width on the screen.
+            extra = [width + len(full) - len(cell) for width, full, cell in zip(widths, painted, row, strict=True)]
+            self.line(_row(painted, extra))
+
+    def json(self, document: object, *, on_one_line: bool = False) -> None:
+        """Write JSON: indented, or as one line of many."""
+        self.line(json.dumps(document, indent=None if on_one_line else 2))
+
+
+class Progress:
+    """How far something has come, on standard error: one line that is rewritten, or, without a terminal, few lines.
+
+    Args:
+        what: what is under way, such as "loading alpha".
+        screen: where to write.
+        every_s: without a terminal, seconds between two lines.
+    """
+
+    def __init__(self, what: str, screen: Screen, *, every_s: float = 10.0) -> None:
+        self._what = plain(what)
+        self._screen = screen
+        self._every_s = every_s
+        self._began = self._said = time.monotonic()
+
+    def show(self, fraction: float | None, stage: str) -> None:
+        """It has come to `fraction`, 0 to 1 or unknown, of `stage`."""
+        now = time.monotonic()
+        percent = "" if fraction is None else f" {fraction:.0%}"
+        after = f" {plain(stage)}".rstrip() + f" {format_duration(now - self._began)}"
+        if self._screen.is_terminal:
+            filled = round(_BAR_WIDTH * min(max(fraction or 0.0, 0.0), 1.0))
+            bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+            self._screen.rewrite(f"{self._what} [{bar}]{percent}{after}")
+        elif now - self._said >= self._every_s:
+            self._said = now
+            self._screen.line(f"{self._what}:{percent}{after}")
+
+    def close(self) -> None:
+        """Leave an empty line behind."""
+        if self._screen.is_terminal:
+            self._screen.rewrite("")
+
+
+def plain(text: object, *, keep: str = "") -> str:
+    """`text` with every character escaped that is not printable: a name must not command the terminal.
+
+    Args:
+        text: anything; None is shown as "-".
+        keep: characters that stay as they are.
+    """
+    if text is None:
+        return "-"
+    return "".join(
+        char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        for char in str(text)
+    )
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

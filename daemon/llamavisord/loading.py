@@ -1,0 +1,418 @@
+"""From what is written to the configuration in force: sources laid over each other, everything checked.
+
+Flags of `serve` win over the environment, the environment over the file, the file over the defaults. One
+variable stands at the other end: LLAMAVISOR_LLAMA_SERVER counts where no llama_server is written.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from llamavisor import flags
+from llamavisor.errors import OptionError
+from llamavisor.flags import ModelOptions, OptionLayer
+from llamavisor.reserved import check_env
+from llamavisor.settings import RouterSettings
+from llamavisord.api_key import read_api_key
+from llamavisord.config import Config, Metrics, Setting
+from llamavisord.document import Document, RouterKeys, RouterTable, spell
+from llamavisord.places import SOCKET_BYTES_MAX, Places
+from llamavisord.problems import DEFAULT, ConfigError, Origin, Problem
+from llamavisord.sources import (
+    Overrides,
+    Source,
+    read_environment,
+    read_file,
+    read_overrides,
+    unknown_variables,
+)
+from llamavisord.toml_lines import Location
+
+HOST = "127.0.0.1"
+PORT = 8080
+MODELS_MAX = 4
+METRICS_PORT = 9155
+LOG_LEVEL = "info"
+LOG_SIZE_BYTES = 64 * 1024 * 1024
+
+_SECRET_WORDS = ("key", "token", "secret", "passw", "credential")
+_HIDDEN = "(set)"
+
+
+def load(
+    path: Path | None,
+    environ: Mapping[str, str],
+    overrides: Overrides | None = None,
+    *,
+    places: Places | None = None,
+) -> Config:
+    """Read and check everything that is written.
+
+    Reads files, changes nothing. A models folder or a llama-server that is missing is no error here: the
+    daemon comes up, the router says what is missing, and recovers by itself.
+
+    Args:
+        path: the configuration file; None takes LLAMAVISOR_CONFIG, else the first default place with one.
+        environ: the environment.
+        overrides: what the flags of `serve` say.
+        places: where things are by default; None takes those of this user.
+
+    Raises:
+        ConfigError: with everything that is wrong.
+    """
+    places = places or Places(environ)
+    problems: list[Problem] = []
+    path = path or places.config_file
+    file = read_file(path, problems) if path else Source(Document(), Path("/"))
+    above, below = read_environment(environ, problems)
+    given = read_overrides(overrides or Overrides(), problems)
+    if problems:
+        raise ConfigError(problems)
+    return _Assembly(
+        given=given,
+        above=above,
+        file=file,
+        below=below,
+        places=places,
+        warnings=unknown_variables(environ),
+    ).finish()
+
+
+_K = TypeVar("_K", bound=RouterKeys)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Picked(Generic[_T]):
+    """The value that won, and where it was written; `source` is None for a default."""
+
+    value: _T
+    location: Location
+    source: Source | None = None
+
+    @property
+    def origin(self) -> Origin:
+        return self.source.origin(self.location) if self.source else DEFAULT
+
+    def problem(self, text: str) -> Problem:
+        if self.source is None:
+            return Problem(text, key=spell(self.location))
+        return self.source.problem(self.location, text)
+
+
+@dataclass(frozen=True, slots=True)
+class _View(Generic[_K]):
+    """A table that may hold a key: the table, and where it was read."""
+
+    keys: _K
+    source: Source
+    at: Location = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope(Generic[_K]):
+    """The tables that speak for the daemon or for one router, the one that wins first."""
+
+    label: str
+    views: Sequence[_View[_K]]
+
+    def find(self, key: str, read: Callable[[_K], _T | None]) -> _Picked[_T] | None:
+        """The value of `key`, None if it is written nowhere."""
+        for view in self.views:
+            if (value := read(view.keys)) is not None:
+                return _Picked(value, (*view.at, *key.split(".")), view.source)
+        return None
+
+
+class _Assembly:
+    """Lays the sources over each other, and collects what is wrong with the result.
+
+    Args:
+        given: the flags of `serve`.
+        above: variables that win over the file.
+        file: the file, or an empty document.
+        below: variables that fill what the file leaves open.
+        places: where things are by default.
+        warnings: what is known so far.
+    """
+
+    def __init__(
+        self,
+        *,
+        given: Source,
+        above: Source,
+        file: Source,
+        below: Source,
+        places: Places,
+        warnings: Sequence[str],
+    ) -> None:
+        self._given = given
+        self._above = above
+        self._file = file
+        self._below = below
+        self._places = places
+        self._warnings = list(warnings)
+        self._problems: list[Problem] = []
+        self._settings: list[Setting] = []
+        self._listeners: list[tuple[str, str, _Picked[int]]] = []  # who, on which host and port
+
+    def finish(self) -> Config:
+        """The configuration.
+
+        Raises:
+            ConfigError: it contradicts itself.
+        """
+        sources = (self._given, self._above, self._file, self._below)
+        top = _Scope("", [_View(source.document, source) for source in sources])
+        serve = self._pick(top, "serve", lambda table: table.serve, "router")
+        socket = self._path(top, "socket", lambda table: table.socket, self._places.socket)
+        state_dir = self._path(top, "state_dir", lambda table: table.state_dir, self._places.state_dir)
+        log_level = self._pick(top, "log_level", lambda table: table.log_level, LOG_LEVEL)
+        log_size = self._pick(top, "log_size", lambda table: table.log_size, LOG_SIZE_BYTES)
+        metrics = self._metrics(top)
+        self._check_socket(socket)
+        self._check_options("[defaults]", self._file.document.defaults, self._file, ("defaults",))
+        self._check_options("command line", self._given.document.defaults, self._given, ())
+        routers = tuple(self._routers())
+        self._check_names(routers)
+        self._check_ports()
+        if self._problems:
+            raise ConfigError(dict.fromkeys(self._problems))
+        return Config(
+            path=self._file.path,
+            serve=serve.value,
+            routers=routers,
+            metrics=metrics,
+            socket=socket.value,
+            state_dir=state_dir.value,
+            log_dir=self._places.log_dir or state_dir.value / "logs",
+            log_level=log_level.value,
+            log_size_bytes=log_size.value,
+            warnings=tuple(dict.fromkeys(self._warnings)),
+            settings=tuple(self._settings),
+        )
+
+    def _metrics(self, top: _Scope[Document]) -> Metrics:
+        enabled = self._pick(top, "metrics.enabled", lambda table: table.metrics.enabled, default=True)
+        host = self._pick(top, "metrics.host", lambda table: table.metrics.host, HOST)
+        port = self._pick(top, "metrics.port", lambda table: table.metrics.port, METRICS_PORT)
+        if enabled.value:
+            self._listeners.append(("the metrics", host.value, port))
+        return Metrics(enabled.value, host.value, port.value)
+
+    def _routers(self) -> Iterator[RouterSettings]:
+        tables = self._file.document.router
+        if not tables:
+            yield self._router(RouterTable(), (), is_alone=True)
+        for index, table in enumerate(tables):
+            yield self._router(table, ("router", index), is_alone=len(tables) == 1)
+
+    def _router(self, table: RouterTable, at: Location, *, is_alone: bool) -> RouterSettings:
+        """One router; `at` is the location of its table, () if none is written."""
+        name = table.name or "main"
+        scope = self._router_scope(name, table, at)
+        if table.name is None and not is_alone:
+            self._problems.append(self._file.problem(at, "has no name; several routers need one each"))
+        self._show(scope, "name", name, self._file.origin((*at, "name")) if table.name else DEFAULT)
+        host = self._pick(scope, "host", lambda keys: keys.host, HOST)
+        port = self._pick(scope, "port", lambda keys: keys.port, PORT)
+        if is_alone or port.source not in (self._given, self._above):
+            self._listeners.append((f"router {name}", host.value, port))
+        else:
+            text = "means nothing to several routers: each [[router]] table has a port of its own"
+            self._problems.append(port.problem(text))
+        models_max = self._pick(scope, "models_max", lambda keys: keys.models_max, MODELS_MAX)
+        models_dir = self._models_dir(scope)
+        return RouterSettings(
+            name=name,
+            host=host.value,
+            port=port.value,
+            models_dir=models_dir,
+            models_max=models_max.value,
+            llama_server=self._llama_server(scope),
+            api_key=self._api_key(scope),
+            layers=self._layers(scope, name, table, at),
+            env=self._env(scope, table, at),
+        )
+
+    def _router_scope(self, name: str, table: RouterTable, at: Location) -> _Scope[RouterKeys]:
+        """A flag or a variable speaks for every router; its own table comes before the top of the file."""
+        views: list[_View[RouterKeys]] = [
+            _View(self._given.document, self._given),
+            _View(self._above.document, self._above),
+            _View(table, self._file, at),
+            _View(self._file.document, self._file),
+            _View(self._below.document, self._below),
+        ]
+        return _Scope(f"router.{name}", views)
+
+    def _models_dir(self, scope: _Scope[RouterKeys]) -> Path:
+        nowhere = Path("/")
+        picked = self._path(scope, "models_dir", lambda keys: keys.models_dir, nowhere)
+        if picked.source is None:
+            file = self._file.path or self._places.config_files[0]
+            text = f'is not set: write models_dir = "/srv/models" into {file}, or use --models-dir DIR'
+            self._problems.append(picked.problem(text))
+        return picked.value
+
+    def _llama_server(self, scope: _Scope[RouterKeys]) -> str | None:
+        """A path if it has a slash; else the name of a command, looked for on PATH."""
+        picked = scope.find("llama_server", lambda keys: keys.llama_server)
+        if picked is None:
+            return None
+        value = str(self._resolved(picked)) if "/" in picked.value else picked.value
+        self._show(scope, "llama_server", value, picked.origin)
+        return value
+
+    def _api_key(self, scope: _Scope[RouterKeys]) -> str | None:
+        picked = scope.find("api_key_file", lambda keys: keys.api_key_file)
+        if picked is None:
+            return None
+        path = self._resolved(picked)
+        self._show(scope, "api_key_file", path, picked.origin)
+        try:
+            key, is_public = read_api_key(path)
+        except ValueError as exc:
+            self._problems.append(picked.problem(str(exc)))
+            return None
+        if is_public:
+            self._warnings.append(f"{path} holds an API key and every user can read it: chmod o-r {path}")
+        self._show(scope, "api_key", _HIDDEN, Origin(str(path)))
+        return key
+
+    def _layers(
+        self, scope: _Scope[RouterKeys], name: str, table: RouterTable, at: Location
+    ) -> tuple[OptionLayer, ...]:
+        own = f"[[router]] {name}"
+        self._check_options(own, table, self._file, at)
+        written: list[tuple[str, ModelOptions, Source, Location]] = [
+            ("[defaults]", self._file.document.defaults, self._file, ("defaults",)),
+            (own, table, self._file, at),
+            ("command line", self._given.document.defaults, self._given, ("defaults",)),
+        ]
+        layers = []
+        effective: dict[tuple[str, str], Setting] = {}
+        for label, options, source, location in written:
+            layer = OptionLayer(label, _only_options(options))
+            layers += [layer] if layer.options.model_fields_set else []
+            for key in sorted(layer.options.model_fields_set):
+                value: object = getattr(layer.options, key)
+                origin = source.origin((*location, key))
+                if key == "args":  # those of one table do not replace those of another
+                    shown = Setting(f"{scope.label}.args", _without_secrets(layer.options.args), origin)
+                    effective[key, label] = shown
+                else:
+                    effective[key, ""] = Setting(f"{scope.label}.{key}", value, origin)
+        self._settings += effective.values()
+        return tuple(layers)
+
+    def _env(self, scope: _Scope[RouterKeys], table: RouterTable, at: Location) -> tuple[tuple[str, str], ...]:
+        env = {**self._file.document.defaults.env, **table.env}
+        for variable, value in sorted(env.items()):
+            where = at if variable in table.env else ("defaults",)
+            origin = self._file.origin((*where, "env", variable))
+            self._show(scope, f"env.{variable}", _HIDDEN if _is_secret(variable) else value, origin)
+        return tuple(sorted(env.items()))
+
+    # What contradicts itself
+
+    def _check_socket(self, socket: _Picked[Path]) -> None:
+        length = len(os.fsencode(socket.value))
+        if length > SOCKET_BYTES_MAX:
+            self._problems.append(
+                socket.problem(
+                    f"AF_UNIX path too long: {socket.value} has {length} bytes and {SOCKET_BYTES_MAX} fit;"
+                    " choose a shorter one with socket or --socket"
+                )
+            )
+
+    def _check_options(self, label: str, options: ModelOptions, source: Source, at: Location) -> None:
+        """Have the library refuse what no llama-server makes good; its messages begin with `label`."""
+        env: Mapping[str, str] = getattr(options, "env", {})
+        checks: dict[str, Callable[[], None]] = {
+            "args": lambda: flags.check([OptionLayer(label, _only_options(options))]),
+            "env": lambda: check_env(env, source=label),
+        }
+        for key, check in checks.items():
+            try:
+                check()
+            except OptionError as exc:
+                where = (*at, key) if key in options.model_fields_set else at
+                text = f"{exc}. {exc.hint}" if exc.hint else str(exc)
+                self._problems.append(Problem(text, source.origin(where) if source.path else None))
+
+    def _check_names(self, routers: Sequence[RouterSettings]) -> None:
+        for name, count in Counter(router.name for router in routers).items():
+            if count > 1:
+                last = max(index for index, router in enumerate(routers) if router.name == name)
+                text = f"{count} routers are called {name}; each needs a name of its own"
+                self._problems.append(self._file.problem(("router", last, "name"), text))
+
+    def _check_ports(self) -> None:
+        for (one, host, port), (other, other_host, other_port) in itertools.combinations(self._listeners, 2):
+            if port.value == other_port.value and _overlap(host, other_host):
+                text = f"both {one} and {other} would listen on port {port.value}; each needs its own"
+                self._problems.append(other_port.problem(text))
+
+    # Picking and showing
+
+    def _pick(self, scope: _Scope[_K], key: str, read: Callable[[_K], _T | None], default: _T) -> _Picked[_T]:
+        picked = scope.find(key, read) or _Picked(default, tuple(key.split(".")))
+        self._show(scope, key, picked.value, picked.origin)
+        return picked
+
+    def _path(self, scope: _Scope[_K], key: str, read: Callable[[_K], str | None], default: Path) -> _Picked[Path]:
+        found = scope.find(key, read)
+        if found is None:
+            picked = _Picked(default, (key,))
+        else:
+            picked = _Picked(self._resolved(found), found.location, found.source)
+        self._show(scope, key, picked.value, picked.origin)
+        return picked
+
+    def _resolved(self, picked: _Picked[str]) -> Path:
+        source = picked.source or self._file
+        try:
+            return source.resolve(picked.value)
+        except ValueError as exc:
+            self._problems.append(picked.problem(str(exc)))
+            return source.base
+
+    def _show(self, scope: _Scope[_K], key: str, value: object, origin: Origin) -> None:
+        name = f"{scope.label}.{key}" if scope.label else key
+        self._settings.append(Setting(name, value, origin))
+
+
+def _only_options(table: ModelOptions) -> ModelOptions:
+    """The options among the keys of a table, and of those the ones that are written."""
+    written = table.model_fields_set & ModelOptions.model_fields.keys()
+    return ModelOptions.model_validate({key: getattr(table, key) for key in sorted(written)})
+
+
+def _overlap(one: str, other: str) -> bool:
+    """Whether one port on both hosts is the same port: a name or a wildcard may be any address."""
+    try:
+        addresses = ipaddress.ip_address(one), ipaddress.ip_address(other)
+    except ValueError:
+        return True
+    return addresses[0] == addresses[1] or any(address.is_unspecified for address in addresses)
+
+
+def _is_secret(name: str) -> bool:
+    return any(word in name.lower() for word in _SECRET_WORDS)
+
+
+def _without_secrets(args: Sequence[str]) -> tuple[str, ...]:
+    """Options as they were written, without the values of those that sound like a secret."""
+    names = ("", *args)
+    return tuple(
+        _HIDDEN if name.startswith("-") and _is_secret(name) and not word.startswith("--") else word
+        for name, word in zip(names, args, strict=False)
+    )

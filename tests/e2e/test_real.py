@@ -1,0 +1,279 @@
+"""End to end on the real llama-server, as a user sees it: the command line, HTTP, signals, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fakes.bare_router import free_port
+from fakes.waiting import eventually
+from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
+
+pytestmark = pytest.mark.real
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, models_dir: Path, llama_server: Path) -> Iterator[RunningDaemon]:
+    """A daemon with three models and room for two."""
+    with RunningDaemon(tmp_path, models_dir, llama_server, flags=["--models-max", "2"]) as running:
+        running.wait_for_router("ready")
+        yield running
+
+
+def test_load_chat_unload(daemon: RunningDaemon) -> None:
+    """A model is loaded by a command, answers any client, and leaves by a command, its process with it."""
+    assert daemon.cli("load", "alpha").returncode == 0
+    loaded = daemon.model("alpha")
+    assert loaded["state"] == "loaded"
+    assert loaded["n_ctx"] == 4096
+    eventually(lambda: daemon.model("alpha")["pid"], what="the pid of the child")
+    child = psutil.Process(daemon.model("alpha")["pid"])
+    assert str(daemon.model("alpha")["port"]) in child.cmdline()
+    assert daemon.chat("alpha") == "I am alpha"
+    assert daemon.cli("unload", "alpha").returncode == 0
+    assert daemon.model("alpha")["state"] == "unloaded"
+    eventually(lambda: not child.is_running(), what="the end of the child")
+    assert daemon.events("ModelUnloaded")[-1]["reason"] == "requested"
+
+
+def test_client_loads_by_asking(daemon: RunningDaemon) -> None:
+    """A client's request loads a model without a command, and the daemon knows of it."""
+    assert daemon.chat("beta") == "I am beta"
+    assert daemon.wait_for_model("beta", "loaded")["error"] is None
+    assert daemon.events("ModelLoading")[-1]["is_requested"] is False
+
+
+def test_models_max_evicts_the_least_recently_used(daemon: RunningDaemon) -> None:
+    """With room for two, a third model pushes out the one that was used least recently."""
+    for name in ("alpha", "beta", "gamma"):
+        assert daemon.chat(name) == f"I am {name}"
+    daemon.wait_for_model("alpha", "unloaded")
+    assert daemon.events("ModelUnloaded")[-1]["reason"] == "evicted"
+    assert {name: daemon.model(name)["state"] for name in ("beta", "gamma")} == {"beta": "loaded", "gamma": "loaded"}
+
+
+def test_kill_and_recovery(daemon: RunningDaemon) -> None:
+    """P1: a killed router is seen at once, is back with what was loaded, and the way there is on record."""
+    daemon.cli("load", "alpha")
+    daemon.cli("load", "beta")
+    before = daemon.router()["pid"]
+    os.kill(before, signal.SIGKILL)
+    recovered = daemon.wait_for_event("RouterRecovered")
+    assert sorted(recovered["models"]) == ["alpha", "beta"]
+    assert recovered["missing"] == []
+    assert daemon.router()["pid"] != before
+    exited = daemon.events("RouterExited")[-1]
+    assert (exited["status"], exited["cause"], exited["is_requested"]) == ("SIGKILL", "signal", False)
+    assert daemon.chat("alpha") == "I am alpha"
+    assert 'llamavisor_router_restarts_total{reason="signal",router="main"} 1.0' in daemon.metrics()
+
+
+def test_killed_child_is_seen(daemon: RunningDaemon) -> None:
+    """A killed model is told as crashed, the router goes on, and the next request has it back."""
+    daemon.cli("load", "alpha")
+    eventually(lambda: daemon.model("alpha")["pid"], what="the pid of the child")
+    router = daemon.router()["pid"]
+    os.kill(daemon.model("alpha")["pid"], signal.SIGKILL)
+    assert daemon.wait_for_event("ModelUnloaded")["reason"] == "crashed"
+    assert daemon.chat("alpha") == "I am alpha"
+    assert daemon.router()["pid"] == router
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_end_leaves_nothing(daemon: RunningDaemon, number: signal.Signals) -> None:
+    """A signal ends the daemon, its router and its models, with exit code 0 and no socket left."""
+    daemon.cli("load", "alpha")
+    assert len(list(daemon.processes())) == 2
+    daemon.signal(number)
+    assert daemon.wait() == 0
+    assert list(daemon.processes()) == []
+    assert not daemon.socket.exists()
+
+
+def test_killed_daemon_takes_its_router_along(daemon: RunningDaemon) -> None:
+    """D5: when the daemon is killed without a word, the kernel ends its router, and the next daemon starts clean."""
+    daemon.cli("load", "alpha")
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    eventually(lambda: not list(daemon.processes()), what="the end of the orphaned router")
+    daemon.start()
+    eventually(daemon.is_live, what="a daemon that answers")
+    daemon.wait_for_router("ready")
+
+
+def test_left_over_router_is_swept(daemon: RunningDaemon) -> None:
+    """D5: a router that outlived a killed daemon, stopped and deaf, is gone before the next daemon binds its port."""
+    router = daemon.router()["pid"]
+    os.kill(router, signal.SIGSTOP)
+    daemon.signal(signal.SIGKILL)
+    daemon.wait()
+    daemon.start()
+    eventually(daemon.is_live, what="a daemon that answers")
+    assert daemon.wait_for_router("ready")["pid"] != router
+    assert router in daemon.events("StraysKilled")[0]["pids"]
+
+
+def test_broken_file_says_why(daemon: RunningDaemon, models_dir: Path) -> None:
+    """A truncated model fails with llama-server's own reason, in one line, and harms no other."""
+    whole = (models_dir / "alpha.gguf").read_bytes()
+    (models_dir / "broken.gguf").write_bytes(whole[: len(whole) // 2])
+    assert daemon.cli("reload").returncode == 0
+    failed = daemon.cli("load", "broken")
+    assert failed.returncode == 1
+    assert "not within the file bounds" in failed.stderr
+    assert daemon.model("broken")["state"] == "failed"
+    assert daemon.chat("alpha") == "I am alpha"
+
+
+def test_new_file_after_reload(daemon: RunningDaemon, models_dir: Path) -> None:
+    """A file that was added is servable after `reload`, and what was loaded is not disturbed."""
+    daemon.cli("load", "alpha")
+    child = eventually(lambda: daemon.model("alpha")["pid"], what="the pid of the child")
+    write_tiny_model(models_dir / "delta.gguf", ["I", "am", "delta"])
+    assert daemon.cli("load", "delta").returncode == 3
+    assert daemon.cli("reload").returncode == 0
+    assert daemon.chat("delta") == "I am delta"
+    assert daemon.model("alpha")["pid"] == child
+
+
+def test_deleted_file_keeps_serving(daemon: RunningDaemon, models_dir: Path) -> None:
+    """A reload that would stop a loaded model, its file is gone, is refused with the reason; the model serves on."""
+    daemon.cli("load", "alpha")
+    (models_dir / "alpha.gguf").unlink()
+    daemon.cli("reload")
+    assert "the file of alpha is gone" in daemon.events("Warned")[-1]["text"]
+    assert daemon.chat("alpha") == "I am alpha"
+
+
+def test_api_key_reaches_router_and_models(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """With a key nobody gets an answer without it, and the key is on no command line, in no log, in no status."""
+    key = "secret-0123456789"
+    (tmp_path / "key").write_text(f"{key}\n")
+    (tmp_path / "key").chmod(0o600)
+    port = free_port()
+    config = f"""
+models_dir = "{models_dir}"
+port = {port}
+api_key_file = "{tmp_path / "key"}"
+[defaults]
+threads = 1
+[metrics]
+enabled = false
+"""
+    with RunningDaemon(tmp_path, models_dir, llama_server, config=config) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 0
+        eventually(lambda: daemon.model("alpha")["pid"], what="the pid of the child")
+        with pytest.raises(AssertionError, match="Invalid API Key"):
+            daemon.chat("alpha", port=port)
+        with pytest.raises(AssertionError, match="Invalid API Key"):
+            daemon.chat("alpha", port=daemon.model("alpha")["port"])
+        shown = json.dumps(daemon.status()) + daemon.cli("config", "show").stdout + daemon.log.read_text()
+        shown += daemon.cli("logs").stdout + "".join(str(process.cmdline()) for process in daemon.processes())
+    assert key not in shown
+
+
+def test_two_routers_side_by_side(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """Two routers each have their own port and options; one of them can be stopped while the other serves."""
+    one, two = free_port(), free_port()
+    config = f"""
+models_dir = "{models_dir}"
+[defaults]
+threads = 1
+[metrics]
+enabled = false
+[[router]]
+name = "one"
+port = {one}
+ctx_size = 512
+[[router]]
+name = "two"
+port = {two}
+"""
+    with RunningDaemon(tmp_path, models_dir, llama_server, config=config) as daemon:
+        daemon.wait_for_router("ready", "one")
+        daemon.wait_for_router("ready", "two")
+        assert daemon.chat("alpha", port=one) == "I am alpha"
+        assert daemon.chat("beta", port=two) == "I am beta"
+        loaded = {model["name"]: model for model in daemon.status()["models"] if model["state"] == "loaded"}
+        assert (loaded["alpha"]["router"], loaded["beta"]["router"]) == ("one", "two")
+        eventually(
+            lambda: {m["n_ctx"] for m in daemon.status()["models"] if m["state"] == "loaded"} == {512, 4096}, what=""
+        )
+        assert daemon.cli("stop", "one").returncode == 0
+        assert daemon.router("one")["state"] == "stopped"
+        assert daemon.call("GET", "/readyz")[0] == 200
+        assert daemon.chat("beta", port=two) == "I am beta"
+        assert daemon.cli("stop", "two").returncode == 0
+        assert daemon.call("GET", "/readyz")[0] == 503
+        assert daemon.cli("start", "one").returncode == 0
+        assert daemon.chat("gamma", port=one) == "I am gamma"
+
+
+def test_restart_keeps_what_is_loaded(daemon: RunningDaemon) -> None:
+    """A restart by hand gives a fresh process with the same models, and is no failure."""
+    daemon.cli("load", "beta")
+    before = daemon.router()["pid"]
+    assert daemon.cli("restart", "main").returncode == 0
+    daemon.wait_for_event("RouterRecovered")
+    assert daemon.model("beta")["state"] == "loaded"
+    after = daemon.router()
+    assert after["pid"] != before
+    assert (after["failures"], after["restarts"]) == (0, 1)
+
+
+def test_empty_folder_is_ready_with_a_hint(tmp_path: Path, llama_server: Path) -> None:
+    """Every new user's first state: an empty folder is READY and says what to do; a file and a reload mend it."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with RunningDaemon(tmp_path, empty, llama_server) as daemon:
+        daemon.wait_for_router("ready")
+        assert f"put GGUF files into {empty}" in daemon.cli("status").stdout + daemon.cli("status").stderr
+        write_tiny_model(empty / "first.gguf", ["hello"])
+        assert daemon.cli("reload").returncode == 0
+        assert daemon.chat("first") == "hello"
+
+
+def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """N1, P10: a port that somebody else holds is named with its holder, who is not touched; when he goes we come."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    with RunningDaemon(tmp_path / "a", models_dir, llama_server) as first:
+        first.wait_for_router("ready")
+        second = RunningDaemon(tmp_path / "b", models_dir, llama_server, flags=["--port", str(first.port)])
+        with second:
+            failed = second.wait_for_router("failed")
+            assert (
+                f"port {first.port} on 127.0.0.1 is taken by llama-server (pid {first.router()['pid']})"
+                in failed["reason"]
+            )
+            assert first.chat("alpha") == "I am alpha"
+            assert first.cli("stop", "main").returncode == 0
+            second.wait_for_router("ready")
+
+
+def test_logs_are_llama_servers_own(daemon: RunningDaemon) -> None:
+    """`logs` shows what llama-server prints, its models' lines included."""
+    daemon.cli("load", "alpha")
+    shown = daemon.cli("logs").stdout
+    assert "server in router mode" in shown
+    assert "model loaded" in shown
+
+
+def test_copied_binary_is_followed(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """P5: a missing llama-server is FAILED with what to do, and the router comes up by itself when the file appears."""
+    place = tmp_path / "bin" / "llama-server"
+    with RunningDaemon(tmp_path, models_dir, place) as daemon:
+        failed = daemon.wait_for_router("failed")
+        assert str(place) in failed["reason"]
+        shutil.copytree(llama_server.parent, place.parent, symlinks=True)
+        daemon.wait_for_router("ready")
+        assert daemon.chat("alpha") == "I am alpha"

@@ -1,0 +1,231 @@
+"""A whole llamavisor daemon in a process of its own, driven through its socket and its command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from fakes.bare_router import free_port
+from fakes.waiting import PATIENCE_S, eventually
+
+
+class UnixConnection(HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path, timeout_s: float = PATIENCE_S) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+class RunningDaemon:
+    """`llamavisor serve` as a subprocess; a context manager that ends it and checks that nothing is left of it.
+
+    Args:
+        folder: for its state, its socket and its log.
+        models_dir: folder with the models.
+        llama_server: the binary, true or fake.
+        flags: more flags of `serve`.
+        options: llama-server options behind `--`.
+        config: text of a configuration file, instead of `--models-dir` and `--port`.
+        env: more environment.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        models_dir: Path,
+        llama_server: Path | str | os.PathLike[str],
+        *,
+        flags: Sequence[str] = (),
+        options: Sequence[str] = ("--threads", "1"),
+        config: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = folder
+        self.socket = folder / "control.sock"
+        self.state_dir = folder / "state"
+        self.log = folder / "daemon.log"
+        self.config = folder / "llamavisor.toml"
+        self.port = free_port()
+        self.metrics_port = free_port()
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), **(env or {})}
+        self._argv = [sys.executable, "-m", "llamavisord", "serve", "--socket", str(self.socket)]
+        self._argv += ["--state-dir", str(self.state_dir), "--llama-server", os.fspath(llama_server)]
+        if config is None:
+            self._argv += ["--models-dir", str(models_dir), "--port", str(self.port)]
+            self._argv += ["--metrics-port", str(self.metrics_port), *flags, "--", *options]
+        else:
+            self.config.write_text(config, encoding="utf-8")
+            self._argv += ["--config", str(self.config), *flags]
+        self._popen: subprocess.Popen[bytes] | None = None
+
+    def __repr__(self) -> str:
+        return f"<RunningDaemon {self.folder}>"
+
+    def __enter__(self) -> Self:
+        """Start it and wait until it answers."""
+        self.start()
+        try:
+            eventually(self.is_live, what="a daemon that answers")
+        except BaseException:
+            self.end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End it; nothing may be left of it."""
+        self.end()
+        if error is not None:
+            sys.stderr.write(self.log.read_text(encoding="utf-8"))
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        assert self._popen is not None
+        return self._popen.pid
+
+    def start(self) -> None:
+        """Start it, and do not wait."""
+        with self.log.open("ab") as log:
+            self._popen = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Wait for its end; the exit code, or the negative number of a signal."""
+        assert self._popen is not None
+        return self._popen.wait(PATIENCE_S)
+
+    def end(self) -> None:
+        """End it kindly, and fail if anything that it started is still there."""
+        assert self._popen is not None
+        if self._popen.poll() is None:
+            self._popen.terminate()
+            try:
+                self._popen.wait(PATIENCE_S)
+            except subprocess.TimeoutExpired:
+                self._popen.kill()
+                self._popen.wait()
+        left = list(self.processes())
+        for process in left:
+            process.kill()
+        assert not left, f"left behind by the daemon: {left}"
+
+    def processes(self) -> Iterator[psutil.Process]:
+        """Everything that carries this daemon's marker and lives."""
+        instance = self.state_dir / "instance"
+        if not instance.exists():
+            return
+        marker = instance.read_text(encoding="ascii").strip()
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("LLAMAVISOR_INSTANCE") == marker and process.status() != "zombie":
+                    yield process
+            except psutil.Error:
+                continue
+
+    def is_live(self) -> bool:
+        """Whether it answers on its socket; fails when it has ended."""
+        assert self._popen is not None
+        if self._popen.poll() is not None:
+            raise AssertionError(f"exit code {self._popen.returncode}:\n{self.log.read_text(encoding='utf-8')}")
+        try:
+            return self.call("GET", "/livez")[0] == 200
+        except (OSError, HTTPException):
+            return False
+
+    def call(
+        self, method: str, path: str, *, body: bytes | None = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Status and body of an answer on the control socket; JSON is parsed."""
+        with closing(UnixConnection(self.socket)) as connection:
+            connection.request(method, path, body=body, headers=dict(headers or {}))
+            response = connection.getresponse()
+            text = response.read().decode("utf-8")
+            is_json = "json" in (response.getheader("Content-Type") or "")
+            return response.status, json.loads(text) if is_json else text
+
+    def status(self) -> dict[str, Any]:
+        """GET /control/v1/status."""
+        status, body = self.call("GET", "/control/v1/status")
+        assert status == 200, body
+        return dict(body)
+
+    def router(self, name: str = "main") -> dict[str, Any]:
+        """One router as `status` shows it."""
+        return next(router for router in self.status()["routers"] if router["name"] == name)
+
+    def model(self, name: str) -> dict[str, Any]:
+        """One model as `status` shows it."""
+        return next(model for model in self.status()["models"] if model["name"] == name)
+
+    def wait_for_router(self, state: str, name: str = "main") -> dict[str, Any]:
+        """Wait until a router is in `state`."""
+        eventually(lambda: self.router(name)["state"] == state, what=f"router {name} {state}")
+        return self.router(name)
+
+    def wait_for_model(self, name: str, state: str) -> dict[str, Any]:
+        """Wait until a model is in `state`."""
+        eventually(lambda: self.model(name)["state"] == state, what=f"model {name} {state}")
+        return self.model(name)
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Every event so far, or those of one kind."""
+        status, text = self.call("GET", "/control/v1/events?follow=false")
+        assert status == 200
+        events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
+        return [event for event in events if name is None or event["event"] == name]
+
+    def wait_for_event(self, name: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+        """Wait until an event of this kind has happened."""
+        eventually(lambda: any(map(matches, self.events(name))), what=f"event {name}")
+        return next(event for event in self.events(name) if matches(event))
+
+    def metrics(self) -> str:
+        """What Prometheus would read."""
+        with closing(HTTPConnection("127.0.0.1", self.metrics_port, timeout=PATIENCE_S)) as connection:
+            connection.request("GET", "/metrics")
+            return connection.getresponse().read().decode("utf-8")
+
+    def chat(self, model: str, *, port: int | None = None) -> str:
+        """What a model answers when any client asks it."""
+        with closing(HTTPConnection("127.0.0.1", port or self.port, timeout=PATIENCE_S)) as connection:
+            body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+            connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            text = response.read()
+            assert response.status == 200, text
+            return str(json.loads(text)["choices"][0]["message"]["content"]).strip()
+
+    def cli(self, *arguments: str, timeout_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+        """Run a command against this daemon."""
+        return subprocess.run(
+            [sys.executable, "-m", "llamavisord", *arguments],
+            env={**self.env, "LLAMAVISOR_SOCKET": str(self.socket), "COLUMNS": "200"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout_s,
+        )
