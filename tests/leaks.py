@@ -109,4 +109,4 @@ def _command(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
     except OSError:
         words = ""
-    return f"{pid} {words.strip() or '(ended, not reaped)'}"
+    return f"{pid} {words.strip() or '(without a command line: ended and not reaped, or just starting)'}"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
@@ -131,6 +131,7 @@ class RunningDaemon:
         left = list(self.processes())
         for process in left:
             process.kill()
+        _reap_orphans()
         assert not left, f"left behind by the daemon: {left}"
 
     def processes(self) -> Iterator[psutil.Process]:
@@ -229,3 +230,11 @@ class RunningDaemon:
             check=False,
             timeout=timeout_s,
         )
+
+
+def _reap_orphans() -> None:
+    """Reap what a killed daemon left to us, the subreaper of the tests; it has ended by now."""
+    for process in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess, ChildProcessError):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(process.pid, 0)

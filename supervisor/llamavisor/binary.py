@@ -146,8 +146,7 @@ def find(configured: str | None, environ: Mapping[str, str] | None = None) -> Pa
     if extra := _from_extra():
         return _resolved(extra)
     raise BinaryError(
-        f"no {NAME} found: {VARIABLE} is not set, {_not_on_path(NAME, environ)}, "
-        "and the llama extra is not installed",
+        f"no {NAME} found: {VARIABLE} is not set, {_not_on_path(NAME, environ)}, and the llama extra is not installed",
         hint=_GET_ONE,
     )
 
@@ -297,9 +296,7 @@ def _resolved(path: Path) -> Path:
 def _libraries(path: Path) -> Iterator[tuple[str, int, int, int]]:
     origin = path.resolve().parent  # where the loader looks for $ORIGIN
     triplet = getattr(sys.implementation, "_multiarch", "")
-    for folder in dict.fromkeys(
-        (origin / near).resolve() for near in (".", "../lib", "../lib64", f"../lib/{triplet}")
-    ):
+    for folder in dict.fromkeys((origin / near).resolve() for near in (".", "../lib", "../lib64", f"../lib/{triplet}")):
         try:
             with os.scandir(folder) as entries:
                 names = sorted(e.name for e in entries if e.name.startswith(_LIBRARIES) and ".so" in e.name)

@@ -252,9 +252,7 @@ def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_
     if mode_words:
         mode = loadmode.from_words(layer.source, mode_words)
         written = mode_words[-1][0]
-        yield _Choice(
-            "load-mode", written, entries=_load_mode_entries(layer.source, written, mode, flags, binary)
-        )
+        yield _Choice("load-mode", written, entries=_load_mode_entries(layer.source, written, mode, flags, binary))
 
 
 def _find(source: str, word: str, previous: str, flags: FlagSet, binary: str) -> HelpOption | None:
@@ -281,15 +279,11 @@ def _find(source: str, word: str, previous: str, flags: FlagSet, binary: str) ->
             hint="Put the GGUF file into models_dir.",
         )
     if option.values > 1:
-        raise OptionError(
-            f"{source}: {word} in args is refused: it takes two values, which a router cannot hand on"
-        )
+        raise OptionError(f"{source}: {word} in args is refused: it takes two values, which a router cannot hand on")
     return option
 
 
-def _load_mode_entries(
-    source: str, written: str, mode: str, flags: FlagSet, binary: str
-) -> Mapping[str, str]:
+def _load_mode_entries(source: str, written: str, mode: str, flags: FlagSet, binary: str) -> Mapping[str, str]:
     entries = loadmode.as_preset(mode, flags)
     if entries is None:
         raise OptionError(
@@ -373,11 +367,7 @@ def _refuse_unfit(source: str, written: str, value: str, flags: FlagSet | None =
     elif normal(written) == "--samplers":
         hint = "Write the same with --sampling-seq, one letter for each sampler."
     else:
-        hint = (
-            "It reaches models through a preset file, which cannot quote."
-            if value
-            else f"Leave {written} out."
-        )
+        hint = "It reaches models through a preset file, which cannot quote." if value else f"Leave {written} out."
     raise OptionError(f"{source}: the value {value!r} of {written} {problem}", hint=hint)
 
 

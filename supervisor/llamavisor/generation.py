@@ -225,7 +225,7 @@ class Generation:
         self._post(Spawned(process, launch))
         log_mark = self._host.output.size()
         ready = anyio.Event()
-        async with anyio.create_task_group() as workers, self._host.connect() as api:
+        async with self._host.connect() as api, anyio.create_task_group() as workers:
             self._workers, self._api = workers, api
             workers.start_soon(self._serve, api, launch, missing, ready)
             status = await process.wait()

@@ -47,9 +47,7 @@ def from_words(source: str, words: Sequence[tuple[str, str]]) -> str:
     asked = dict(_OLD[normal(word)] for word, _ in words if normal(word) in _OLD)
     if len(named) + len(asked) < len(words) or (named and asked):
         spelled = " and ".join(word for word, _ in words)
-        raise OptionError(
-            f"{source}: {spelled} in args contradict each other", hint='Set load_mode = "…" instead.'
-        )
+        raise OptionError(f"{source}: {spelled} in args contradict each other", hint='Set load_mode = "…" instead.')
     if named:
         return named[-1]
     if asked.get("dio"):

@@ -57,9 +57,7 @@ _OPTIONS = (
         "the preset is generated from this configuration",
         "Write its options as options of [defaults] or of a [[router]].",
     ),
-    Reserved.of(
-        "--models-max", "the supervisor counts too", "Set models_max = … at the top or in a [[router]]."
-    ),
+    Reserved.of("--models-max", "the supervisor counts too", "Set models_max = … at the top or in a [[router]]."),
     Reserved.of(
         "--models-autoload --no-models-autoload",
         "who loads models follows from how they are served",

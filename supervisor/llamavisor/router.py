@@ -269,7 +269,7 @@ class Router:
                     self._why = self.verdict.cause if self.verdict else None
                     self._signal(RouterInput.START)
             case _Wish(wish):
-                self._why = Cause.REQUESTED
+                self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
             case _Reconfigured(host):
                 self._host = host

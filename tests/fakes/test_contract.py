@@ -358,7 +358,7 @@ def test_the_load_limit(start: Callable[..., BareRouter], models_dir: Path) -> N
         router.load("beta")
         assert router.chat("alpha").status == 200
         router.load("gamma")
-        assert [event["model"] for event in events.all if event["data"]["status"] == "unloaded"] == ["beta"]
+        assert events.wait_for(lambda event: event["data"]["status"] == "unloaded")["model"] == "beta"
         assert {process.name for process in router.processes()} == {"alpha", "gamma"}
         router.unload("alpha")
         router.unload("gamma")
@@ -426,8 +426,9 @@ def test_a_chat_evicts_the_least_recently_used(start: Callable[..., BareRouter])
     with start(arguments=["--models-max", "2"]) as router, router.events() as events:
         for name in ("alpha", "beta", "alpha", "gamma"):
             assert router.chat(name).status == 200
-        gone = [event for event in events.all if event["data"]["status"] == "unloaded"]
-        assert [(event["model"], event["data"]["exit_code"]) for event in gone] == [("beta", 0)]
+        gone = events.wait_for(lambda event: event["data"]["status"] == "unloaded")
+        assert (gone["model"], gone["data"]["exit_code"]) == ("beta", 0)
+        assert {process.name for process in router.processes()} == {"alpha", "gamma"}
 
 
 def test_a_stream(router: BareRouter) -> None:

@@ -25,3 +25,10 @@ class UnreachableError(CommandError, OSError):
 
     def __init__(self, message: str, *, hint: str = "", exit_code: ExitCode = ExitCode.UNREACHABLE) -> None:
         super().__init__(message, hint=hint, exit_code=exit_code)
+
+
+def with_hint(message: str, hint: str) -> str:
+    """Both on one line; a hint is either a sentence of its own or the end of one."""
+    if not hint:
+        return message
+    return f"{message}. {hint}" if hint[0].isupper() else f"{message}; {hint}"

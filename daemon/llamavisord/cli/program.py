@@ -6,12 +6,11 @@ import importlib
 import io
 import os
 import sys
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 
 from llamavisord.cli.arguments import parse
-from llamavisord.cli.errors import CommandError
+from llamavisord.cli.errors import CommandError, with_hint
 from llamavisord.cli.render import plain
 from llamavisord.exit_codes import ExitCode
 
@@ -79,14 +78,13 @@ def _run(words: Sequence[str]) -> int:
         return _complain(str(exc), exc.hint, code=exc.exit_code)
     except Exception as exc:  # noqa: BLE001 (the last resort: one line for a person, the rest with --debug)
         if getattr(arguments, "debug", False):
-            traceback.print_exc()
+            sys.__excepthook__(*sys.exc_info())  # the traceback module costs milliseconds
             return ExitCode.FAILED
         return _complain(f"{type(exc).__name__}: {exc}", "--debug shows where it comes from")
 
 
 def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED) -> int:
-    text = f"{message}; {hint}" if hint else message
-    for line in text.splitlines():
+    for line in with_hint(message, hint).splitlines():
         print(f"llamavisor: {plain(line)}", file=sys.stderr)
     return code
 

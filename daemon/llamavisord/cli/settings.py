@@ -11,6 +11,7 @@ from pathlib import Path
 from llamavisor import binary, flags
 from llamavisor.errors import BinaryError, OptionError
 from llamavisor.settings import RouterSettings
+from llamavisord.cli.errors import with_hint
 from llamavisord.cli.render import Screen, plain
 from llamavisord.config import Config, Setting
 from llamavisord.exit_codes import ExitCode
@@ -50,12 +51,12 @@ def _resolve(router: RouterSettings, probes: binary.ProbeCache) -> str | None:
     try:
         found = probes.probe(binary.find(router.llama_server), os.environ)
     except BinaryError as error:
-        _say(f"warning: router {router.name}: options not checked: {error}; {error.hint}")
+        _say(f"warning: router {router.name}: options not checked: {with_hint(str(error), error.hint)}")
         return None
     try:
         flags.resolve(router.layers, found.flags, binary=str(found.path))
     except OptionError as error:
-        return f"router {router.name}: {error}. {error.hint}".rstrip()
+        return f"router {router.name}: {with_hint(str(error), error.hint)}"
     return None
 
 

@@ -262,6 +262,7 @@ class Registry:
     def unload(self, model: Model) -> None:
         """Start ending a model's process; a loading one is killed."""
         with self._changed:
+            self._log("unload", f"stopping model instance name={model.name}")
             self._stop(model)
 
     def _stop(self, model: Model) -> None:
@@ -269,7 +270,6 @@ class Registry:
             return
         model.is_stopping = True
         process = model.process
-        self._log("unload", f"stopping model instance name={model.name}")
         if model.state == "loading":
             self._log("unload", f"model name={model.name} is still loading, force-killing", "W")
             process.kill()
@@ -290,7 +290,8 @@ class Registry:
         with self._changed:
             self._is_ending = True
             self._changed.notify_all()
-            for model in self._models.values():
+            for model in [model for model in self._models.values() if model.is_running]:
+                self._log("unload_all", f"stopping model instance name={model.name}")
                 self._stop(model)
             self._changed.wait_for(lambda: not any(model.is_running for model in self._models.values()))
 

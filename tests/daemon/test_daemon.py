@@ -1,0 +1,591 @@
+"""The whole daemon on a fake llama-server that fails as it is told: what only a misbehaving one can show."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from fakes import FakeLlamaServer
+from fakes.bare_router import free_port
+from fakes.builder import OLD_BUILD
+from fakes.waiting import eventually
+from running import RunningDaemon, UnixConnection
+
+Fake = Callable[..., FakeLlamaServer]
+Start = Callable[..., RunningDaemon]
+
+
+@pytest.fixture
+def start(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> Start:
+    """Makes a daemon on a fake llama-server with this behaviour."""
+
+    def make(*, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), **behaviour: object) -> RunningDaemon:
+        return RunningDaemon(tmp_path, models_dir, fake_llama_server(**behaviour), flags=flags, options=options)
+
+    return make
+
+
+# --- faults of the router ---------------------------------------------------------------------------------------------
+
+
+def test_exit_0_unasked_is_a_failure(start: Start) -> None:
+    """P2: a router that ends with exit code 0 although nobody asked is started again."""
+    with start(exit_after_s=0.2, exit_with=0) as daemon:
+        exited = daemon.wait_for_event("RouterExited")
+        assert (exited["status"], exited["cause"], exited["is_requested"]) == ("exit code 0", "exit", False)
+        eventually(lambda: len(daemon.events("RouterReady")) >= 2, what="a second start")
+
+
+def test_bad_option_is_permanent(start: Start) -> None:
+    """P4: llama-server's own complaint about an option latches FAILED at once, with its words and its last lines."""
+    complaint = "error: invalid argument: --threads"
+    with start(start_failures=-1, start_line=complaint) as daemon:
+        failed = daemon.wait_for_router("failed")
+        assert failed["reason"] == complaint
+        assert complaint in failed["log_tail"][-1]
+        assert complaint in daemon.cli("status").stdout
+        assert len(daemon.events("RouterSpawned")) == 1
+
+
+def test_failing_starts_back_off(start: Start) -> None:
+    """P3: starts that fail for no clear reason are tried again after 1 s, 2 s, …, and come up when they can."""
+    with start(start_failures=2, start_exit="SIGSEGV") as daemon:
+        daemon.wait_for_router("ready")
+        delays = [event["delay_s"] for event in daemon.events("RouterRestartScheduled")]
+        assert [int(delay) for delay in delays] == [1, 2]
+        assert all(event["status"] == "SIGSEGV" for event in daemon.events("RouterExited"))
+        assert daemon.router()["failures"] == 2
+
+
+def test_unknown_option_names_option_and_binary(start: Start, tmp_path: Path) -> None:
+    """A typed option that this build does not know is told with its name, the binary, and what to do."""
+    with start(flags=("--gpu-layers", "all"), missing_options=["--n-gpu-layers", "--gpu-layers", "-ngl"]) as daemon:
+        failed = daemon.wait_for_router("failed")
+        assert "gpu_layers" in failed["reason"]
+        assert "fake0/llama-server" in failed["reason"]
+        assert failed["hint"]
+
+
+def test_changed_binary_rearms(start: Start, tmp_path: Path, fake_llama_server: Fake) -> None:
+    """P4, P5: a router that failed for its binary is started again by itself when the binary changes."""
+    with start(start_failures=-1, start_line="error: invalid argument: --x") as daemon:
+        daemon.wait_for_router("failed")
+        FakeLlamaServer.make(tmp_path / "fake0")
+        daemon.wait_for_router("ready")
+
+
+@pytest.mark.parametrize(("role", "reason"), [("", "not as a router")])
+def test_single_model_server_is_refused(start: Start, role: str, reason: str) -> None:
+    """What comes up but is not a router is not ours to use: it is ended and the router is FAILED."""
+    with start(role=role) as daemon:
+        assert reason in daemon.wait_for_router("failed")["reason"]
+        eventually(lambda: not list(daemon.processes()), what="the end of the wrong server")
+
+
+def test_program_that_is_no_llama_server(tmp_path: Path, models_dir: Path) -> None:
+    """A program that is something else altogether is FAILED with what to do, and is not started as a router."""
+    with RunningDaemon(tmp_path, models_dir, "/bin/true", options=()) as daemon:
+        failed = daemon.wait_for_router("failed")
+        assert "/bin/true" in failed["reason"] or os.path.realpath("/bin/true") in failed["reason"]
+        assert daemon.events("RouterSpawned") == []
+
+
+def test_stubborn_router_is_killed(start: Start) -> None:
+    """P8: a router that ignores SIGTERM is killed after its grace; a second SIGTERM to the daemon hurries that up."""
+    with start(ignore_sigterm=True) as daemon:
+        daemon.wait_for_router("ready")
+        began = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        daemon.wait_for_router("stopping")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert time.monotonic() - began < 8  # the first grace alone is 10 s
+
+
+def test_escaped_grandchild_is_killed(start: Start) -> None:
+    """P9: a process in a session of its own that a killed router leaves behind is killed and counted."""
+    with start(grandchild="setsid") as daemon:
+        router = daemon.wait_for_router("ready")["pid"]
+        os.kill(router, signal.SIGKILL)
+        assert len(daemon.wait_for_event("StraysKilled")["pids"]) == 1
+        daemon.wait_for_event("RouterReady", lambda event: event["pid"] != router)
+        assert "llamavisor_orphans_reaped_total 1.0" in daemon.metrics()
+
+
+def test_zombies_are_reaped(start: Start) -> None:
+    """P12: ended processes that nobody waits for are reaped once they are handed to the daemon."""
+    with start(zombies=5) as daemon:
+        os.kill(daemon.wait_for_router("ready")["pid"], signal.SIGKILL)
+        daemon.wait_for_event("RouterExited")
+        process = psutil.Process(daemon.pid)
+        eventually(
+            lambda: [child for child in process.children() if child.status() == psutil.STATUS_ZOMBIE] == [],
+            what="no zombies",
+        )
+
+
+def test_garbage_answers_do_no_harm(start: Start) -> None:
+    """H5: a router whose /health turns into a gigabyte of HTML is DEGRADED, and costs the daemon no memory."""
+    huge = {"status": 200, "type": "text/html", "body": "<p>" * 1000, "repeat": 300_000}
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+    with start(answers={"/models": huge}) as daemon:
+        before = psutil.Process(daemon.pid).memory_info().rss
+        daemon.wait_for_event("RouterSpawned")
+        eventually(lambda: daemon.router()["state"] == "starting", what="a router that never comes up")
+        assert psutil.Process(daemon.pid).memory_info().rss < before + 300e6
+
+
+def test_flooding_router_is_bounded_on_disk(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """H6: a router that floods its log never blocks, and the log is rotated at its cap."""
+    port = free_port()
+    config = f"""
+models_dir = "{models_dir}"
+port = {port}
+log_size = "1MiB"
+[metrics]
+enabled = false
+"""
+    flood = fake_llama_server(log_giant_line_bytes=3_000_000, log_lines_per_s=2000)
+    with RunningDaemon(tmp_path, models_dir, flood, config=config) as daemon:
+        daemon.wait_for_router("ready")
+        log = Path(daemon.router()["log_file"])
+        eventually(lambda: log.with_name(f"{log.name}.1").exists(), what="a rotated log")
+        assert daemon.chat("alpha", port=port)
+        assert log.with_name(f"{log.name}.1").stat().st_size <= 1024 * 1024 + 65536
+        assert daemon.cli("logs", "--lines", "5").returncode == 0
+
+
+# --- faults of models -------------------------------------------------------------------------------------------------
+
+
+def test_build_without_events_is_polled(start: Start) -> None:
+    """A build without the event stream is asked for its list instead: loads and ends are seen all the same."""
+    with start(**OLD_BUILD) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 0
+        eventually(lambda: daemon.model("alpha")["pid"], what="the pid of the child")
+        os.kill(daemon.model("alpha")["pid"], signal.SIGKILL)
+        assert daemon.wait_for_event("ModelUnloaded")["reason"] == "crashed"
+
+
+def test_failed_load_without_events(start: Start) -> None:
+    """A load that fails between two looks at the list is told as failed, not waited for for ever."""
+    with start(model={"load_failures": -1}, **OLD_BUILD) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 1
+        assert daemon.model("alpha")["state"] == "failed"
+
+
+def test_slow_load_shows_progress(start: Start) -> None:
+    """A load that takes a while is shown with its progress, and is done when the router says loaded."""
+    with start(model={"load_s": 1.0}) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.call("POST", "/control/v1/models/alpha/load")[0] == 202
+        eventually(lambda: daemon.model("alpha")["progress"], what="some progress")
+        assert daemon.model("alpha")["state"] == "loading"
+        assert daemon.cli("load", "alpha").returncode == 0
+        assert len(daemon.events("ModelLoading")) == 1
+
+
+def test_unload_cancels_a_load(start: Start) -> None:
+    """A load that is not wanted any more is cancelled by an unload, and whoever waited for it is told."""
+    with start(model={"load_stalls": True}) as daemon:
+        daemon.wait_for_router("ready")
+        daemon.call("POST", "/control/v1/models/alpha/load")
+        daemon.wait_for_model("alpha", "loading")
+        assert daemon.cli("unload", "alpha").returncode == 0
+        assert daemon.model("alpha")["state"] == "unloaded"
+
+
+def test_model_that_had_served_comes_back(start: Start) -> None:
+    """A model that crashes after having served for ten seconds is loaded again before anybody asks for it."""
+    with start(model={"exit_after_s": 10.5}) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 0
+        eventually(lambda: len(daemon.events("ModelLoaded")) == 2, what="a second load")
+        assert daemon.events("ModelUnloaded")[0]["reason"] == "crashed"
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_late_device_is_waited_for(start: Start) -> None:
+    """A device whose driver loads late is waited for, and the load that was asked for meanwhile is done then."""
+    with start(
+        options=("--device", "CUDA0"), devices=["CUDA0: A card (24000 MiB, 23000 MiB free)"], devices_after_calls=1
+    ) as daemon:
+        eventually(lambda: "CUDA0" in (daemon.router()["reason"] or ""), what="a router that waits for its device")
+        assert daemon.router()["state"] == "starting"
+        assert daemon.cli("load", "alpha").returncode == 0
+        assert daemon.router()["state"] == "ready"
+
+
+# --- the control API --------------------------------------------------------------------------------------------------
+
+
+def test_problems_have_codes(start: Start) -> None:
+    """Every refusal is a problem document with a stable code, and nothing shows a traceback."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        cases: list[tuple[str, str, bytes | None, int, str]] = [
+            ("GET", "/nothing", None, 404, "not_found"),
+            ("DELETE", "/control/v1/status", None, 405, "method_not_allowed"),
+            ("POST", "/control/v1/models/nope/load", None, 404, "model_not_found"),
+            ("POST", "/control/v1/models/a%2Fb:c/load", None, 404, "model_not_found"),
+            ("POST", "/control/v1/models/alpha/load?router=nope", None, 404, "router_not_found"),
+            ("POST", "/control/v1/routers/nope/restart", None, 404, "router_not_found"),
+            ("POST", "/control/v1/models/alpha/load?wait=soon", None, 400, "bad_request"),
+            ("POST", "/control/v1/models/alpha/load?wait=nan", None, 400, "bad_request"),
+            ("GET", "/control/v1/events?since=-1", None, 400, "bad_request"),
+            ("GET", "/control/v1/logs?lines=1e9", None, 400, "bad_request"),
+            ("POST", "/control/v1/reload", b"[" * 1000, 400, "bad_request"),
+            ("POST", "/control/v1/reload", b"x" * 10_000_000, 413, "body_too_large"),
+        ]
+        for method, path, body, status, code in cases:
+            told, problem = daemon.call(method, path, body=body)
+            assert (told, problem["code"], problem["status"]) == (status, code, status), path
+        assert "Traceback" not in daemon.log.read_text()
+
+
+def test_wait_that_is_too_short(start: Start) -> None:
+    """A command that is not done in time is told so, goes on, and the command line ends with 5."""
+    with start(model={"load_s": 2.0}) as daemon:
+        daemon.wait_for_router("ready")
+        status, problem = daemon.call("POST", "/control/v1/models/alpha/load?wait=0.2")
+        assert (status, problem["code"]) == (504, "wait_timeout")
+        assert daemon.cli("load", "alpha", "--timeout", "0.1s").returncode == 5
+        daemon.wait_for_model("alpha", "loaded")
+
+
+def test_loading_twice_is_one_load(start: Start) -> None:
+    """A model that is loaded already is no error and is not loaded again."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.call("POST", "/control/v1/models/alpha/load?wait=true")[1]["changed"] is True
+        assert daemon.call("POST", "/control/v1/models/alpha/load?wait=true")[1]["changed"] is False
+        twice = daemon.cli("load", "alpha")
+        assert twice.returncode == 0
+        assert "already" in twice.stdout + twice.stderr
+        assert len(daemon.events("ModelLoading")) == 1
+
+
+def test_events_are_replayed_by_number(start: Start) -> None:
+    """Whoever comes back with the last number it saw gets what followed, without a gap and without a repetition."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        every = daemon.events()
+        assert [event["id"] for event in every] == sorted({event["id"] for event in every})
+        headers = {"Last-Event-ID": str(every[2]["id"])}
+        text = daemon.call("GET", "/control/v1/events?follow=false", headers=headers)[1]
+        later = [json.loads(line[5:])["id"] for line in text.splitlines() if line.startswith("data:")]
+        assert later[: len(every) - 3] == [event["id"] for event in every[3:]]
+
+
+def test_events_are_followed(start: Start) -> None:
+    """A follower hears of an event while it happens."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        last = daemon.status()["event_id"]
+        with closing(UnixConnection(daemon.socket)) as connection:
+            connection.request("GET", f"/control/v1/events?since={last}")
+            stream = connection.getresponse()
+            daemon.call("POST", "/control/v1/models/alpha/load")
+            heard: list[str] = []
+            while "ModelLoaded" not in heard:
+                line = stream.readline().decode()
+                heard += [line.split()[1]] if line.startswith("event:") else []
+
+
+def test_client_that_leaves_does_not_stop_a_restart(start: Start) -> None:
+    """C11: a restart goes on although the client that asked for it has hung up."""
+    with start(start_s=0.5) as daemon:
+        before = daemon.wait_for_router("ready")["pid"]
+        with closing(UnixConnection(daemon.socket)) as connection:
+            connection.request("POST", "/control/v1/routers/main/restart?wait=true")
+        daemon.wait_for_event("RouterReady", lambda event: event["pid"] != before)
+
+
+def test_stop_and_start_by_hand(start: Start) -> None:
+    """A stopped router stays down, says so to whoever wants a model, and comes back when started."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("stop", "main").returncode == 0
+        assert daemon.router()["state"] == "stopped"
+        status, problem = daemon.call("POST", "/control/v1/models/alpha/load?wait=true")
+        assert (status, problem["code"]) == (503, "router_not_ready")
+        assert daemon.call("POST", "/control/v1/routers/main/stop?wait=true")[1]["changed"] is False
+        assert daemon.cli("start", "main").returncode == 0
+        assert daemon.router()["state"] == "ready"
+        assert daemon.router()["restarts"] == 0
+
+
+def test_control_stays_quick_while_a_router_hangs(start: Start) -> None:
+    """A router that answers nothing any more is DEGRADED, and the control socket goes on answering."""
+    with start(hang_after_s=0.5) as daemon:
+        daemon.wait_for_router("ready")
+        eventually(lambda: daemon.router()["state"] == "degraded", what="a degraded router", within_s=60)
+        assert daemon.call("GET", "/livez")[0] == 200
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+def config_of(models_dir: Path, port: int, extra: str = "") -> str:
+    """A configuration with one router."""
+    return f'models_dir = "{models_dir}"\nport = {port}\n{extra}\n[metrics]\nenabled = false\n'
+
+
+def test_reload_with_a_bad_file_keeps_the_old_one(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """D2: a bad configuration is refused as a whole and shown; the good one that follows is taken."""
+    port = free_port()
+    good = config_of(models_dir, port)
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=good) as daemon:
+        before = daemon.wait_for_router("ready")["pid"]
+        for bad in (f"{good}\nnonsense", good.replace("port", "prot"), good.replace(str(port), '"many"')):
+            daemon.config.write_text(bad)
+            failed = daemon.cli("reload")
+            assert failed.returncode == 78
+            assert "llamavisor.toml" in failed.stderr
+            assert daemon.status()["config_error"]
+        assert daemon.router()["pid"] == before
+        daemon.config.write_text(good)
+        daemon.signal(signal.SIGHUP)
+        eventually(lambda: daemon.status()["config_error"] is None, what="the good configuration")
+        assert daemon.router()["pid"] == before
+
+
+def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """A reload restarts the changed router with its models, adds and removes others, and leaves the rest alone."""
+    ports = [free_port() for _ in range(3)]
+
+    def config(*names: str, ctx_size: int = 512) -> str:
+        tables = "".join(
+            f'[[router]]\nname = "{name}"\nport = {port}\n' + (f"ctx_size = {ctx_size}\n" if name == "b" else "")
+            for name, port in zip(("a", "b", "c"), ports, strict=True)
+            if name in names
+        )
+        return config_of(models_dir, 1, tables).replace("port = 1\n", "", 1)
+
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config("a", "b")) as daemon:
+        kept, changed = (daemon.wait_for_router("ready", name)["pid"] for name in ("a", "b"))
+        daemon.call("POST", "/control/v1/models/alpha/load?router=b&wait=true")
+        daemon.config.write_text(config("a", "b", "c", ctx_size=1024))
+        assert daemon.call("POST", "/control/v1/reload")[1]["changed"] == ["b", "c"]
+        daemon.wait_for_router("ready", "c")
+        assert daemon.wait_for_event("RouterRecovered")["models"] == ["alpha"]
+        assert daemon.router("a")["pid"] == kept
+        assert daemon.router("b")["pid"] != changed
+        daemon.config.write_text(config("a"))
+        assert sorted(daemon.call("POST", "/control/v1/reload")[1]["changed"]) == ["b", "c"]
+        assert [router["name"] for router in daemon.status()["routers"]] == ["a"]
+        assert daemon.router("a")["pid"] == kept
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "unreadable"])
+def test_models_folder_that_cannot_be_used(
+    tmp_path: Path, models_dir: Path, fake_llama_server: Fake, what: str
+) -> None:
+    """A models folder that is missing, a file, or unreadable is FAILED with the reason; mended, it recovers by itself."""
+    if what == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root can read everything; tests/daemon/test_unprivileged.py has this case")
+    folder = tmp_path / "other"
+    if what == "file":
+        folder.write_text("not a folder")
+    with RunningDaemon(tmp_path, folder, fake_llama_server(), options=()) as daemon:
+        failed = daemon.wait_for_router("failed")
+        assert str(folder) in failed["reason"]
+        assert failed["hint"]
+        if what == "file":
+            folder.unlink()
+        shutil.copytree(models_dir, folder)
+        daemon.wait_for_router("ready")
+
+
+def test_taken_port_names_its_holder(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """N1: a taken port is told with who holds it; once it is free the router comes up by itself."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config_of(models_dir, port))
+        with daemon:
+            failed = daemon.wait_for_router("failed")
+            assert f"(pid {os.getpid()})" in failed["reason"]
+            assert f"port {port}" in failed["reason"]
+            holder.close()
+            daemon.wait_for_router("ready")
+
+
+# --- the daemon itself ------------------------------------------------------------------------------------------------
+
+
+def run_serve(daemon: RunningDaemon) -> tuple[int, str]:
+    """Exit code and words of a daemon that cannot start."""
+    daemon.start()
+    code = daemon.wait()
+    return code, daemon.log.read_text()
+
+
+def test_second_daemon_on_the_same_socket(start: Start, tmp_path: Path, models_dir: Path) -> None:
+    """C2: a second daemon ends with 75 and one line that names the first, which is not affected."""
+    with start() as first:
+        pid = first.wait_for_router("ready")["pid"]
+        second = RunningDaemon(tmp_path, models_dir, "/bin/true")
+        second.log = tmp_path / "second.log"
+        code, words = run_serve(second)
+        assert code == 75
+        assert f"already running, pid {first.pid}" in words
+        assert words.count("\n") == 1
+        assert first.router()["pid"] == pid
+
+
+def test_second_daemon_with_the_same_state(start: Start, tmp_path: Path, models_dir: Path) -> None:
+    """Two daemons with one state folder would kill each other's routers: the second one is refused."""
+    with start() as first:
+        pid = first.wait_for_router("ready")["pid"]
+        second = RunningDaemon(tmp_path, models_dir, "/bin/true", flags=["--socket", str(tmp_path / "other.sock")])
+        second.log = tmp_path / "second.log"
+        assert run_serve(second)[0] == 75
+        assert first.router()["pid"] == pid
+
+
+def test_socket_path_that_is_too_long(tmp_path: Path, models_dir: Path) -> None:
+    """C5: a socket path that the kernel cannot hold is a configuration error with its length."""
+    daemon = RunningDaemon(tmp_path, models_dir, "/bin/true", flags=["--socket", f"/tmp/{'x' * 120}.sock"])
+    code, words = run_serve(daemon)
+    assert code == 78
+    assert "too long" in words
+
+
+def test_file_in_the_sockets_place(tmp_path: Path, models_dir: Path) -> None:
+    """C3: a file where the socket should be is named, kept, and nothing was started."""
+    (tmp_path / "control.sock").write_text("precious")
+    code, words = run_serve(RunningDaemon(tmp_path, models_dir, "/bin/true"))
+    assert code == 1
+    assert "is in the way" in words
+    assert (tmp_path / "control.sock").read_text() == "precious"
+
+
+def test_metrics_port_that_is_taken(start: Start) -> None:
+    """A taken metrics port is a warning and no reason to let models go; it is served once it is free."""
+    daemon = start()
+    with socket.create_server(("127.0.0.1", daemon.metrics_port)) as holder, daemon:
+        daemon.wait_for_router("ready")
+        eventually(lambda: any("metrics" in warning for warning in daemon.status()["warnings"]), what="a warning")
+        holder.close()
+        eventually(lambda: daemon.status()["warnings"] == [], what="metrics that are served")
+        assert "llamavisor_build_info" in daemon.metrics()
+
+
+def test_log_that_cannot_be_written_any_more(start: Start) -> None:
+    """D9: a daemon whose stderr has gone goes on."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        daemon.call("POST", "/control/v1/routers/main/restart?wait=true")
+        assert daemon.router()["state"] == "ready"
+
+
+def test_hundred_reloads_leak_nothing(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """D4: reloading again and again opens no file, starts no thread and no process."""
+    config = config_of(models_dir, free_port())
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config) as daemon:
+        daemon.wait_for_router("ready")
+        process = psutil.Process(daemon.pid)
+
+        def held() -> tuple[int, int]:
+            return process.num_fds(), len(process.children(recursive=True))
+
+        for _ in range(5):
+            daemon.call("POST", "/control/v1/reload")
+        threads = process.num_threads()
+        before = held()
+        for _ in range(100):
+            assert daemon.call("POST", "/control/v1/reload")[0] == 200
+        eventually(lambda: held() == before, what=f"as much held as before: {before}")
+        assert process.num_threads() <= threads
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_tell_what_happened(start: Start) -> None:
+    """States are 0 or 1, and loads, unloads, restarts and their times are counted."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        daemon.cli("load", "alpha")
+        daemon.cli("unload", "alpha")
+        daemon.call("POST", "/control/v1/routers/main/restart?wait=true")
+        metrics = daemon.metrics()
+    for line in (
+        'llamavisor_router_state{router="main",state="ready"} 1.0',
+        'llamavisor_router_state{router="main",state="failed"} 0.0',
+        'llamavisor_router_consecutive_failures{router="main"} 0.0',
+        'llamavisor_router_restarts_total{reason="requested",router="main"} 1.0',
+        'llamavisor_router_start_duration_seconds_count{router="main"} 2.0',
+        'llamavisor_model_state{model="alpha",router="main",state="unloaded"} 1.0',
+        'llamavisor_model_loads_total{model="alpha",result="loaded",router="main"} 1.0',
+        'llamavisor_model_load_duration_seconds_count{model="alpha",router="main"} 1.0',
+        'llamavisor_model_unloads_total{model="alpha",reason="requested",router="main"} 1.0',
+        "llamavisor_config_last_reload_successful 1.0",
+    ):
+        assert line in metrics
+    for name in (
+        "router_start_timestamp_seconds",
+        "event_loop_lag_seconds",
+        "config_last_reload_success_timestamp_seconds",
+    ):
+        assert f"llamavisor_{name}" in metrics
+    assert "process_resident_memory_bytes" in metrics
+    assert "_created" not in metrics
+
+
+def test_promtool_finds_nothing_to_mend(start: Start) -> None:
+    """The exposition is as Prometheus's own linter wants it."""
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("no promtool: install the package prometheus")
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        daemon.cli("load", "alpha")
+        metrics = daemon.metrics()
+    checked = subprocess.run([promtool, "check", "metrics"], input=metrics, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_health_on_both_doors(start: Start) -> None:
+    """/livez and /readyz answer on the socket and on the metrics port, and tell a stopped router from a living daemon."""
+
+    def on_metrics_port(path: str) -> int:
+        with closing(socket.create_connection(("127.0.0.1", daemon.metrics_port))) as connection:
+            connection.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+            return int(connection.recv(100).split()[1])
+
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        assert (daemon.call("GET", "/readyz")[0], on_metrics_port("/readyz")) == (200, 200)
+        daemon.cli("stop", "main")
+        assert (daemon.call("GET", "/readyz")[0], on_metrics_port("/readyz")) == (503, 503)
+        assert (daemon.call("GET", "/livez")[0], on_metrics_port("/livez")) == (200, 200)
+
+
+def test_status_of_everything_is_json(start: Start) -> None:
+    """Every reading command prints JSON when asked, and nothing else on stdout."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        told: dict[str, Any] = {
+            name: json.loads(daemon.cli(name, "--json").stdout) for name in ("status", "models", "version")
+        }
+        assert told["status"]["routers"][0]["state"] == "ready"
+        lines = daemon.cli("events", "--json").stdout.splitlines()
+        assert json.loads(lines[0])["event"]

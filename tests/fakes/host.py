@@ -1,0 +1,557 @@
+"""A router's outside world within the test itself, for virtual time: it keeps to `llamavisor.host`, and nothing is real.
+
+A `FakeHost` stands where a `Launcher` does. What a start and a load do is scripted with `FakeStart` and `FakeModel`; what
+clients and bad luck do is a method of the running `FakeProcess`. The machine keeps the books: which processes there
+were and which are left, and it refuses a second process on a port that is not free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import anyio
+import anyio.abc
+from anyio.streams.memory import MemoryObjectSendStream
+
+from llamavisor.api import ListedModel, Props, StatusEvent
+from llamavisor.binary import Binary, Fingerprint
+from llamavisor.cause import Verdict
+from llamavisor.errors import ApiError, SpawnError
+from llamavisor.flags import LaunchOptions
+from llamavisor.helptext import parse_help
+from llamavisor.launch import Launch
+from llamavisor.output import OutputFile
+from llamavisor.process import ExitStatus, Leftovers
+from llamavisor.settings import RouterSettings
+from llamavisor.states import HAS_CHILD, ModelState
+
+ANSWER_S = 0.001
+"""How long the fake takes for whatever takes no time worth scripting."""
+KILLED = ExitStatus(signal=9)
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeStart:
+    """How one start of a router goes. Times in seconds since the start.
+
+    Attributes:
+        ready_at: when it answers, `math.inf` for never.
+        ends_at: when it ends unasked.
+        status: how it then ends.
+        prints: what it prints at once.
+        is_router: whether it is one, and not a single-model server.
+        term_s: how long it takes to obey SIGTERM, `math.inf` for one that ignores it.
+        clear_s: how long it takes until nothing of it is left after its end.
+        leftovers: what had to be killed then.
+        error: why the process cannot even be started.
+    """
+
+    ready_at: float = 0.05
+    ends_at: float = math.inf
+    status: ExitStatus = field(default_factory=lambda: ExitStatus(code=1))
+    prints: tuple[str, ...] = ()
+    is_router: bool = True
+    term_s: float = 0.02
+    clear_s: float = 0.01
+    leftovers: Leftovers = field(default_factory=Leftovers)
+    error: SpawnError | Verdict | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class FakeModel:
+    """What a model does when it is loaded, and when it is unloaded.
+
+    Attributes:
+        load_s: how long it loads, `math.inf` for ever.
+        progress: what it reports on the way, evenly spread.
+        exit_code: what its child ends with instead of becoming loaded; 0 for a model that loads.
+        prints: the errors that its child prints before that.
+        refusal: HTTP status and message with which the router refuses to load it.
+        answer_s: how long the router takes to answer a request to load it.
+        unload_s: how long its child takes to go.
+        unload_refusal: HTTP status and message with which the router refuses to unload it.
+        path: file that it is loaded from.
+    """
+
+    load_s: float = 1.0
+    progress: tuple[float, ...] = (0.0, 1.0)
+    exit_code: int = 0
+    prints: tuple[str, ...] = ()
+    refusal: tuple[int, str] | None = None
+    answer_s: float = ANSWER_S
+    unload_s: float = 0.1
+    unload_refusal: tuple[int, str] | None = None
+    path: Path | None = None
+
+
+class FakeMachine:
+    """All processes that the fake hosts of one test ever started."""
+
+    def __init__(self) -> None:
+        self.processes: list[FakeProcess] = []
+        self.pids = iter(range(1000, 1_000_000))
+
+    def __repr__(self) -> str:
+        return f"<FakeMachine {self.processes}>"
+
+    @property
+    def alive(self) -> list[FakeProcess]:
+        """The routers that run."""
+        return [process for process in self.processes if process.status is None]
+
+    @property
+    def left(self) -> list[object]:
+        """What is not gone: routers that run or were not cleared away, and children that run."""
+        children = [child for process in self.processes for child in process.children.values()]
+        return [
+            *(process for process in self.processes if not process.is_cleared),
+            *(child for child in children if not child.ended.is_set()),
+        ]
+
+    def at(self, port: int) -> FakeProcess | None:
+        """The router that runs on that port."""
+        return next((process for process in self.alive if process.host.settings.port == port), None)
+
+    @property
+    def spawned_at(self) -> list[float]:
+        """When each of the processes was started."""
+        return [process.spawned_at for process in self.processes]
+
+
+class FakeHost:
+    """Where a fake router runs; `llamavisor.host.Host` for a test.
+
+    Args:
+        settings: what the router is told to be.
+        folder: where its output file goes.
+        machine: keeps the books; shared by all hosts of a test.
+
+    Attributes:
+        starts: how the next starts go, in order; after these every start is like `usual`.
+        obstacle: what stands in the way of a start, None for nothing.
+        build: changes when llama-server is replaced.
+        prepare_s: how long the look at everything takes.
+        invisible: devices that llama-server should see and does not.
+        has_events: whether this build has an event stream.
+        models: the files in its folder and what they do.
+        reload_refusal: HTTP status and message with which a reload is refused.
+        has_stranger: whether somebody else answers on the port, and as a router.
+    """
+
+    def __init__(
+        self, settings: RouterSettings, *, folder: Path, machine: FakeMachine | None = None, has_events: bool = True
+    ) -> None:
+        self.settings = settings
+        self.output = OutputFile(folder / f"{settings.name}.log")
+        self.machine = machine or FakeMachine()
+        self.has_events = has_events
+        self.starts: deque[FakeStart] = deque()
+        self.usual = FakeStart()
+        self.obstacle: Verdict | None = None
+        self.build = 1
+        self.prepare_s = 0.01
+        self.invisible: tuple[str, ...] = ()
+        self.models: dict[str, FakeModel] = {}
+        self.reload_refusal: tuple[int, str] | None = None
+        self.has_stranger = False
+        self.prepared_at: list[float] = []
+
+    def __repr__(self) -> str:
+        return f"<FakeHost {self.settings.name}>"
+
+    @property
+    def process(self) -> FakeProcess:
+        """The router that runs."""
+        found = self.machine.at(self.settings.port)
+        assert found is not None, "no router runs"
+        return found
+
+    async def prepare(self) -> Launch | Verdict:
+        """What can be started, or what stands in the way."""
+        self.prepared_at.append(anyio.current_time())
+        await anyio.sleep(self.prepare_s)
+        if self.obstacle is not None:
+            return self.obstacle
+        path = Path("/opt/llama-server")
+        fingerprint = Fingerprint(path, (("llama-server", self.build, 0, 0),))
+        binary = Binary(path, "fake", None, parse_help(""), fingerprint)
+        return Launch(binary, LaunchOptions({}), {})
+
+    async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
+        """The devices that are not visible."""
+        await anyio.sleep(ANSWER_S)
+        return self.invisible
+
+    async def spawn(self, launch: Launch, *, autoload: bool) -> FakeProcess | Verdict:
+        """Start the next process of the script."""
+        script = self.starts.popleft() if self.starts else self.usual
+        await anyio.sleep(ANSWER_S)
+        if isinstance(script.error, SpawnError):
+            raise script.error
+        if script.error is not None:
+            return script.error
+        process = FakeProcess(self, script, autoload=autoload)
+        try:
+            await anyio.sleep(ANSWER_S)
+        except BaseException:  # as the true one: what nobody will know is not left running
+            process.end(KILLED)
+            process.clear_now()
+            raise
+        return process
+
+    async def is_listening(self, router_pid: int) -> bool:
+        """Whether the router with that pid holds the port."""
+        await anyio.sleep(ANSWER_S)
+        process = self.machine.at(self.settings.port)
+        return process is not None and process.pid == router_pid and process.is_listening
+
+    async def find_child(self, router_pid: int, model: str) -> FakeChild | None:
+        """The process that serves the model, None when there is none."""
+        await anyio.sleep(ANSWER_S)
+        process = self.machine.at(self.settings.port)
+        child = process.children.get(model) if process is not None and process.pid == router_pid else None
+        return child if child is not None and not child.ended.is_set() else None
+
+    def connect(self) -> FakeApi:
+        """A client of whatever answers on the port."""
+        return FakeApi(self)
+
+
+class FakeChild:
+    """The process that serves a model."""
+
+    def __init__(self, pid: int, port: int) -> None:
+        self.pid = pid
+        self.port: int | None = port
+        self.ended = anyio.Event()
+
+    def __repr__(self) -> str:
+        return f"<FakeChild {self.pid} {'ended' if self.ended.is_set() else 'runs'}>"
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await self.ended.wait()
+
+
+class FakeProcess:
+    """A running router and the models in it; `llamavisor.host.RouterProcess` for a test.
+
+    It lives as long as somebody waits for its end, which a generation does for the whole of its life.
+    """
+
+    def __init__(self, host: FakeHost, script: FakeStart, *, autoload: bool) -> None:
+        port = host.settings.port
+        held = [other for other in host.machine.processes if other.host.settings.port == port and not other.is_cleared]
+        assert not held, f"a second process on port {port} beside {held}"
+        self.host = host
+        self.script = script
+        self.autoload = autoload
+        self.pid = next(host.machine.pids)
+        self.spawned_at = anyio.current_time()
+        self.status: ExitStatus | None = None
+        self.is_cleared = False
+        self.is_silent = False  # accepts, and says nothing
+        self.terminated_at: float | None = None
+        self.loads: list[str] = []  # every /models/load that reached it, in order
+        self.unloads: list[str] = []
+        self.reloads = 0
+        self.calls_at_once = 0
+        self.children: dict[str, FakeChild] = {}
+        self.states: dict[str, ModelState] = {}
+        self.failed: set[str] = set()
+        self.listed = dict(host.models)
+        self.listeners: set[MemoryObjectSendStream[StatusEvent]] = set()
+        self._ended = anyio.Event()
+        self._tasks: anyio.abc.TaskGroup | None = None
+        host.machine.processes.append(self)
+        self.print(*script.prints)
+
+    def __repr__(self) -> str:
+        return f"<FakeProcess {self.pid} {self.status or 'runs'}{'' if self.is_cleared else ', not cleared'}>"
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether it has come up and holds its port."""
+        return self.status is None and anyio.current_time() - self.spawned_at >= self.script.ready_at
+
+    def state(self, model: str) -> ModelState:
+        """What it says of a model."""
+        return self.states.get(model, ModelState.UNLOADED)
+
+    # --- what a generation does with it ---------------------------------------------------------------------------
+
+    async def wait(self) -> ExitStatus:
+        """Live until the end."""
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._end_by_itself)
+            await self._ended.wait()
+            self._tasks.cancel_scope.cancel()
+        assert self.status is not None
+        return self.status
+
+    async def terminate(self, *, grace_s: float) -> bool:
+        """Be asked to end, and be killed."""
+        if self.terminated_at is None:
+            self.terminated_at = anyio.current_time()
+        if self.status is None:
+            await anyio.sleep(min(self.script.term_s, grace_s))
+            obeys = self.script.term_s <= grace_s
+            self.end(ExitStatus(code=0) if obeys else KILLED)
+            return obeys
+        return True
+
+    async def clear(self) -> Leftovers:
+        """Have everything cleared away."""
+        assert self.status is not None, "cleared away alive"
+        await anyio.sleep(self.script.clear_s)
+        self.clear_now()
+        return self.script.leftovers
+
+    def clear_now(self) -> None:
+        """Leave nothing."""
+        for child in self.children.values():
+            child.ended.set()
+        self.is_cleared = True
+
+    # --- what bad luck does with it -------------------------------------------------------------------------------
+
+    def end(self, status: ExitStatus) -> None:
+        """End, now; no effect on one that has ended."""
+        if self.status is not None:
+            return
+        self.status = status
+        self._ended.set()
+        self.cut_streams()
+        for name, child in self.children.items():
+            if self.state(name) is not ModelState.LOADING:  # one that loads notices only later
+                child.ended.set()
+
+    def cut_streams(self) -> None:
+        """Break the event streams, and nothing else."""
+        for listener in tuple(self.listeners):
+            listener.close()
+        self.listeners.clear()
+
+    def crash(self, model: str, exit_code: int = 1) -> None:
+        """End the process of a loaded model."""
+        self.children[model].ended.set()
+        self._has_ended(model, exit_code)
+
+    def evict(self, model: str) -> None:
+        """Let a loaded model go, by the router's own choice."""
+        self.crash(model, exit_code=0)
+
+    def load_for_client(self, model: str) -> None:
+        """Begin to load a model because a client's request needs it."""
+        self._begin(model)
+
+    def print(self, *lines: str) -> None:
+        """Write lines to the output file."""
+        with self.host.output.path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+    # --- what its API does ----------------------------------------------------------------------------------------
+
+    async def load(self, name: str) -> None:
+        """Answer POST /models/load."""
+        model = self._known(name, 404, "File Not Found")
+        self.loads.append(name)
+        await self._one_call(model.answer_s)
+        if model.refusal is not None:
+            raise _refusal("POST /models/load", *model.refusal)
+        if self.state(name) in HAS_CHILD:
+            raise _refusal("POST /models/load", 400, "model is already running")
+        self._begin(name)
+
+    async def unload(self, name: str) -> None:
+        """Answer POST /models/unload."""
+        model = self._known(name, 400, "model is not found")
+        self.unloads.append(name)
+        await self._one_call(ANSWER_S)
+        if model.unload_refusal is not None:
+            raise _refusal("POST /models/unload", *model.unload_refusal)
+        if self.state(name) not in HAS_CHILD:
+            raise _refusal("POST /models/unload", 400, "model is not running")
+        self._start_soon(self._unload, name, model)
+
+    async def reload(self) -> None:
+        """Answer GET /models?reload=1, but for the list."""
+        self.reloads += 1
+        await self._one_call(ANSWER_S)
+        if self.host.reload_refusal is not None:
+            raise _refusal("GET /models?reload=1", *self.host.reload_refusal)
+        self.listed = dict(self.host.models)
+
+    def models(self) -> list[ListedModel]:
+        """The list."""
+        return [
+            ListedModel(
+                name=name,
+                state=self.state(name),
+                failed=name in self.failed,
+                path=model.path,
+                n_ctx=4096 if self.state(name) is ModelState.LOADED else None,
+            )
+            for name, model in self.listed.items()
+        ]
+
+    async def _one_call(self, seconds: float) -> None:
+        """Loads, unloads and reloads must never overlap: the true router breaks."""
+        self.calls_at_once += 1
+        try:
+            assert self.calls_at_once == 1, "two operations at once"
+            await anyio.sleep(seconds)
+        finally:
+            self.calls_at_once -= 1
+
+    # --- its inner life -------------------------------------------------------------------------------------------
+
+    async def _end_by_itself(self) -> None:
+        await anyio.sleep_until(self.spawned_at + self.script.ends_at)
+        self.end(self.script.status)
+
+    def _begin(self, name: str) -> None:
+        child = FakeChild(next(self.host.machine.pids), 40_000 + len(self.loads))
+        self.children[name] = child
+        self.failed.discard(name)
+        self.print(f"0.01.0 I srv          load: spawning server instance with name={name} on port {child.port}")
+        self._tell(name, ModelState.LOADING)
+        self._start_soon(self._load, name, self.listed[name], child)
+
+    async def _load(self, name: str, model: FakeModel, child: FakeChild) -> None:
+        with anyio.move_on_after(model.load_s):
+            for value in model.progress:
+                await anyio.sleep(min(model.load_s, 1e9) / (len(model.progress) + 1))
+                if child.ended.is_set():
+                    return
+                self._tell(name, ModelState.LOADING, stage="text_model", progress=value)
+            await child.wait()
+        if child.ended.is_set():
+            return
+        self.print(*(f"[{child.port}] 0.00.006.7 E {line}" for line in model.prints))
+        if model.exit_code:
+            child.ended.set()
+            self._has_ended(name, model.exit_code)
+        else:
+            self._tell(name, ModelState.LOADED, n_ctx=4096)
+
+    async def _unload(self, name: str, model: FakeModel) -> None:
+        child = self.children[name]
+        await anyio.sleep(model.unload_s)
+        if not child.ended.is_set():
+            child.ended.set()
+            self._has_ended(name, 0)
+
+    def _has_ended(self, name: str, exit_code: int) -> None:
+        if exit_code:
+            self.failed.add(name)
+        self._tell(name, ModelState.UNLOADED, exit_code=exit_code)
+
+    def _tell(
+        self,
+        name: str,
+        state: ModelState,
+        *,
+        exit_code: int | None = None,
+        stage: str | None = None,
+        progress: float | None = None,
+        n_ctx: int | None = None,
+    ) -> None:
+        self.states[name] = state
+        event = StatusEvent(model=name, state=state, exit_code=exit_code, stage=stage, progress=progress, n_ctx=n_ctx)
+        for listener in tuple(self.listeners):
+            listener.send_nowait(event)
+
+    def _known(self, name: str, status: int, message: str) -> FakeModel:
+        if name not in self.listed:
+            raise _refusal(f"model {name}", status, message)
+        return self.listed[name]
+
+    def _start_soon(self, *work: object) -> None:
+        assert self._tasks is not None, "nobody waits for its end"
+        self._tasks.start_soon(*work)
+
+
+class FakeApi:
+    """The HTTP API of whatever answers on a port; `llamavisor.host.Api` for a test."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    async def check_health(self, *, timeout_s: float) -> None:
+        """GET /health."""
+        if not self._host.has_stranger:
+            await self._reach(timeout_s=timeout_s)
+
+    async def props(self) -> Props:
+        """GET /props."""
+        if self._host.has_stranger:
+            return Props(is_router=True, build="b1")
+        process = await self._reach()
+        return Props(is_router=process.script.is_router, build="b11434")
+
+    async def models(self, *, reload: bool = False) -> list[ListedModel]:
+        """GET /models."""
+        process = await self._reach()
+        if reload:
+            await process.reload()
+        listed = process.models()
+        await anyio.sleep(ANSWER_S)  # an answer is as old as its way is long
+        return listed
+
+    async def load(self, name: str) -> None:
+        """POST /models/load."""
+        await (await self._reach()).load(name)
+
+    async def unload(self, name: str) -> None:
+        """POST /models/unload."""
+        await (await self._reach()).unload(name)
+
+    @asynccontextmanager
+    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent]]:
+        """GET /models/sse."""
+        process = await self._reach()
+        if not self._host.has_events:
+            raise ApiError("GET /models/sse was refused", status=404)
+        send, receive = anyio.create_memory_object_stream[StatusEvent](math.inf)
+        process.listeners.add(send)
+        try:
+            with receive:
+                yield receive
+        finally:
+            process.listeners.discard(send)
+            send.close()
+
+    async def _reach(self, *, timeout_s: float = 10.0) -> FakeProcess:
+        await anyio.sleep(ANSWER_S)
+        process = self._host.machine.at(self._host.settings.port)
+        if process is None or not process.is_listening:
+            raise ApiError("All connection attempts failed")
+        if process.is_silent:
+            await anyio.sleep(timeout_s)
+            raise ApiError(f"no answer within {timeout_s:.0f} s")
+        return process
+
+
+def fake_models(names: Iterable[str], **kind: object) -> dict[str, FakeModel]:
+    """Models that are all alike."""
+    return {name: FakeModel(**kind) for name in names}
+
+
+def _refusal(call: str, status: int, message: str) -> ApiError:
+    return ApiError(f"{call}: {message}", status=status)
