@@ -67,7 +67,8 @@ class RunningDaemon:
         self.port = free_port()
         self.metrics_port = free_port()
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), **(env or {})}
-        self._argv = [sys.executable, "-m", "llamavisord", "serve", "--socket", str(self.socket)]
+        self.program = [sys.executable, "-m", "llamavisord"]
+        self._argv = ["serve", "--socket", str(self.socket)]
         self._argv += ["--state-dir", str(self.state_dir), "--llama-server", os.fspath(llama_server)]
         if config is None:
             self._argv += ["--models-dir", str(models_dir), "--port", str(self.port)]
@@ -104,10 +105,13 @@ class RunningDaemon:
         assert self._popen is not None
         return self._popen.pid
 
-    def start(self) -> None:
-        """Start it, and do not wait."""
-        with self.log.open("ab") as log:
-            self._popen = subprocess.Popen(self._argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env)
+    def start(self, *, output: int | None = None) -> None:
+        """Start it, and do not wait; it writes to its log file, or to the descriptor `output`."""
+        with self.log.open("ab") as file:
+            log = file if output is None else output
+            self._popen = subprocess.Popen(
+                [*self.program, *self._argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env
+            )
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""

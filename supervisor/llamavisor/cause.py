@@ -25,6 +25,7 @@ class Cause(Enum):
     MODELS_DIR = "models_dir"  # missing, not a folder, or not readable
     STATE_DIR = "state_dir"  # our own files cannot be written: a full disk is emptied some day
     DEVICE = "device"  # a device that the configuration names appeared late
+    UPGRADE = "upgrade"  # llama-server was replaced on disk
 
 
 _PERMANENT = frozenset({Cause.BAD_OPTION, Cause.BAD_BINARY})

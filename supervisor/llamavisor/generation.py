@@ -27,6 +27,7 @@ DEVICE_POLL_S = 2.0
 DEVICE_POLL_LATE_S = 10.0
 PROBE_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
+BINARY_POLL_S = 5.0
 RECONNECT_S = 0.25
 POLL_S = 1.0
 """How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
@@ -115,6 +116,11 @@ class DevicesMissing:
 
 
 @dataclass(frozen=True, slots=True)
+class Replaced:
+    """The llama-server that runs is no longer the one on disk."""
+
+
+@dataclass(frozen=True, slots=True)
 class Ended:
     """There will be no (more) process in this generation; `pid` is None when there never was one."""
 
@@ -141,6 +147,7 @@ News = (
     | ChildEnded
     | Probed
     | DevicesMissing
+    | Replaced
     | Ended
     | Gone
 )
@@ -186,6 +193,8 @@ class Generation:
                 await self._live()
         finally:
             with anyio.CancelScope(shield=True):
+                if after is not None:  # stopped while it waited: nothing of the one before may be left either
+                    await after.wait()
                 if self.process is not None:
                     await self.process.terminate(grace_s=TERM_GRACE_S)
                     leftovers = await self.process.clear()
@@ -212,6 +221,7 @@ class Generation:
             self._post(Ended(launch, launch.reason, None))
             return
         missing = await self._await_devices(launch)
+        log_mark = self._host.output.size()
         try:
             process = await self._host.spawn(launch, autoload=not missing)
         except SpawnError as error:
@@ -223,7 +233,6 @@ class Generation:
             return
         self.process = process
         self._post(Spawned(process, launch))
-        log_mark = self._host.output.size()
         ready = anyio.Event()
         async with self._host.connect() as api, anyio.create_task_group() as workers:
             self._workers, self._api = workers, api
@@ -261,6 +270,7 @@ class Generation:
         async with anyio.create_task_group() as group:
             group.start_soon(self._follow, api)
             group.start_soon(self._probe, api)
+            group.start_soon(self._watch_binary, launch)
             if missing:
                 group.start_soon(self._watch_devices, launch)
             self._watch_children(models)
@@ -370,6 +380,11 @@ class Generation:
             except ApiError as failure:
                 error = str(failure)
             self._post(Probed(anyio.current_time() - began, error))
+
+    async def _watch_binary(self, launch: Launch) -> None:
+        while not await self._host.is_replaced(launch):
+            await anyio.sleep(BINARY_POLL_S)
+        self._post(Replaced())
 
     async def _watch_devices(self, launch: Launch) -> None:
         while missing := await self._host.missing_devices(launch):

@@ -20,7 +20,7 @@ import psutil
 
 from llamavisor import flags, preset
 from llamavisor.api import RouterApi
-from llamavisor.binary import Binary, ProbeCache, find, list_devices
+from llamavisor.binary import Binary, Fingerprint, ProbeCache, find, list_devices
 from llamavisor.cause import Cause, Verdict
 from llamavisor.child import Child
 from llamavisor.child import find as find_child
@@ -130,6 +130,14 @@ class Launcher:
             return tuple(device for device in launch.options.required_devices if device not in visible)
         return () if visible else ("any GPU",)
 
+    async def is_replaced(self, launch: Launch) -> bool:
+        """Whether llama-server or one of its libraries is no longer the file that was started.
+
+        A router starts every model from its own path: the models of a replaced one would be of another build, and
+        those of a removed one fail in an endless loop.
+        """
+        return await anyio.to_thread.run_sync(_is_replaced, launch.found)
+
     async def spawn(self, launch: Launch, *, autoload: bool) -> Process | Verdict:
         """Write the router's files and start it.
 
@@ -173,6 +181,10 @@ class Launcher:
             argv += ["--log-colors", "off"]
         if not autoload:
             argv.append("--no-models-autoload")
+        # By default llama-server lets every web page that a browser shows talk to it.
+        cors = "--cors-origins"
+        if launch.found.flags.find(cors) is not None and cors not in launch.options.listener_args:
+            argv += [cors, "localhost"]
         return [*argv, *launch.options.listener_args]
 
     def _env(self) -> dict[str, str]:
@@ -194,6 +206,13 @@ class Launcher:
         for folder in (self._dir, self._dir / "config", self._dir / "cache", self.output.path.parent):
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
         preset.write(self._preset, preset.for_router(launch.options))
+
+
+def _is_replaced(found: Binary) -> bool:
+    try:
+        return Fingerprint.of(found.path) != found.fingerprint
+    except BinaryError:
+        return True
 
 
 def _folder_obstacle(folder: Path) -> Verdict | None:

@@ -17,7 +17,6 @@ from llamavisor.api import ListedModel, StatusEvent
 from llamavisor.cause import load_failure
 from llamavisor.errors import (
     ApiError,
-    DeviceMissingError,
     LlamavisorError,
     ModelLoadError,
     ModelNotFoundError,
@@ -75,7 +74,7 @@ class Residency:
     ) -> None:
         self.settings = settings
         self.table = ModelTable(settings.name)
-        self.missing_devices: str | None = None  # why no model may be loaded now
+        self.closed: LlamavisorError | None = None  # why no model may be loaded now
         self._log = log
         self._publish_one = publish
         self._post = post
@@ -149,8 +148,8 @@ class Residency:
         operation = ticket.operation
         if self._line is not None and operation.model and self.table.get(operation.model) is None:
             ticket.finish(self._unknown(operation.model))
-        elif operation.kind is Kind.LOAD and self.missing_devices is not None:
-            ticket.finish(self._device_missing())
+        elif operation.kind is Kind.LOAD and self.closed is not None:
+            ticket.finish(self.closed)
         else:
             self._operations.ask(ticket, self.table)
 
@@ -183,8 +182,8 @@ class Residency:
         if operation.model and self.table.get(operation.model) is None:  # asked for before the list was known
             self._operations.end(self._unknown(operation.model))
             return
-        if operation.kind is Kind.LOAD and self.missing_devices is not None:
-            self._operations.end(self._device_missing())
+        if operation.kind is Kind.LOAD and self.closed is not None:
+            self._operations.end(self.closed)
             return
         if operation.kind is Kind.LOAD:
             self._publish(self.table.begin_load(operation.model, now=now))
@@ -245,7 +244,7 @@ class Residency:
 
     def _restore_next(self) -> None:
         """After a restart, load what was resident before, one after the other; say so when all is done."""
-        if self._line is None or self._ended_at is None or self.missing_devices is not None:
+        if self._line is None or self._ended_at is None or self.closed is not None:
             return
         if any(not ticket.is_done for ticket in self._restored.values()):
             return
@@ -264,10 +263,6 @@ class Residency:
         self._ended_at = None
         name = self.settings.name
         self._publish([ev.RouterRecovered(router=name, models=loaded, missing=missing, seconds=seconds)])
-
-    def _device_missing(self) -> DeviceMissingError:
-        hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
-        return DeviceMissingError(f"router {self.settings.name}: {self.missing_devices}", hint=hint)
 
     def _unknown(self, name: str) -> ModelNotFoundError:
         hint = f"see `llamavisor models`; a new file in {self.settings.models_dir} needs `llamavisor reload`"

@@ -20,8 +20,9 @@ from llamavisor import generation as gen
 from llamavisor import restart
 from llamavisor.api import StatusEvent
 from llamavisor.cause import Cause, Verdict
-from llamavisor.errors import RouterNotReadyError
+from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.host import Host, RouterProcess
+from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
@@ -29,7 +30,7 @@ from llamavisor.output import OutputFile
 from llamavisor.process import TERM_GRACE_S
 from llamavisor.residency import CallEnded, Line, Residency
 from llamavisor.settings import RouterSettings
-from llamavisor.states import SERVING, Life, RouterAction, RouterInput, RouterState, step
+from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
 
 TICK_S = 1.0
 REARM_POLL_S = 1.0
@@ -97,7 +98,8 @@ class Router:
         self._host = host
         self._bus = bus
         self._random = random
-        self._send, self._inbox = anyio.create_memory_object_stream[_Message](math.inf)
+        self._inbox = Inbox[_Message]()
+        self._is_over = False  # it was shut down
         self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
@@ -175,7 +177,7 @@ class Router:
         self._post(_Wish(RouterInput.RESTART))
 
     def reconfigure(self, host: Host) -> None:
-        """Go on with other settings; a router that is not STOPPED is restarted with them."""
+        """Go on with other settings; a router that is up, or should be, is restarted with them."""
         self._post(_Reconfigured(host))
 
     async def load(self, model: str) -> bool:
@@ -228,9 +230,11 @@ class Router:
         self.stop()
         if self._generation is not None and self.state is RouterState.STOPPING:
             await self._generation.stop(grace_s=grace_s)
-        await self.wait_until(lambda: self.state is RouterState.STOPPED)
+        await self.wait_until(lambda: self.state is RouterState.STOPPED and not self._inbox)
         if self._generation is not None:
             await self._generation.gone.wait()
+        self._is_over = True
+        self._post(_Tick())
 
     async def _ask(self, operation: Operation) -> bool:
         ticket = Ticket(operation)
@@ -238,20 +242,23 @@ class Router:
         return await ticket.wait()
 
     def _post(self, message: _Message) -> None:
-        # The inbox has no bound of its own: what is posted is bounded by connections, models and processes.
-        self._send.send_nowait(message)
+        self._inbox.post(message)
 
     # --- the owner ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Supervise until cancelled; when cancelled, end the process first. Begins in STOPPED: call `start`."""
+        """Supervise until shut down or cancelled; if cancelled, end the process first.
+
+        Begins in STOPPED: call `start`.
+        """
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._keep_house)
-            async for message in self._inbox:
-                self._handle(message)
+            while not self._is_over:
+                self._handle(await self._inbox.take())
                 self._residency.advance()
                 self._changed.set()
                 self._changed = anyio.Event()
+            self._tasks.cancel_scope.cancel()
 
     def _handle(self, message: _Message) -> None:
         match message:
@@ -274,12 +281,11 @@ class Router:
             case _Reconfigured(host):
                 self._host = host
                 self._residency.settings = host.settings
-                if self.state is not RouterState.STOPPED:
+                if self._is_wanted:
                     self._why = Cause.REQUESTED
                     self._signal(RouterInput.RESTART)
             case Ticket():
-                is_up = self.state not in {RouterState.STOPPED, RouterState.FAILED}
-                if is_up and self.life.then is not RouterState.STOPPED:
+                if self._is_wanted and self.state is not RouterState.FAILED:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
@@ -291,6 +297,7 @@ class Router:
         self.life, action = step(self.life, signal)
         if self.state is not old:
             self.since = anyio.current_time()
+            self.retry_at = None
             self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
             if self.state in {RouterState.STOPPED, RouterState.FAILED}:
                 self._residency.given_up(self._not_ready(), forget=self.state is RouterState.STOPPED)
@@ -310,9 +317,9 @@ class Router:
     def _spawn(self) -> None:
         before = self._generation
         self.starts += 1
-        self.retry_at = self._ready_since = self._waiting = None
+        self._ready_since = self._waiting = None
         self._troubles.clear()
-        self._residency.missing_devices = None
+        self._residency.closed = None
         self._probe_failures = 0
 
         def post(news: gen.News) -> None:
@@ -381,6 +388,14 @@ class Router:
                 self._trouble("probe", f"it does not answer: {error}" if silent else None)
             case gen.DevicesMissing(devices):
                 self._devices_missing(devices)
+            case gen.Replaced():
+                reason = (
+                    "llama-server was replaced on disk; it loads nothing more, and is restarted when nothing is loaded"
+                )
+                hint = f"unload its models, or `llamavisor restart {self.name}`"
+                self._residency.closed = RouterNotReadyError(f"router {self.name}: {reason}", hint=hint)
+                self._trouble("binary", reason)
+                self._restart_if_replaced()
             case gen.Waiting(reason):
                 self._waiting = reason
             case gen.Spawned(process, launch):
@@ -447,12 +462,23 @@ class Router:
     def _devices_missing(self, devices: tuple[str, ...]) -> None:
         if devices:
             reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
-            self._residency.missing_devices = reason
+            hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
+            self._residency.closed = DeviceMissingError(f"router {self.name}: {reason}", hint=hint)
             self._trouble("devices", reason)
         elif self._troubles.pop("devices", None) is not None:
             # It was started without autoload, so that no request could load a model onto the CPU.
             self._why = Cause.DEVICE
             self._signal(RouterInput.RESTART)
+
+    def _restart_if_replaced(self) -> None:
+        """A llama-server that was replaced on disk makes way for its successor as soon as it holds no model."""
+        if "binary" in self._troubles and not any(model.state in HAS_CHILD for model in self.table):
+            self._why = Cause.UPGRADE
+            self._signal(RouterInput.RESTART)
+
+    @property
+    def _is_wanted(self) -> bool:
+        return RouterState.STOPPED not in {self.state, self.life.then}
 
     def _not_ready(self) -> RouterNotReadyError:
         reason = f": {self.verdict.reason}" if self.verdict and self.state is RouterState.FAILED else ""
@@ -481,6 +507,7 @@ class Router:
         if self.is_serving and self._ready_since is not None:
             self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
         self._residency.check_deadlines()
+        self._restart_if_replaced()
 
     # --- small change ---------------------------------------------------------------------------------------------
 

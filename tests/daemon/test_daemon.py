@@ -8,6 +8,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -84,6 +86,21 @@ def test_changed_binary_rearms(start: Start, tmp_path: Path, fake_llama_server: 
         daemon.wait_for_router("failed")
         FakeLlamaServer.make(tmp_path / "fake0")
         daemon.wait_for_router("ready")
+
+
+def test_replaced_binary_makes_way(start: Start, tmp_path: Path) -> None:
+    """A llama-server that is replaced on disk loads nothing more, keeps what it has, and is restarted once it is empty."""
+    with start() as daemon:
+        before = daemon.wait_for_router("ready")["pid"]
+        assert daemon.cli("load", "alpha").returncode == 0
+        FakeLlamaServer.make(tmp_path / "fake0")
+        assert "replaced" in daemon.wait_for_router("degraded")["reason"]
+        assert daemon.cli("load", "beta").returncode == 1
+        assert daemon.model("alpha")["state"] == "loaded"
+        assert daemon.cli("unload", "alpha").returncode == 0
+        assert daemon.wait_for_router("ready")["pid"] != before
+        assert 'llamavisor_router_restarts_total{reason="upgrade",router="main"} 1.0' in daemon.metrics()
+        assert daemon.cli("load", "beta").returncode == 0
 
 
 @pytest.mark.parametrize(("role", "reason"), [("", "not as a router")])
@@ -394,13 +411,11 @@ def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake
         assert daemon.router("a")["pid"] == kept
 
 
-@pytest.mark.parametrize("what", ["missing", "file", "unreadable"])
+@pytest.mark.parametrize("what", ["missing", "file"])
 def test_models_folder_that_cannot_be_used(
     tmp_path: Path, models_dir: Path, fake_llama_server: Fake, what: str
 ) -> None:
-    """A models folder that is missing, a file, or unreadable is FAILED with the reason; mended, it recovers by itself."""
-    if what == "unreadable" and os.geteuid() == 0:
-        pytest.skip("root can read everything; tests/daemon/test_unprivileged.py has this case")
+    """A models folder that is missing or a file is FAILED with the reason; mended, it recovers by itself."""
     folder = tmp_path / "other"
     if what == "file":
         folder.write_text("not a folder")
@@ -460,6 +475,46 @@ def test_second_daemon_with_the_same_state(start: Start, tmp_path: Path, models_
         assert first.router()["pid"] == pid
 
 
+def test_stranger_is_refused(start: Start) -> None:
+    """C8: another user who can reach the socket is refused with 403 and the refusal is on record."""
+    stranger = 65534
+    code = (
+        f"import os, socket, sys; os.setgroups([]); os.setgid({stranger}); os.setuid({stranger})\n"
+        "s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])\n"
+        "s.sendall(b'GET /control/v1/status HTTP/1.0\\r\\n\\r\\n'); print(s.makefile().read())\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        place = Path(folder) / "control.sock"
+        with start() as daemon:
+            daemon.wait_for_router("ready")
+            place.hardlink_to(daemon.socket)
+            place.chmod(0o666)
+            told = subprocess.run(
+                [sys.executable, "-c", code, place], capture_output=True, text=True, check=True
+            ).stdout
+            assert " 403 " in told.splitlines()[0]
+            assert '"code": "forbidden"' in told
+            assert daemon.events("PeerRefused")[0]["uid"] == stranger
+
+
+def test_bug_ends_everything(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """D8: an internal task that raises ends the daemon with exit code 1 and all that it started: never half alive."""
+    code = (
+        "import sys, anyio, llamavisord.app as app; from llamavisord.cli import main\n"
+        "async def bug(daemon):\n"
+        "    while not daemon.fleet.is_ready: await anyio.sleep(0.01)\n"
+        "    raise ZeroDivisionError('a bug')\n"
+        "app._measure_lag = bug; sys.exit(main())\n"
+    )
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
+    daemon.program = [sys.executable, "-c", code]
+    code_of_exit, words = run_serve(daemon)
+    assert code_of_exit == 1
+    assert "ZeroDivisionError: a bug" in words
+    daemon.end()
+
+
 def test_socket_path_that_is_too_long(tmp_path: Path, models_dir: Path) -> None:
     """C5: a socket path that the kernel cannot hold is a configuration error with its length."""
     daemon = RunningDaemon(tmp_path, models_dir, "/bin/true", flags=["--socket", f"/tmp/{'x' * 120}.sock"])
@@ -489,11 +544,19 @@ def test_metrics_port_that_is_taken(start: Start) -> None:
 
 
 def test_log_that_cannot_be_written_any_more(start: Start) -> None:
-    """D9: a daemon whose stderr has gone goes on."""
-    with start() as daemon:
-        daemon.wait_for_router("ready")
-        daemon.call("POST", "/control/v1/routers/main/restart?wait=true")
-        assert daemon.router()["state"] == "ready"
+    """D9: a daemon whose stderr has gone goes on supervising."""
+    reader, writer = os.pipe()
+    daemon = start()
+    daemon.start(output=writer)
+    os.close(writer)
+    os.close(reader)
+    try:
+        eventually(daemon.is_live, what="a daemon that answers")
+        before = daemon.wait_for_router("ready")["pid"]
+        os.kill(before, signal.SIGKILL)
+        daemon.wait_for_event("RouterReady", lambda event: event["pid"] != before)
+    finally:
+        daemon.end()
 
 
 def test_hundred_reloads_leak_nothing(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
@@ -564,7 +627,7 @@ def test_promtool_finds_nothing_to_mend(start: Start) -> None:
 
 
 def test_health_on_both_doors(start: Start) -> None:
-    """/livez and /readyz answer on the socket and on the metrics port, and tell a stopped router from a living daemon."""
+    """/livez and /readyz answer on both doors, and tell a stopped router from a living daemon."""
 
     def on_metrics_port(path: str) -> int:
         with closing(socket.create_connection(("127.0.0.1", daemon.metrics_port))) as connection:

@@ -70,15 +70,27 @@ def test_a_key_is_found_where_it_stands(location: Location, line: int | None) ->
 
 
 _VALUES = st.sampled_from(
-    ["1", "true", '"x"', "'#'", '"""\n[a]\nb = 1\n"""', "'''\n'''", '"""a\\\n  b"""', '[\n1,\n"]", # ]\n]', "{ a = [1] }", "[]"]
+    [
+        "1",
+        "true",
+        '"x"',
+        "'#'",
+        '"""\n[a]\nb = 1\n"""',
+        "'''\n'''",
+        '"""a\\\n  b"""',
+        '[\n1,\n"]", # ]\n]',
+        "{ a = [1] }",
+        "[]",
+    ]
 )
 
 
 @given(st.lists(st.tuples(st.sampled_from(["key", "header", "array", "comment", "blank"]), _VALUES), max_size=20))
 def test_every_key_of_every_file_has_its_own_line(statements: list[tuple[str, str]]) -> None:
     """However values, tables and comments follow each other, each key is found on the line that it begins."""
-    text, table, expected = "", (), {}
-    arrays = 0
+    text, arrays = "", 0
+    table: Location = ()
+    expected: dict[Location, int] = {}
     for number, (kind, value) in enumerate(statements):
         line = text.count("\n") + 1
         if kind == "key":

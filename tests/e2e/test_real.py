@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
@@ -258,6 +260,18 @@ def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_serv
             assert first.chat("alpha") == "I am alpha"
             assert first.cli("stop", "main").returncode == 0
             second.wait_for_router("ready")
+
+
+def test_foreign_web_pages_are_kept_out(daemon: RunningDaemon) -> None:
+    """A browser may talk to the router for a page of this machine, not for any page of the web."""
+
+    def allowed(origin: str) -> str | None:
+        with closing(HTTPConnection("127.0.0.1", daemon.port)) as connection:
+            connection.request("GET", "/v1/models", headers={"Origin": origin})
+            return connection.getresponse().getheader("Access-Control-Allow-Origin")
+
+    assert allowed("http://localhost:3000") == "http://localhost:3000"
+    assert allowed("https://example.org") is None
 
 
 def test_logs_are_llama_servers_own(daemon: RunningDaemon) -> None:

@@ -19,6 +19,7 @@ from typing import Self
 import psutil
 
 from fakes.waiting import PATIENCE_S, eventually
+from llamavisord.tiny_model import write_tiny_model
 
 PRESET = "[*]\nthreads = 1\nstop-timeout = 3\nmetrics = 1\n"
 """One thread: llama.cpp's threads wait for each other by spinning, which is slow on a busy machine."""
@@ -29,6 +30,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def refusal(status: int, message: str, kind: str = "invalid_request_error") -> dict[str, object]:
+    """The body of an error as llama-server writes most of them."""
+    return {"error": {"code": status, "message": message, "type": kind}}
+
+
+def make_slow(folder: Path, name: str) -> None:
+    """Put a model into `folder` that takes the true llama-server seconds to load; the fake has to be told so."""
+    write_tiny_model(folder / f"{name}.gguf", ["slow"], n_layer=200, n_ctx=60_000)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from fakes.server.behaviour import Behaviour, ModelBehaviour
 _SCRIPT = Path(__file__).with_name("llama_server.py")
 
 OLD_BUILD: dict[str, object] = {
-    "version": "version: 9093 (0123abcd)",
+    "version": "version: 10034 (0123abcd)",
+    "help": "help-b10034.txt",
     "sse": False,
-    "missing_options": ["--load-mode", "--lazy-mode", "--log-jsonl", "--fit-ctx", "--sse-ping-interval"],
 }
-"""Keys of a build from before the event stream, as in `make(tmp_path, **OLD_BUILD)`."""
+"""Keys of an old build, as in `make(tmp_path, **OLD_BUILD)`: other options, and no event stream as before b9650."""
 
 
 class FakeLlamaServer:

@@ -34,6 +34,7 @@ from llamavisor.states import HAS_CHILD, ModelState
 
 ANSWER_S = 0.001
 """How long the fake takes for whatever takes no time worth scripting."""
+_PATH = Path("/opt/llama-server")
 KILLED = ExitStatus(signal=9)
 
 
@@ -179,15 +180,21 @@ class FakeHost:
         await anyio.sleep(self.prepare_s)
         if self.obstacle is not None:
             return self.obstacle
-        path = Path("/opt/llama-server")
-        fingerprint = Fingerprint(path, (("llama-server", self.build, 0, 0),))
-        binary = Binary(path, "fake", None, parse_help(""), fingerprint)
+        binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
         return Launch(binary, LaunchOptions({}), {})
+
+    def _fingerprint(self) -> Fingerprint:
+        return Fingerprint(_PATH, (("llama-server", self.build, 0, 0),))
 
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
         """The devices that are not visible."""
         await anyio.sleep(ANSWER_S)
         return self.invisible
+
+    async def is_replaced(self, launch: Launch) -> bool:
+        """Whether llama-server was replaced since."""
+        await anyio.sleep(ANSWER_S)
+        return launch.found.fingerprint != self._fingerprint()
 
     async def spawn(self, launch: Launch, *, autoload: bool) -> FakeProcess | Verdict:
         """Start the next process of the script."""

@@ -218,7 +218,7 @@ def test_an_old_build(start: Callable[..., BareRouter], fake_llama_server: MakeF
     assert "--load-mode" not in shown
     assert "--models-preset" in shown
     version = subprocess.run([fake, "--version"], capture_output=True, text=True, check=True).stderr
-    assert version.startswith("version: 9093 (0123abcd)\n")
+    assert version.startswith("version: 10034 (0123abcd)\n")
     with start(**OLD_BUILD) as router:
         assert router.call("GET", "/models/sse").status == 404
     with _ending_badly(router := start("[*]\nload-mode = mmap\n", **OLD_BUILD)):

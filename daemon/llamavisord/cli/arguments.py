@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamavisord import __version__
+from llamavisord.exit_codes import ExitCode
 from llamavisord.units import parse_duration
 
 LOAD_TIMEOUT_S = 600.0
@@ -14,11 +15,6 @@ ROUTER_TIMEOUT_S = 120.0
 WAIT_MAX_S = 3600.0
 """The daemon lets nobody wait longer; whoever wants to asks again."""
 LOG_LINES = 100
-
-_EPILOG = """\
-exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 daemon unreachable, 5 timeout, 75 already running,
-77 not permitted, 78 bad configuration, 130 interrupted
-"""
 
 
 class _Commands:
@@ -57,7 +53,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     words, server_args = list(words), []
     # argparse would let the words after `--` wander off to other arguments.
-    if "--" in words and "serve" in words[: words.index("--")]:
+    command = next((word for word in words if not word.startswith("-")), "")
+    if command == "serve" and "--" in words:
         at = words.index("--")
         words, server_args = words[:at], words[at + 1 :]
     parser = _parser()
@@ -74,11 +71,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    exit_codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
     parser = argparse.ArgumentParser(
         prog="llamavisor",
         description="Keeps llama.cpp's llama-server alive, so that a folder of GGUF files is an OpenAI endpoint.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"exit codes: {exit_codes}",
         allow_abbrev=False,
     )
     add_debug(parser)

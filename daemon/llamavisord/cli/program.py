@@ -55,9 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _silence_stdout()  # the reader has seen enough
         return ExitCode.OK
-    except OSError as exc:  # a full disk behind `>`
+    except OSError as exc:  # mostly a full disk behind `>`
         _silence_stdout()
-        return _complain(f"cannot write the answer: {exc.strerror or exc}")
+        return _complain(f"{exc.filename or 'standard output'}: {exc.strerror or exc}")
     return code
 
 
@@ -76,10 +76,12 @@ def _run(words: Sequence[str]) -> int:
         return _complain("interrupted", code=ExitCode.INTERRUPTED)
     except CommandError as exc:
         return _complain(str(exc), exc.hint, code=exc.exit_code)
-    except Exception as exc:  # noqa: BLE001 (the last resort: one line for a person, the rest with --debug)
+    except Exception as exc:  # the last resort: one line for a person, the rest with --debug
         if getattr(arguments, "debug", False):
             sys.__excepthook__(*sys.exc_info())  # the traceback module costs milliseconds
             return ExitCode.FAILED
+        if isinstance(exc, OSError):
+            raise
         return _complain(f"{type(exc).__name__}: {exc}", "--debug shows where it comes from")
 
 
@@ -91,6 +93,7 @@ def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED)
 
 def _silence_stdout() -> None:
     """Have the flush at the end of the interpreter fail no more."""
-    devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
-    os.close(devnull)
+    if sys.stdout is not None:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, sys.stdout.fileno())
+        os.close(devnull)

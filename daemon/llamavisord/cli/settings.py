@@ -46,10 +46,10 @@ def _check(config: Config) -> int:
 
 def _resolve(router: RouterSettings, probes: binary.ProbeCache) -> str | None:
     """What is wrong with a router's options. That no llama-server is there is no fault of the configuration."""
-    if not router.models_dir.is_dir():
+    if not os.path.isdir(router.models_dir):  # noqa: PTH112 (Path's raises where it may not look)
         _say(f"warning: router {router.name}: {router.models_dir} is no folder yet")
     try:
-        found = probes.probe(binary.find(router.llama_server), os.environ)
+        found = probes.probe(binary.find(router.llama_server), {**os.environ, **dict(router.env)})
     except BinaryError as error:
         _say(f"warning: router {router.name}: options not checked: {with_hint(str(error), error.hint)}")
         return None

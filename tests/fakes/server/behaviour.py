@@ -59,7 +59,8 @@ class Behaviour(_Script):
 
     Attributes:
         version: what --version prints, the line with the version.
-        missing_options: spellings of options that this build does not know.
+        help: what --help prints and which options there are: a file in tests/data.
+        missing_options: spellings of options that this build does not know all the same.
         devices: what --list-devices prints, one line each.
         devices_after_calls: how many calls of --list-devices show none before that (a driver that loads late).
         sse: whether GET /models/sse exists.
@@ -86,6 +87,7 @@ class Behaviour(_Script):
     """
 
     version: str = "version: 0.6.0-dev (build 0, commit unknown)"
+    help: str = "help-b11434.txt"
     missing_options: list[str] = []  # noqa: RUF012 (never changed, only replaced)
     devices: list[str] = []  # noqa: RUF012
     devices_after_calls: int = 0

@@ -15,7 +15,7 @@ from .options import OptionTable, PresetError, UsageError, is_on
 from .registry import Registry
 from .router import Router
 
-_HELP = __file__.rpartition("/")[0] + "/help.txt"
+_HELP_FOLDER = __file__.rsplit("/", 3)[0] + "/data/"
 _BUILT_WITH = "built with GNU 12.2.0 for Linux x86_64"
 _MODEL_OPTIONS = (
     *("LLAMA_ARG_MODEL", "LLAMA_ARG_ALIAS", "LLAMA_ARG_HOST", "LLAMA_ARG_PORT"),
@@ -31,7 +31,7 @@ def main(behaviour_path: str, program: str, arguments: list[str]) -> None:
     record = Record(f"{behaviour_path}.record")
     with open("/proc/self/comm", "w", encoding="ascii") as file:
         file.write("llama-server")
-    with open(_HELP, encoding="utf-8") as file:
+    with open(_HELP_FOLDER + script.help, encoding="utf-8") as file:
         table = OptionTable(file.read(), script.missing_options)
 
     if {"-h", "--help", "--usage"} & set(arguments):

@@ -374,9 +374,8 @@ class Registry:
                         return
                     elif self._queue[0] is waiting and not waiting.is_loading and self._has_place():
                         self._load_queued(waiting)
-                        saw_load = saw_load or model.is_running
-                        continue
-                    self._changed.wait(0.2)
+                        saw_load = model.is_running
+                    self._changed.wait(0.2)  # where a true llama-server that cannot spawn tries again without a pause
             finally:
                 if waiting is not None:
                     waiting.n_waiters -= 1
@@ -389,10 +388,9 @@ class Registry:
         self._log("ensure_model", f"slot available, loading queued model name={waiting.model.name}")
         self._changed.wait_for(lambda: not self._is_reloading)
         try:
-            waiting.is_loading = True
             self._spawn(waiting.model)
+            waiting.is_loading = True
         except AnswerError as exc:
-            waiting.is_loading = False
             name = waiting.model.name
             self._log("ensure_model", f"queued load of name={name} did not go through: {exc}", "W")
 

@@ -1,0 +1,209 @@
+"""What is looked at before a router is started, and what it is started with."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fakes import FakeLlamaServer
+from llamavisor.binary import ProbeCache
+from llamavisor.cause import Cause, Verdict
+from llamavisor.launch import Launch, Launcher
+from llamavisor.options import ModelOptions, OptionLayer
+from llamavisor.process import Spawner
+from llamavisor.settings import RouterSettings
+
+pytestmark = pytest.mark.anyio
+
+NOBODY = 65534
+Make = Callable[..., Launcher]
+
+
+@pytest.fixture
+def launcher(
+    tmp_path: Path, models_dir: Path, free_port: int, fake_llama_server: Callable[..., FakeLlamaServer]
+) -> Make:
+    """Makes a launcher of a fake llama-server; what is not said is in order."""
+
+    def make(*, environ: dict[str, str] | None = None, **settings: object) -> Launcher:
+        told = {"port": free_port, "models_dir": models_dir, "llama_server": str(fake_llama_server()), **settings}
+        return Launcher(
+            RouterSettings(name="main", **told),
+            spawner=Spawner("test"),
+            state_dir=tmp_path / "state",
+            log_dir=tmp_path / "logs",
+            log_size_bytes=1_000_000,
+            probes=ProbeCache(),
+            environ=environ or {"PATH": os.environ["PATH"]},
+        )
+
+    return make
+
+
+async def launch_of(launcher: Launcher) -> Launch:
+    """What can be started."""
+    found = await launcher.prepare()
+    assert isinstance(found, Launch), found
+    return found
+
+
+async def obstacle_of(launcher: Launcher) -> Verdict:
+    """What stands in the way; a start would be pointless, and we can see for ourselves when it has gone."""
+    found = await launcher.prepare()
+    assert isinstance(found, Verdict)
+    assert found.is_permanent
+    assert found.is_obstacle
+    assert found.hint
+    return found
+
+
+async def test_prepare_changes_nothing(launcher: Make, tmp_path: Path) -> None:
+    """A look writes no file: it is taken every second while a router is FAILED."""
+    await launch_of(launcher())
+    assert not (tmp_path / "state").exists()
+
+
+async def test_environment_is_a_short_list(launcher: Make) -> None:
+    """Nothing of the daemon's environment that could change llama-server reaches it; what drivers need does."""
+    environ = {
+        "PATH": "/bin",
+        "HOME": "/home/me",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "HIP_VISIBLE_DEVICES": "0",
+        "LLAMA_ARG_MODEL": "/evil.gguf",
+        "LLAMA_SERVER_ROUTER_PORT": "1",
+        "LLAMA_CACHE": "/home/me/cache",
+        "XDG_CONFIG_HOME": "/home/me/.config",
+        "NOTIFY_SOCKET": "/run/systemd/notify",
+        "LISTEN_FDS": "1",
+        "HF_TOKEN": "secret",
+        "http_proxy": "http://proxy",
+    }
+    env = dict((await launch_of(launcher(environ=environ))).env)
+    assert env.pop("XDG_CONFIG_HOME").endswith("state/routers/main/config")
+    assert env.pop("LLAMA_CACHE").endswith("state/routers/main/cache")
+    assert env == {
+        "PATH": "/bin",
+        "HOME": "/home/me",
+        "CUDA_VISIBLE_DEVICES": "1",
+        "HIP_VISIBLE_DEVICES": "0",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+
+
+async def test_own_environment_and_key(launcher: Make) -> None:
+    """The router's own variables win over the daemon's, and the key is in the environment, not on the command line."""
+    told = launcher(
+        environ={"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "0"}, env=(("CUDA_VISIBLE_DEVICES", "1"),), api_key="k3y"
+    )
+    launch = await launch_of(told)
+    assert launch.env["CUDA_VISIBLE_DEVICES"] == "1"
+    assert launch.env["LLAMA_API_KEY"] == "k3y"
+    assert "k3y" not in " ".join(told._argv(launch, autoload=True))
+    assert "k3y" not in repr(told.settings)
+
+
+async def test_models_options_are_in_the_preset_alone(launcher: Make, tmp_path: Path) -> None:
+    """What concerns models is in the preset, because the command line would beat every model's own settings."""
+    layer = OptionLayer("[defaults]", ModelOptions(ctx_size=512, args=("--temp", "0.5")))
+    told = launcher(layers=(layer,))
+    launch = await launch_of(told)
+    argv = " ".join(told._argv(launch, autoload=True))
+    assert "512" not in argv.replace(str(told.settings.port), "")
+    assert "--temp" not in argv
+    told._write_files(launch)
+    preset = (tmp_path / "state/routers/main/preset.ini").read_text()
+    assert "ctx-size = 512" in preset
+    assert "temperature = 0.5" in preset
+    assert "stop-timeout = 3" in preset
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+async def test_models_folder(launcher: Make, tmp_path: Path, kind: str) -> None:
+    """A models folder that is missing or a file is told by its name."""
+    folder = tmp_path / "nothing"
+    if kind == "file":
+        folder.write_text("")
+    told = await obstacle_of(launcher(models_dir=folder))
+    assert told.cause is Cause.MODELS_DIR
+    assert str(folder) in told.reason
+
+
+def test_unreadable_models_folder(tmp_path: Path) -> None:
+    """A models folder that our user may not read is told with the user who may not."""
+    folder = tmp_path / "models"
+    folder.mkdir(mode=0o700)
+    code = (
+        "import os, sys; from pathlib import Path; from llamavisor.launch import _folder_obstacle\n"
+        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
+        "told = _folder_obstacle(Path(sys.argv[1])); print(told.reason, told.hint)\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
+    assert "cannot be read: Permission denied" in told
+    assert f"uid {NOBODY}" in told
+
+
+async def test_taken_port(launcher: Make) -> None:
+    """N1: a taken port is told with who holds it."""
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        told = await obstacle_of(launcher(port=holder.getsockname()[1]))
+    assert told.cause is Cause.PORT_TAKEN
+    assert f"(pid {os.getpid()})" in told.reason
+
+
+async def test_missing_binary(launcher: Make, tmp_path: Path) -> None:
+    """P5: a llama-server that is not there is told by its name."""
+    told = await obstacle_of(launcher(llama_server=str(tmp_path / "llama-server")))
+    assert told.cause is Cause.BAD_BINARY
+    assert str(tmp_path / "llama-server") in told.reason
+
+
+async def test_option_that_the_build_does_not_know(
+    launcher: Make, fake_llama_server: Callable[..., FakeLlamaServer]
+) -> None:
+    """An option that the build does not know is told with its name and the binary."""
+    old = fake_llama_server(missing_options=["--fit", "-fit"])
+    layers = (OptionLayer("[defaults]", ModelOptions(fit=True)),)
+    told = await obstacle_of(launcher(llama_server=str(old), layers=layers))
+    assert told.cause is Cause.BAD_OPTION
+    assert "fit" in told.reason
+    assert str(old) in told.reason
+
+
+async def test_unwritable_state_is_worth_another_try(launcher: Make, tmp_path: Path) -> None:
+    """R1: a state folder that cannot be written is told with what to do, and is not given up: disks get room again."""
+    (tmp_path / "state").write_text("a file where the folder should be")
+    told = launcher()
+    verdict = await told.spawn(await launch_of(told), autoload=True)
+    assert isinstance(verdict, Verdict)
+    assert verdict.cause is Cause.STATE_DIR
+    assert not verdict.is_permanent
+
+
+@pytest.mark.parametrize(
+    ("options", "shown", "missing"),
+    [
+        (ModelOptions(), [], ()),
+        (ModelOptions(gpu_layers="auto"), [], ()),
+        (ModelOptions(gpu_layers="all"), [], ("any GPU",)),
+        (ModelOptions(gpu_layers="all"), ["CUDA0: A card (1 MiB, 1 MiB free)"], ()),
+        (ModelOptions(devices=("CUDA0", "CUDA1")), ["CUDA0: A card (1 MiB, 1 MiB free)"], ("CUDA1",)),
+        (ModelOptions(devices=("none",)), [], ()),
+    ],
+)
+async def test_missing_devices(
+    launcher: Make,
+    fake_llama_server: Callable[..., FakeLlamaServer],
+    options: ModelOptions,
+    shown: list[str],
+    missing: tuple[str, ...],
+) -> None:
+    """What the options ask for and llama-server does not show is missing; "auto" asks for nothing."""
+    told = launcher(llama_server=str(fake_llama_server(devices=shown)), layers=(OptionLayer("x", options),))
+    assert await told.missing_devices(await launch_of(told)) == missing
