@@ -66,7 +66,7 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
 def _lock_state(state_dir: Path) -> Lock:
     """Two daemons with one state folder would take each other's processes for left-overs."""
     try:
-        state_dir.mkdir(mode=0o750, parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # logs may hold what people ask their models
         return Lock(state_dir / "lock")
     except OSError as error:
         raise SocketPathError(
@@ -101,6 +101,8 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
                 tasks.start_soon(_serve_metrics, daemon, exposition)
             async with _serve(control_app(daemon, control_socket), control_socket):
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid()))
+                for warning in config.warnings:
+                    bus.publish(Warned(subject="configuration", text=warning))
                 await _obey_signals(daemon)
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)

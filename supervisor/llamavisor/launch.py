@@ -195,6 +195,8 @@ class Launcher:
         }
         # Without this CUDA numbers devices by speed, nvidia-smi by bus: the same name must mean the same card.
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+        # Where gdb is installed, a failing assertion runs it: a second of delay and a hundred lines of log.
+        env["GGML_NO_BACKTRACE"] = "1"
         env |= dict(self.settings.env)
         env["XDG_CONFIG_HOME"] = str(self._dir / "config")
         env["LLAMA_CACHE"] = str(self._dir / "cache")

@@ -42,7 +42,8 @@ class Model:
         progress: fraction of the stage, 0 to 1.
         progressed_at: monotonic time of the last sign of a load's progress.
         error: why its last load failed or its child ended.
-        loaded_at: monotonic time at which it was last loaded; orders what is loaded again after a restart.
+        loaded_at: monotonic time at which it was last loaded.
+        recency: grows with every load, but not when we load again what was resident; orders what we load again.
         log_mark: size of the router's log in bytes when it began to load: what explains a failure stands behind it.
     """
 
@@ -58,9 +59,12 @@ class Model:
     progressed_at: float = 0.0
     error: str | None = None
     loaded_at: float | None = None
+    recency: int = 0
     log_mark: int = 0
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
+    is_again: bool = False  # it was resident before its router ended, and is being loaded again
+    router_says: ModelState = ModelState.UNKNOWN  # what the router calls it while it is UNLOADING to us
     revision: int = 0  # Invariant: grows with every change; a list that was asked for before it is older news
 
 
@@ -75,6 +79,7 @@ class ModelTable:
         self._router = router
         self._models: dict[str, Model] = {}
         self.revision = 0
+        self._loads = 0
 
     def __repr__(self) -> str:
         states = ", ".join(f"{model.name}={model.state.value}" for model in self)
@@ -93,7 +98,7 @@ class ModelTable:
     def residents(self) -> list[str]:
         """The names of the models in memory, the most recently loaded first. One that is loading is not among them."""
         resident = [model for model in self if model.state in RESIDENT]
-        return [model.name for model in sorted(resident, key=lambda model: -(model.loaded_at or 0.0))]
+        return [model.name for model in sorted(resident, key=lambda model: -model.recency)]
 
     def apply_list(self, listed: Iterable[ListedModel], *, asked_at: int, now: float) -> list[Event]:
         """Take over a whole list of the router.
@@ -125,7 +130,7 @@ class ModelTable:
         if event.n_ctx is not None:
             model.n_ctx = event.n_ctx
         happened += self._observe(model, event.state, now, exit_code=event.exit_code)
-        if event.state is ModelState.LOADING and event.progress is not None:
+        if model.state is event.state is ModelState.LOADING and event.progress is not None:
             model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
             happened.append(
                 ModelProgress(router=self._router, model=model.name, stage=event.stage or "", progress=event.progress)
@@ -144,10 +149,17 @@ class ModelTable:
             model.pid = model.port = None
         return [ModelChildExited(router=self._router, model=name, pid=pid)]
 
-    def begin_load(self, name: str, *, now: float) -> list[Event]:
-        """We are asking the router to load the model; the call is under way."""
+    def begin_load(self, name: str, *, now: float, is_again: bool = False) -> list[Event]:
+        """We are asking the router to load the model; the call is under way.
+
+        Args:
+            name: the model.
+            now: monotonic seconds.
+            is_again: whether it was resident before its router ended; it keeps its place among the others then.
+        """
         model = self._models[name]
         model.is_asking = model.is_wanted = True
+        model.is_again = is_again
         return self._observe(model, ModelState.LOADING, now, exit_code=None)
 
     def end_load_call(self, name: str, *, refusal: str | None, now: float) -> list[Event]:
@@ -167,13 +179,17 @@ class ModelTable:
         """We are asking the router to unload the model; until it has gone the router goes on calling it loaded."""
         model = self._models.get(name)
         if model is not None and model.state in HAS_CHILD:
+            model.router_says = model.state
             self._enter(model, ModelState.UNLOADING, now)
 
     def still_there(self, name: str, *, now: float) -> None:
         """The router would not unload the model: back to what the router calls it."""
         model = self._models.get(name)
         if model is not None and model.state is ModelState.UNLOADING:
-            self._enter(model, ModelState.LOADED, now)
+            self._enter(model, model.router_says, now)
+            model.progressed_at = now
+            if model.state is ModelState.LOADED and model.loaded_at is None:  # it became so meanwhile
+                model.loaded_at = now
 
     def mark_log(self, name: str, size: int) -> None:
         """Note how long the router's log was when the model began to load."""
@@ -189,6 +205,7 @@ class ModelTable:
         """The router's process has ended, and with it every child."""
         happened: list[Event] = []
         for model in self:
+            model.is_asking = model.is_wanted = False  # the call died with the router
             if model.state is ModelState.LOADING:
                 model.error = "its router ended while it was loading"
                 self._enter(model, ModelState.FAILED, now)
@@ -204,14 +221,17 @@ class ModelTable:
         There are five cases:
 
         1. It says what we know: nothing happened.
-        2. It still calls a model loaded that we asked it to unload: it has no word for that state; ours stands.
+        2. It still calls a model loaded or loading that we asked it to unload: it has no word for that state; ours stands.
         3. A model is (being) loaded.
         4. A load ended without the model.
         5. A loaded model left: asked for, by the router's own choice, or by a crash. A model that failed stays FAILED
            while the router calls it unloaded: that is the same news with less in it.
         """
         old = model.state
-        if state is old or (old is ModelState.UNLOADING and state in RESIDENT):
+        if state is old:
+            return []
+        if old is ModelState.UNLOADING and state in HAS_CHILD:
+            model.router_says = state
             return []
         if state is ModelState.UNLOADED and old is ModelState.FAILED:
             return []
@@ -225,6 +245,10 @@ class ModelTable:
             load_s = now - model.since if old is ModelState.LOADING else None
             self._enter(model, state, now)
             model.error, model.loaded_at, model.is_wanted = None, now, False
+            if not model.is_again:
+                self._loads += 1
+                model.recency = self._loads
+            model.is_again = False
             return [ModelLoaded(router=router, model=name, load_s=load_s)]
         if state is ModelState.SLEEPING:
             self._enter(model, state, now)

@@ -84,16 +84,12 @@ class Operations:
         """Take a wish in, and queue the operation that it needs, unless one is under way already."""
         operation = ticket.operation
         self._tickets.append(ticket)
-        model = table.get(operation.model)
-        state = model.state if model else ModelState.UNLOADED
-        if operation.kind is Kind.LOAD and state in RESIDENT | {ModelState.LOADING}:
-            return
         if operation.kind is Kind.UNLOAD:
             self._withdraw_loads(operation.model)
-            if state not in HAS_CHILD or state is ModelState.UNLOADING:
-                return
+        if not _is_needed(operation, table):
+            return
         ticket.changed = True
-        if not self._is_pending(operation):
+        if not self.is_pending(operation):
             self._queue.append(operation)
 
     def _withdraw_loads(self, model: str) -> None:
@@ -120,13 +116,14 @@ class Operations:
         return None
 
     def settle(self, table: ModelTable) -> None:
-        """Finish every ticket whose goal is reached, or out of reach."""
+        """Drop what has become needless (a client was faster), and finish every ticket that nothing more is done for."""
+        self._queue = deque(operation for operation in self._queue if _is_needed(operation, table))
         for ticket in self._tickets:
             operation = ticket.operation
-            if self._is_pending(operation) or operation.kind is Kind.RELOAD:
+            if self.is_pending(operation) or operation.kind is Kind.RELOAD:
                 continue
             model = table.get(operation.model)
-            state = model.state if model else ModelState.UNLOADED
+            state = _state(operation.model, table)
             if operation.kind is Kind.UNLOAD:
                 if state not in HAS_CHILD:
                     ticket.finish()
@@ -158,5 +155,23 @@ class Operations:
             ticket.finish(error)
         self._tickets.clear()
 
-    def _is_pending(self, operation: Operation) -> bool:
+    def is_pending(self, operation: Operation) -> bool:
+        """Whether the operation is under way, or waits for its turn."""
         return operation == self.current or operation in self._queue
+
+
+def _is_needed(operation: Operation, table: ModelTable) -> bool:
+    """Whether a call to the router would change anything about the model."""
+    state = _state(operation.model, table)
+    match operation.kind:
+        case Kind.LOAD:
+            return state not in RESIDENT | {ModelState.LOADING}
+        case Kind.UNLOAD:
+            return state in HAS_CHILD and state is not ModelState.UNLOADING
+        case Kind.RELOAD:
+            return True
+
+
+def _state(model: str, table: ModelTable) -> ModelState:
+    known = table.get(model)
+    return ModelState.UNLOADED if known is None else known.state

@@ -35,6 +35,7 @@ LOAD_BYTES_PER_S = 100e6
 LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
 _LOG_LINES = 1000
+_LOG_BEFORE_NEWS_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,18 +102,20 @@ class Residency:
         What was still loading is not: it may be what ended the process.
         """
         self._line = None
-        self._ended_at = anyio.current_time()
+        now = anyio.current_time()
         residents = self.table.residents()
         waiting = [name for name in self._restoring if name not in residents]
         self._restoring = [*residents, *waiting] if keeps else []
         self._restored.clear()
+        self._ended_at = (self._ended_at or now) if keeps else None
         self._operations.end(None)
-        self._publish(self.table.router_ended(now=self._ended_at))
+        self._publish(self.table.router_ended(now=now))
 
     def given_up(self, error: LlamavisorError, *, forget: bool) -> None:
         """The router is stopped or failed: nobody waits any longer; `forget` also what was resident."""
         if forget:
             self._restoring.clear()
+            self._ended_at = None
         self._operations.refuse_all(error)
 
     # --- what is heard --------------------------------------------------------------------------------------------
@@ -126,7 +129,9 @@ class Residency:
                 self._publish(happened)
                 self._load_crashed_again(happened, now)
             case gen.Listed(models, asked_at):
-                self._publish(self.table.apply_list(models, asked_at=asked_at, now=now))
+                happened = self.table.apply_list(models, asked_at=asked_at, now=now)
+                self._publish(happened)
+                self._load_crashed_again(happened, now)
             case gen.ChildFound(model, child):
                 self.table.child_found(model, child.pid, child.port)
             case gen.ChildEnded(model, pid):
@@ -163,37 +168,43 @@ class Residency:
         """Cancel loads that have made no progress for too long; called every second."""
         now = anyio.current_time()
         for model in self.table:
-            if model.state is ModelState.LOADING and now - model.progressed_at > _deadline_s(model):
-                text = f"no progress for {_deadline_s(model):.0f} s: its load is cancelled"
+            unload = Operation(Kind.UNLOAD, model.name)
+            if model.state is not ModelState.LOADING or self._operations.is_pending(unload):
+                continue
+            deadline_s = _deadline_s(model)
+            if now - model.progressed_at > deadline_s:
+                text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
                 self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
-                self._operations.ask(Ticket(Operation(Kind.UNLOAD, model.name)), self.table)
+                self._operations.ask(Ticket(unload), self.table)
 
     # --- one call at a time ---------------------------------------------------------------------------------------
 
     def _start_operation(self) -> None:
-        """Begin the next operation, if the router serves and none is under way."""
+        """Begin the next operation that can be begun, if the router serves and none is under way."""
         line = self._line
-        if line is None:
-            return
-        operation = self._operations.take(self.table)
-        if operation is None:
-            return
-        now = anyio.current_time()
-        if operation.model and self.table.get(operation.model) is None:  # asked for before the list was known
-            self._operations.end(self._unknown(operation.model))
-            return
-        if operation.kind is Kind.LOAD and self.closed is not None:
-            self._operations.end(self.closed)
-            return
-        if operation.kind is Kind.LOAD:
-            self._publish(self.table.begin_load(operation.model, now=now))
-        elif operation.kind is Kind.UNLOAD:
-            self.table.unloading(operation.model, now=now)
-        elif (orphan := self._resident_without_file()) is not None:
+        while line is not None and (operation := self._operations.take(self.table)) is not None:
+            refusal = self._refusal(operation)
+            if refusal is not None:
+                self._operations.end(refusal)
+                continue
+            now = anyio.current_time()
+            if operation.kind is Kind.LOAD:
+                is_again = operation.model in self._restored
+                self._publish(self.table.begin_load(operation.model, now=now, is_again=is_again))
+            elif operation.kind is Kind.UNLOAD:
+                self.table.unloading(operation.model, now=now)
+            line.generation.start_soon(self._call, operation, line)
+
+    def _refusal(self, operation: Operation) -> LlamavisorError | None:
+        """Why an operation that was taken in must not be begun after all; None if it can."""
+        if operation.kind is Kind.RELOAD:
+            if (orphan := self._resident_without_file()) is None:
+                return None
             reason = f"the file of {orphan.name} is gone and a reload would stop it; unload it first"
-            self._operations.end(ApiError(f"router {self.settings.name}: not reloaded: {reason}"))
-            return
-        line.generation.start_soon(self._call, operation, line)
+            return ApiError(f"router {self.settings.name}: not reloaded: {reason}")
+        if self.table.get(operation.model) is None:  # asked for before the list was known
+            return self._unknown(operation.model)
+        return self.closed if operation.kind is Kind.LOAD else None
 
     def _resident_without_file(self) -> Model | None:
         for model in self.table:
@@ -228,7 +239,10 @@ class Residency:
                 refusal = error = None
             if error is not None:
                 refusal = self._load_refusal(name, error)
-            self._publish(self.table.end_load_call(name, refusal=str(refusal) if refusal else None, now=now))
+            failed = self.table.end_load_call(name, refusal=str(refusal) if refusal else None, now=now)
+            self._publish(failed)
+            if not failed:  # it loads, or the router's word on its end was faster than the answer
+                refusal = None
         elif operation.kind is Kind.UNLOAD and error is not None:
             if error.status == 400:  # "not running": it has gone meanwhile, and the news of it is under way
                 refusal = None
@@ -250,8 +264,6 @@ class Residency:
             return
         while self._restoring:
             name = self._restoring.pop(0)
-            if self.table.get(name) is None:
-                continue
             ticket = Ticket(Operation(Kind.LOAD, name))
             self._restored[name] = ticket
             self.accept(ticket)
@@ -261,6 +273,7 @@ class Residency:
         missing = tuple(name for name, ticket in self._restored.items() if ticket.error is not None)
         seconds = anyio.current_time() - self._ended_at
         self._ended_at = None
+        self._restored.clear()
         name = self.settings.name
         self._publish([ev.RouterRecovered(router=name, models=loaded, missing=missing, seconds=seconds)])
 
@@ -275,7 +288,10 @@ class Residency:
     def _explained(self, event: ev.Event) -> ev.Event:
         """Add to an event what only the log knows."""
         if isinstance(event, ev.ModelLoading):
-            self.table.mark_log(event.model, self._log.size())
+            size = self._log.size()
+            # Of a load that a client began we hear after the router has logged the beginning of it.
+            mark = size if event.is_requested else max(0, size - _LOG_BEFORE_NEWS_BYTES)
+            self.table.mark_log(event.model, mark)
         if isinstance(event, ev.ModelLoadFailed):
             model = self.table.get(event.model)
             lines = self._log.tail(_LOG_LINES, since=model.log_mark if model else 0)

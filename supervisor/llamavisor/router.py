@@ -17,7 +17,7 @@ import anyio.abc
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
-from llamavisor import restart
+from llamavisor import obstacle, restart
 from llamavisor.api import StatusEvent
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
@@ -33,8 +33,6 @@ from llamavisor.settings import RouterSettings
 from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
 
 TICK_S = 1.0
-REARM_POLL_S = 1.0
-"""How often a FAILED router looks whether what stood in its way has changed."""
 PROBES_TO_DEGRADE = 2
 WARN_AGAIN_S = 3600.0
 
@@ -47,12 +45,7 @@ class _News:
 
 @dataclass(frozen=True, slots=True)
 class _RetryDue:
-    generation: gen.Generation | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Rearmed:
-    generation: gen.Generation | None
+    generation: gen.Generation | None  # the one that ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +63,7 @@ class _Tick:
     pass
 
 
-_Message = _News | _RetryDue | _Rearmed | _Wish | _Reconfigured | CallEnded | _Tick | Ticket
+_Message = _News | _RetryDue | _Wish | _Reconfigured | CallEnded | _Tick | Ticket
 
 
 class Router:
@@ -226,6 +219,8 @@ class Router:
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop for good; returns when nothing of it is left. A second call with a shorter grace hurries the first."""
+        if self._is_over:
+            return
         self._grace_s = grace_s
         self.stop()
         if self._generation is not None and self.state is RouterState.STOPPING:
@@ -237,6 +232,8 @@ class Router:
         self._post(_Tick())
 
     async def _ask(self, operation: Operation) -> bool:
+        if self._is_over:
+            raise self._not_ready()
         ticket = Ticket(operation)
         self._post(ticket)
         return await ticket.wait()
@@ -271,10 +268,6 @@ class Router:
             case _RetryDue(generation):
                 if generation is self._generation:
                     self._signal(RouterInput.RETRY_DUE)
-            case _Rearmed(generation):
-                if generation is self._generation and self.state is RouterState.FAILED:
-                    self._why = self.verdict.cause if self.verdict else None
-                    self._signal(RouterInput.START)
             case _Wish(wish):
                 self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
@@ -317,7 +310,7 @@ class Router:
     def _spawn(self) -> None:
         before = self._generation
         self.starts += 1
-        self._ready_since = self._waiting = None
+        self._ready_since = self._waiting = self.launch = None
         self._troubles.clear()
         self._residency.closed = None
         self._probe_failures = 0
@@ -355,24 +348,13 @@ class Router:
 
     def _latch(self) -> None:
         verdict = self.verdict or Verdict(Cause.EXIT, "ended")
+        self._why = verdict.cause
         self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
         self._start_soon(self._watch_obstacle, verdict, self._generation)
 
     async def _watch_obstacle(self, verdict: Verdict, generation: gen.Generation | None) -> None:
-        """Wait until what stood in the way is different, then have the router started again."""
-
-        async def look() -> object:
-            found = await self._host.prepare()
-            return found.found.fingerprint if isinstance(found, Launch) else found
-
-        # An obstacle that we see ourselves is compared with itself. What only llama-server could see stays until the
-        # binary changes (a new configuration comes with a restart).
-        seen = verdict if verdict.is_obstacle else await look()
-        while generation is self._generation and self.state is RouterState.FAILED:
-            await anyio.sleep(REARM_POLL_S)
-            if await look() != seen:
-                self._post(_Rearmed(generation))
-                return
+        await obstacle.await_change(self._host, verdict, self.launch)
+        self._post(_RetryDue(generation))
 
     # --- news of the generation -----------------------------------------------------------------------------------
 
@@ -472,7 +454,7 @@ class Router:
 
     def _restart_if_replaced(self) -> None:
         """A llama-server that was replaced on disk makes way for its successor as soon as it holds no model."""
-        if "binary" in self._troubles and not any(model.state in HAS_CHILD for model in self.table):
+        if self.is_serving and "binary" in self._troubles and not any(model.state in HAS_CHILD for model in self.table):
             self._why = Cause.UPGRADE
             self._signal(RouterInput.RESTART)
 

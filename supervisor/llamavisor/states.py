@@ -55,7 +55,7 @@ class RouterInput(Enum):
     OVERDUE = "overdue"  # not ready within its start deadline
     CRASHED = "crashed"  # its process ended, or could not be started, for a cause that may pass
     REFUSED = "refused"  # its process ended, or could not be started, for a cause that stays
-    RETRY_DUE = "retry_due"  # the backoff is over
+    RETRY_DUE = "retry_due"  # the backoff is over, or what stood in the way has changed
     GONE = "gone"  # the stop ladder has finished: nothing of the process is left
 
 
@@ -133,7 +133,12 @@ _TABLE: Mapping[RouterState, Mapping[RouterInput, _Row]] = {
         _I.RETRY_DUE: _SPAWN,
         _I.STOP: _Row(_S.STOPPED),
     },
-    _S.FAILED: {_I.START: _SPAWN, _I.RESTART: _SPAWN, _I.STOP: _Row(_S.STOPPED)},
+    _S.FAILED: {
+        _I.START: _SPAWN,
+        _I.RESTART: _SPAWN,
+        _I.RETRY_DUE: _SPAWN,
+        _I.STOP: _Row(_S.STOPPED),
+    },
 }
 
 # STOPPING remembers where it leads; arriving there does what that state needs.

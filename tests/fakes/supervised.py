@@ -45,9 +45,15 @@ class Supervised:
         self.router = router
         self.host = host
         self.story = story
+        self.has_ended = False
 
     def __repr__(self) -> str:
         return f"<Supervised {self.router!r}>"
+
+    async def run(self) -> None:
+        """Be the owner."""
+        await self.router.run()
+        self.has_ended = True
 
     @property
     def process(self) -> FakeProcess:
@@ -89,8 +95,9 @@ async def supervised(host: FakeHost, *, jitter: float = 0.0) -> AsyncIterator[Su
     """Supervise a router on `host`, not started yet; at the end nothing of it may be left."""
     bus = Bus()
     router = Router(host, bus=bus, random=lambda: jitter)
+    it = Supervised(router, host, Story(bus))
     async with anyio.create_task_group() as group:
-        group.start_soon(router.run)
-        yield Supervised(router, host, Story(bus))
+        group.start_soon(it.run)
+        yield it
         group.cancel_scope.cancel()
     assert host.machine.left == []

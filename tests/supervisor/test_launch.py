@@ -94,6 +94,7 @@ async def test_environment_is_a_short_list(launcher: Make) -> None:
         "CUDA_VISIBLE_DEVICES": "1",
         "HIP_VISIBLE_DEVICES": "0",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "GGML_NO_BACKTRACE": "1",
     }
 
 

@@ -557,6 +557,37 @@ async def test_what_was_loaded_returns_with_its_device(host: FakeHost) -> None:
         await it.until(lambda: it.model("alpha") is ModelState.LOADED, within_s=30.0)
 
 
+async def test_a_replaced_binary(host: FakeHost) -> None:
+    """D4: a router whose llama-server was replaced loads nothing more, and is restarted once it holds no model."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        host.build += 1
+        await it.reaches(RouterState.DEGRADED, within_s=10.0)
+        with pytest.raises(RouterNotReadyError, match="replaced"):
+            await it.router.load("beta")
+        await anyio.sleep(HOUR_S)
+        assert (it.spawns, it.model("alpha")) == (1, ModelState.LOADED)
+        await it.router.unload("alpha")
+        await it.reaches(RouterState.READY, within_s=2.0)
+        assert [spawned.cause for spawned in it.story.of(RouterSpawned)] == [None, Cause.UPGRADE]
+        assert await it.router.load("beta")
+
+
+async def test_a_replaced_binary_does_not_wake_a_stopped_router(host: FakeHost) -> None:
+    """A router that was stopped stays down, though its llama-server was replaced while it still ran."""
+    host.usual = FakeStart(term_s=3.0)
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        host.build += 1
+        await it.reaches(RouterState.DEGRADED)
+        it.router.stop()
+        await it.reaches(RouterState.STOPPED)
+        await anyio.sleep(HOUR_S)
+        assert (it.router.state, it.spawns) == (RouterState.STOPPED, 1)
+
+
 # --- the end of it all ------------------------------------------------------------------------------------------------
 
 
@@ -594,14 +625,29 @@ async def test_a_second_shut_down_hurries(host: FakeHost) -> None:
 
 
 async def test_shut_down_of_a_router_that_is_down(host: FakeHost) -> None:
-    """shut_down of a router that never ran, or is FAILED, returns at once."""
+    """shut_down of a router that is FAILED, or never ran, returns at once, and so does another one after it."""
     host.starts.append(BAD_FLAG)
     async with supervised(host) as it:
-        await it.router.shut_down()
         it.router.start()
         await it.reaches(RouterState.FAILED)
-        await it.router.shut_down()
+        with anyio.fail_after(1.0):
+            await it.router.shut_down()
+            await it.router.shut_down()
         assert it.router.state is RouterState.STOPPED
+    async with supervised(host) as it:
+        with anyio.fail_after(1.0):
+            await it.router.shut_down()
+
+
+async def test_a_router_ends_with_its_shut_down(host: FakeHost) -> None:
+    """After shut_down the owner's task is over, and who asks for a model is told instead of waiting for ever."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.shut_down()
+        await it.settle()
+        assert it.has_ended
+        with anyio.fail_after(1.0), pytest.raises(RouterNotReadyError):
+            await it.router.load("alpha")
 
 
 async def test_wishes_of_a_router_that_is_down_are_refused(host: FakeHost) -> None:
