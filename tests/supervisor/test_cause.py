@@ -1,0 +1,92 @@
+"""Why a router ended, and why a model did not load: read from real words of llama-server b11434."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from llamavisor.cause import Cause, classify, load_failure
+from llamavisor.process import ExitStatus
+
+BAD_PRESET = """
+0.00.001.212 I srv  llama_server: initializing ...
+0.00.005.271 E srv  llama_server: failed to initialize router models: option 'nosuchkey' not recognized in preset '*'
+"""
+NO_FOLDER = """
+0.00.006.628 E srv  llama_server: failed to initialize router models: error: '/no' does not exist or is not a directory
+"""
+PORT_TAKEN = """
+0.00.003.934 I srv  llama_server: starting server in router mode. models will be automatically loaded on-demand
+0.00.004.007 E srv         start: couldn't bind HTTP server socket, hostname: 127.0.0.1, port: 18098
+0.00.004.022 I srv    operator(): operator(): cleaning up before exit...
+0.00.004.166 E srv  llama_server: exiting due to HTTP server error
+"""
+NO_LIBRARY = "llama-server: error while loading shared libraries: libcuda.so.1: cannot open shared object file"
+
+
+@pytest.mark.parametrize(
+    ("words", "cause", "is_permanent", "reason"),
+    [
+        ("error: invalid argument: --nosuch", Cause.BAD_OPTION, True, "invalid argument: --nosuch"),
+        (BAD_PRESET, Cause.BAD_OPTION, True, "option 'nosuchkey' not recognized"),
+        (NO_FOLDER, Cause.BAD_OPTION, True, "'/no' does not exist"),
+        (PORT_TAKEN, Cause.PORT_TAKEN, False, "port: 18098"),
+        (NO_LIBRARY, Cause.BAD_BINARY, True, "libcuda.so.1"),
+        ("something else altogether", Cause.EXIT, False, "exit code 1"),
+        ("", Cause.EXIT, False, "exit code 1"),
+    ],
+)
+def test_last_words(words: str, cause: Cause, is_permanent: bool, reason: str) -> None:
+    """The last words of a router that never was ready tell the cause, and whether it stays."""
+    verdict = classify(ExitStatus(code=1), was_ready=False, last_lines=words.splitlines())
+    assert (verdict.cause, verdict.is_permanent) == (cause, is_permanent)
+    assert reason in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("status", "was_ready", "cause"),
+    [
+        (ExitStatus(code=1), True, Cause.EXIT),
+        (ExitStatus(code=0), False, Cause.EXIT),
+        (ExitStatus(signal=signal.SIGSEGV), False, Cause.SIGNAL),
+    ],
+)
+def test_words_do_not_count_when_something_else_ended_it(status: ExitStatus, was_ready: bool, cause: Cause) -> None:
+    """A router that had been ready, ended well, or was ended by a signal did not fail for what stands in its log."""
+    verdict = classify(status, was_ready=was_ready, last_lines=["error: invalid argument: --old"])
+    assert (verdict.cause, verdict.is_permanent) == (cause, False)
+
+
+def test_sigkill_may_be_the_kernel() -> None:
+    """P1: a SIGKILL that nobody owns up to may be the kernel short of memory, and is told so."""
+    verdict = classify(ExitStatus(signal=signal.SIGKILL), was_ready=True, last_lines=[])
+    assert "SIGKILL" in verdict.reason
+    assert "possibly out of memory" in verdict.reason
+
+
+TRUNCATED = """
+0.00.493.360 I srv          load: spawning server instance with name=trunc on port 45863
+0.00.493.461 I srv          load: spawning server instance with args:
+[45863] 0.00.001.503 I srv  llama_server: initializing ...
+[45863] 0.00.005.623 W srv  llama_server: security: no API key is set and CORS allows all origins
+[45863] 0.00.024.649 E llama_model_load: error loading model: tensor 'output.weight' data is not within the file bounds
+[45863] 0.00.024.758 E llama_model_load_from_file_impl: failed to load model
+[45863] 0.00.033.307 E srv  llama_server: exiting due to model loading error
+0.00.542.139 I srv           run: instance name=trunc exited with status 1
+""".splitlines()
+
+
+def test_first_error_of_the_child_is_the_reason() -> None:
+    """The first error that a model's process printed is the cause; the later ones are its consequences."""
+    assert load_failure("trunc", TRUNCATED) == (
+        "llama_model_load: error loading model: tensor 'output.weight' data is not within the file bounds"
+    )
+
+
+def test_errors_of_others_do_not_count() -> None:
+    """The errors of another model's process, or of an earlier process of this one, are not the reason."""
+    assert load_failure("other", TRUNCATED) is None
+    again = "0.09.000.000 I srv          load: spawning server instance with name=trunc on port 50000"
+    assert load_failure("trunc", [*TRUNCATED, again]) is None
+    assert load_failure("trunc", []) is None
