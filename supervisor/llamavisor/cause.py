@@ -61,6 +61,7 @@ _LAST_WORDS: Sequence[tuple[re.Pattern[str], Cause, str]] = (
     (re.compile(r"error while handling argument .*"), Cause.BAD_OPTION, "correct the option in the configuration"),
     (re.compile(r"option '.*' not recognized in preset .*"), Cause.BAD_OPTION, "correct the option"),
     (re.compile(r"failed to parse server config file.*"), Cause.BAD_OPTION, "correct the option"),
+    (re.compile(r"'.*' does not exist or is not a directory"), Cause.MODELS_DIR, "create it, or correct models_dir"),
     (re.compile(r"failed to initialize router models: .*"), Cause.BAD_OPTION, "correct the configuration"),
     (re.compile(r"error while loading shared libraries: .*"), Cause.BAD_BINARY, "install the library or llama-server"),
 )
@@ -86,14 +87,14 @@ def classify(status: ExitStatus, *, was_ready: bool, last_lines: Sequence[str]) 
 
 
 _SPAWNING = re.compile(r"spawning server instance with name=(?P<name>.+) on port (?P<port>\d+)$")
-_CHILD_LINE = re.compile(r"^\[(?P<port>\d+)\] (?:[\d.]+ )?E (?P<text>.*)$")
+_CHILD_LINE = re.compile(r"^\[(?P<port>\d+)\] (?:(?:[\d.]+ )?E |.*(?=GGML_ASSERT\())(?P<text>.*)$")
 
 
 def load_failure(model: str, lines: Sequence[str]) -> str | None:
     """Why a model could not be loaded: the first error that its child printed, None if it printed none.
 
     llama-server's API only says that a load failed; the reason is in the lines `[port] time E text` of the router's
-    output. The first error is the cause, the later ones are its consequences.
+    output, or in that of a failed assertion. The first error is the cause, the later ones are its consequences.
 
     Args:
         model: its name.

@@ -140,7 +140,7 @@ class Fleet:
             if known is not None and known.state in HAS_CHILD:
                 return each
         if listing:
-            return min(listing, key=lambda each: (not each.is_serving, len(each.table.residents())))
+            return min(listing, key=_reluctance)
         for each in self:
             if not each.is_serving and each.state not in {RouterState.STOPPED, RouterState.FAILED}:
                 return each
@@ -156,6 +156,11 @@ class Fleet:
         async with anyio.create_task_group() as group:
             for router in self:
                 group.start_soon(_shut_down, router, grace_s)
+
+
+def _reluctance(router: Router) -> tuple[bool, bool, int]:
+    """How little a router is suited for one more model: the least goes first."""
+    return router.state is not RouterState.READY, not router.is_serving, len(router.table.residents())
 
 
 async def _shut_down(router: Router, grace_s: float) -> None:

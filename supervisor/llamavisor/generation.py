@@ -39,7 +39,7 @@ AFTERMATH_S = 0.1
 """How long after a child's end its router is asked what it makes of it: it says "loaded" up to 55 ms longer."""
 LOG_SETTLE_S = 0.05
 """llama-server logs from a thread of its own: the reason of a failure may reach the log after the news of it."""
-_READY_POLL_S = 0.003
+_READY_POLL_S = 0.002
 _READY_POLL_MAX_S = 0.1
 _ROUTER_MISSING = 404
 
@@ -175,6 +175,7 @@ class Generation:
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
         self._refusal: Verdict | None = None
+        self._log_mark = 0  # size of the router's output when the process was started
 
     def __repr__(self) -> str:
         return f"<Generation {self._host.settings.name} pid={self.process.pid if self.process else None}>"
@@ -221,7 +222,7 @@ class Generation:
             self._post(Ended(launch, launch.reason, None))
             return
         missing = await self._await_devices(launch)
-        log_mark = self._host.output.size()
+        self._log_mark = self._host.output.size()
         try:
             process = await self._host.spawn(launch, autoload=not missing)
         except SpawnError as error:
@@ -240,7 +241,7 @@ class Generation:
             status = await process.wait()
             self._workers = self._api = None
             workers.cancel_scope.cancel()
-        lines = self._host.output.tail(50, since=log_mark)
+        lines = self._host.output.tail(50, since=self._log_mark)
         verdict = self._refusal or classify(status, was_ready=ready.is_set(), last_lines=lines)
         self._post(Ended(verdict, str(status), process.pid))
 
@@ -281,9 +282,8 @@ class Generation:
         pause = _READY_POLL_S
         while True:
             try:
-                await api.check_health(timeout_s=PROBE_TIMEOUT_S)
                 props = await api.props()
-                if await self._host.is_listening(self.process.pid):
+                if await self._host.is_listening(self.process.pid, log_mark=self._log_mark):
                     if props.is_router:
                         return await api.models()
                     self._refusal = Verdict(
@@ -296,7 +296,7 @@ class Generation:
             except ApiError:
                 pass  # not yet
             await anyio.sleep(pause)
-            pause = min(pause * 1.2, _READY_POLL_MAX_S)
+            pause = min(pause * 1.1, _READY_POLL_MAX_S)
 
     async def _follow(self, api: Api) -> None:
         """Follow the router's event stream, or its list where the build has no stream."""

@@ -36,6 +36,7 @@ HTTP_THREADS = 256
 
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
 _PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
+_START_LINES = 1000
 _SYSTEM_CONFIG = Path("/etc/llama.cpp/config.ini")
 
 
@@ -165,8 +166,16 @@ class Launcher:
         """The process that serves `model` under this router's process, None when there is none yet."""
         return await anyio.to_thread.run_sync(find_child, router_pid, model)
 
-    async def is_listening(self, router_pid: int) -> bool:
-        """Whether this very process holds the router's port, and not somebody else who answers there."""
+    async def is_listening(self, router_pid: int, *, log_mark: int) -> bool:
+        """Whether this very process holds the router's port, and not somebody else who answers there.
+
+        Args:
+            router_pid: the process.
+            log_mark: size of the output in bytes when it was started. What it says of itself since then is the quick
+                answer; the kernel's, over ten milliseconds for all of its sockets, is for routers told to be silent.
+        """
+        if any("listening on" in line for line in self.output.tail(_START_LINES, since=log_mark)):
+            return True
         return await anyio.to_thread.run_sync(_listens, router_pid, self.settings.port)
 
     def _argv(self, launch: Launch, *, autoload: bool) -> list[str]:

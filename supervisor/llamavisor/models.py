@@ -79,6 +79,7 @@ class ModelTable:
         self._router = router
         self._models: dict[str, Model] = {}
         self.revision = 0
+        self._members_at = 0  # revision at which a model was last added or removed: an older list knows nothing of it
         self._loads = 0
 
     def __repr__(self) -> str:
@@ -109,23 +110,36 @@ class ModelTable:
             now: monotonic seconds.
         """
         happened: list[Event] = []
-        names = set()
-        for entry in listed:
-            names.add(entry.name)
-            model = self._models.setdefault(entry.name, Model(name=entry.name, since=now))
+        knows_members = asked_at >= self._members_at
+        entries = {entry.name: entry for entry in listed}
+        for name, entry in entries.items():
+            model = self._models.get(name)
+            is_news = model is None or (model.revision <= asked_at and not model.is_asking)
+            if model is None:
+                if not knows_members:  # it was removed since
+                    continue
+                model = self._add(name, now)
             model.path = entry.path or model.path
             model.n_ctx = entry.n_ctx or model.n_ctx
-            if model.revision <= asked_at and not model.is_asking:
+            if is_news:
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
-        for name in [name for name, model in self._models.items() if name not in names]:
-            if self._models[name].revision <= asked_at:
-                happened += self._observe(self._models[name], ModelState.UNLOADED, now, exit_code=0)
-                del self._models[name]
+        for model in [model for model in self if model.name not in entries]:
+            if knows_members and model.revision <= asked_at:
+                happened += self._observe(model, ModelState.UNLOADED, now, exit_code=0)
+                self.revision += 1
+                self._members_at = self.revision
+                del self._models[model.name]
         return happened
+
+    def _add(self, name: str, now: float) -> Model:
+        self.revision += 1
+        self._members_at = self.revision
+        self._models[name] = Model(name=name, since=now, revision=self.revision)
+        return self._models[name]
 
     def apply_event(self, event: StatusEvent, *, now: float) -> list[Event]:
         """Take over one status event of the router."""
-        model = self._models.setdefault(event.model, Model(name=event.model, since=now))
+        model = self._models.get(event.model) or self._add(event.model, now)
         happened: list[Event] = []
         if event.n_ctx is not None:
             model.n_ctx = event.n_ctx
@@ -188,7 +202,7 @@ class ModelTable:
         if model is not None and model.state is ModelState.UNLOADING:
             self._enter(model, model.router_says, now)
             model.progressed_at = now
-            if model.state is ModelState.LOADED and model.loaded_at is None:  # it became so meanwhile
+            if model.router_says is ModelState.LOADED and model.loaded_at is None:  # it became so meanwhile
                 model.loaded_at = now
 
     def mark_log(self, name: str, size: int) -> None:
@@ -221,7 +235,7 @@ class ModelTable:
         There are five cases:
 
         1. It says what we know: nothing happened.
-        2. It still calls a model loaded or loading that we asked it to unload: it has no word for that state; ours stands.
+        2. It still calls a model loaded or loading that we asked it to unload: it has no word for that; ours stands.
         3. A model is (being) loaded.
         4. A load ended without the model.
         5. A loaded model left: asked for, by the router's own choice, or by a crash. A model that failed stays FAILED

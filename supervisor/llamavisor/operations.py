@@ -116,7 +116,7 @@ class Operations:
         return None
 
     def settle(self, table: ModelTable) -> None:
-        """Drop what has become needless (a client was faster), and finish every ticket that nothing more is done for."""
+        """Drop what has become needless (a client was faster), and finish each ticket whose goal is reached or lost."""
         self._queue = deque(operation for operation in self._queue if _is_needed(operation, table))
         for ticket in self._tickets:
             operation = ticket.operation

@@ -81,16 +81,21 @@ class OutputFile:
         return self.path.with_name(f"{self.path.name}.{number}")
 
     def tail(self, lines: int, *, since: int = 0) -> list[str]:
-        """The last `lines` lines after byte `since`, looking back no further than 64 KiB."""
+        """The last `lines` lines after byte `since`, looking back no further than 64 KiB.
+
+        A mark from before a rotation lies behind the end of the file: everything is newer then.
+        """
         try:
             with self.path.open("rb") as file:
-                start = max(since, file.seek(0, os.SEEK_END) - _CHUNK_BYTES)
+                size = file.seek(0, os.SEEK_END)
+                since = since if since <= size else 0
+                start = max(since, size - _CHUNK_BYTES)
                 file.seek(start)
                 text = file.read(_CHUNK_BYTES)
         except OSError:
             return []
         found = text.decode("utf-8", "replace").splitlines()
-        if start > since:
+        if start > since and len(found) > 1:
             del found[:1]  # its beginning was cut off
         return [line[:LINE_BYTES] for line in found[-lines:]] if lines > 0 else []
 

@@ -82,7 +82,7 @@ def write(path: Path, preset: Preset) -> None:
     """Lints `preset` and puts it at `path` in one step: a reader sees the old file or the new one.
 
     The file is readable by its owner alone (0600). A crash leaves at most a `.NAME.tmp` behind, which the
-    next call replaces. One writer at a time.
+    next call replaces. Nothing is forced to the disk: it is written anew before every start. One writer at a time.
 
     Raises:
         OptionError: the preset must not be written; the old file stays.
@@ -93,14 +93,7 @@ def write(path: Path, preset: Preset) -> None:
     draft.unlink(missing_ok=True)
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
         file.write(preset.render().encode())
-        file.flush()
-        os.fsync(file.fileno())
     draft.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _lint_table(where: str, table: Mapping[str, str], flags: FlagSet | None) -> None:

@@ -96,6 +96,10 @@ class Residency:
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
 
+    def is_stopping(self) -> None:
+        """The router is asked to end: nothing more is begun on it, what is asked for waits for the next."""
+        self._line = None
+
     def went_down(self, *, keeps: bool) -> None:
         """The router's process has ended; `keeps` tells whether what was resident is wanted again.
 

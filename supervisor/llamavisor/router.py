@@ -103,6 +103,7 @@ class Router:
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._grace_s = TERM_GRACE_S
+        self._pausing: anyio.CancelScope | None = None  # what BACKOFF and FAILED wait in
 
     def __repr__(self) -> str:
         return f"<Router {self.name} {self.state.value} pid={self.process.pid if self.process else None}>"
@@ -291,7 +292,11 @@ class Router:
         if self.state is not old:
             self.since = anyio.current_time()
             self.retry_at = None
+            if self._pausing is not None:
+                self._pausing.cancel()
             self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
+            if self.state is RouterState.STOPPING:
+                self._residency.is_stopping()
             if self.state in {RouterState.STOPPED, RouterState.FAILED}:
                 self._residency.given_up(self._not_ready(), forget=self.state is RouterState.STOPPED)
         match action:
@@ -340,21 +345,24 @@ class Router:
         )
         if self.history.is_crash_loop and not was_loop:
             self._publish(ev.RouterCrashLoop(router=self.name, failures=self.history.failures))
-        self._start_soon(self._wait_out, delay, self._generation)
-
-    async def _wait_out(self, delay: float, generation: gen.Generation | None) -> None:
-        await anyio.sleep(delay)
-        self._post(_RetryDue(generation))
+        self._pause(anyio.sleep, delay)
 
     def _latch(self) -> None:
         verdict = self.verdict or Verdict(Cause.EXIT, "ended")
         self._why = verdict.cause
         self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
-        self._start_soon(self._watch_obstacle, verdict, self._generation)
+        self._pause(obstacle.await_change, self._host, verdict, self.launch)
 
-    async def _watch_obstacle(self, verdict: Verdict, generation: gen.Generation | None) -> None:
-        await obstacle.await_change(self._host, verdict, self.launch)
-        self._post(_RetryDue(generation))
+    def _pause(self, wait: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        """Have the router started again after `wait`, unless it leaves its state before."""
+
+        async def retry(scope: anyio.CancelScope, generation: gen.Generation | None) -> None:
+            with scope:
+                await wait(*args)
+                self._post(_RetryDue(generation))
+
+        self._pausing = anyio.CancelScope()
+        self._start_soon(retry, self._pausing, self._generation)
 
     # --- news of the generation -----------------------------------------------------------------------------------
 

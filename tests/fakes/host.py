@@ -1,8 +1,8 @@
-"""A router's outside world within the test itself, for virtual time: it keeps to `llamavisor.host`, and nothing is real.
+"""A router's outside world within the test itself, for virtual time: it keeps to `llamavisor.host`, nothing is real.
 
-A `FakeHost` stands where a `Launcher` does. What a start and a load do is scripted with `FakeStart` and `FakeModel`; what
-clients and bad luck do is a method of the running `FakeProcess`. The machine keeps the books: which processes there
-were and which are left, and it refuses a second process on a port that is not free.
+A `FakeHost` stands where a `Launcher` does. What a start and a load do is scripted with `FakeStart` and `FakeModel`;
+what clients and bad luck do is a method of the running `FakeProcess`. The machine keeps the books: which processes
+there were and which are left, and it refuses a second process on a port that is not free.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 
 from llamavisor.api import ListedModel, Props, StatusEvent
 from llamavisor.binary import Binary, Fingerprint
-from llamavisor.cause import Verdict
+from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ApiError, SpawnError
 from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import parse_help
@@ -120,6 +120,11 @@ class FakeMachine:
         """The router that runs on that port."""
         return next((process for process in self.alive if process.host.settings.port == port), None)
 
+    def holder_of(self, port: int) -> FakeProcess | None:
+        """The router that holds that port, or whose remains do."""
+        held = (process for process in self.processes if not process.is_cleared)
+        return next((process for process in held if process.host.settings.port == port), None)
+
     @property
     def spawned_at(self) -> list[float]:
         """When each of the processes was started."""
@@ -180,6 +185,10 @@ class FakeHost:
         await anyio.sleep(self.prepare_s)
         if self.obstacle is not None:
             return self.obstacle
+        holder = self.machine.holder_of(self.settings.port)
+        if holder is not None and holder.host.settings.name != self.settings.name:
+            reason = f"port {self.settings.port} is taken by {holder.host.settings.name}"
+            return Verdict(Cause.PORT_TAKEN, reason, is_obstacle=True)
         binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
         return Launch(binary, LaunchOptions({}), {})
 
@@ -213,7 +222,7 @@ class FakeHost:
             raise
         return process
 
-    async def is_listening(self, router_pid: int) -> bool:
+    async def is_listening(self, router_pid: int, *, log_mark: int) -> bool:
         """Whether the router with that pid holds the port."""
         await anyio.sleep(ANSWER_S)
         process = self.machine.at(self.settings.port)
@@ -254,9 +263,8 @@ class FakeProcess:
     """
 
     def __init__(self, host: FakeHost, script: FakeStart, *, autoload: bool) -> None:
-        port = host.settings.port
-        held = [other for other in host.machine.processes if other.host.settings.port == port and not other.is_cleared]
-        assert not held, f"a second process on port {port} beside {held}"
+        holder = host.machine.holder_of(host.settings.port)
+        assert holder is None, f"a second process on port {host.settings.port} beside {holder}"
         self.host = host
         self.script = script
         self.autoload = autoload

@@ -13,6 +13,21 @@ BAD_PRESET = """
 0.00.001.212 I srv  llama_server: initializing ...
 0.00.005.271 E srv  llama_server: failed to initialize router models: option 'nosuchkey' not recognized in preset '*'
 """
+BAD_VALUE = """
+error while handling argument "--threads-http": stoi
+
+usage:
+--threads-http N                        number of threads used to process HTTP requests (default: -1)
+                                        (env: LLAMA_ARG_THREADS_HTTP)
+
+
+to show complete usage, run with -h
+"""
+NAME_CLASH = """
+0.00.005.586 E gguf_init_from_reader: failed to read magic
+0.00.006.005 E srv  llama_server: failed to initialize router models: alias 'alpha' for model 'gamma' conflicts with \
+existing model name
+"""
 NO_FOLDER = """
 0.00.006.628 E srv  llama_server: failed to initialize router models: error: '/no' does not exist or is not a directory
 """
@@ -30,7 +45,9 @@ NO_LIBRARY = "llama-server: error while loading shared libraries: libcuda.so.1: 
     [
         ("error: invalid argument: --nosuch", Cause.BAD_OPTION, True, "invalid argument: --nosuch"),
         (BAD_PRESET, Cause.BAD_OPTION, True, "option 'nosuchkey' not recognized"),
-        (NO_FOLDER, Cause.BAD_OPTION, True, "'/no' does not exist"),
+        (BAD_VALUE, Cause.BAD_OPTION, True, 'argument "--threads-http": stoi'),
+        (NAME_CLASH, Cause.BAD_OPTION, True, "alias 'alpha' for model 'gamma' conflicts"),
+        (NO_FOLDER, Cause.MODELS_DIR, False, "'/no' does not exist"),
         (PORT_TAKEN, Cause.PORT_TAKEN, False, "port: 18098"),
         (NO_LIBRARY, Cause.BAD_BINARY, True, "libcuda.so.1"),
         ("something else altogether", Cause.EXIT, False, "exit code 1"),
@@ -90,3 +107,48 @@ def test_errors_of_others_do_not_count() -> None:
     again = "0.09.000.000 I srv          load: spawning server instance with name=trunc on port 50000"
     assert load_failure("trunc", [*TRUNCATED, again]) is None
     assert load_failure("trunc", []) is None
+
+
+JUNK = """
+0.04.057.394 I srv          load: spawning server instance with name=junk on port 39775
+[39775] 0.00.009.952 I srv    load_model: loading model 'models/junk.gguf'
+[40237] 0.01.529.624 E srv    operator(): an error of somebody else
+[39775] 0.00.010.156 E gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'
+[39775] 0.00.010.344 E llama_model_load: error loading model: llama_model_loader: failed to load model from junk.gguf
+[39775] 0.00.011.091 E srv  llama_server: exiting due to model loading error
+0.04.084.242 I srv           run: instance name=junk exited with status 1
+""".splitlines()
+ASSERTION = """
+0.00.014.712 I srv          load: spawning server instance with name=nolayer on port 47391
+[47391] 0.00.006.211 I srv    load_model: loading model 'models/nolayer.gguf'
+[47391] /llama.cpp/src/llama-model.cpp:1330: GGML_ASSERT(hparams.n_layer_all > 0 && hparams.n_layer_all <= 512) failed
+[47391] [New LWP 1175]
+[47391] #2  0x00007f019977d84e in ggml_abort () from libggml-base.so.0
+0.00.597.829 I srv           run: instance name=nolayer exited with status 1
+""".splitlines()
+
+
+def test_reasons_of_broken_files() -> None:
+    """Junk is called junk, and an assertion that failed is a reason too."""
+    assert load_failure("junk", JUNK) == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
+    assert load_failure("nolayer", ASSERTION) == (
+        "GGML_ASSERT(hparams.n_layer_all > 0 && hparams.n_layer_all <= 512) failed"
+    )
+
+
+def test_an_assertion_after_an_error_is_a_consequence() -> None:
+    """An error that was said comes before the assertion that fails because of it."""
+    both = [*JUNK[:5], "[39775] ggml.c:1: GGML_ASSERT(false) failed"]
+    assert load_failure("junk", both) == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
+
+
+def test_a_name_within_a_name() -> None:
+    """The process of one model is not taken for that of another whose name contains it."""
+    lines = [
+        "0.1 I srv          load: spawning server instance with name=a on port 1 on port 11",
+        "0.1 I srv          load: spawning server instance with name=a on port 22",
+        "[11] 0.1 E eleven",
+        "[22] 0.1 E twenty-two",
+    ]
+    assert load_failure("a", lines) == "twenty-two"
+    assert load_failure("a on port 1", lines) == "eleven"

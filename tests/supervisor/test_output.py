@@ -99,8 +99,19 @@ def test_tail_of_a_giant_line_is_bounded(output: OutputFile) -> None:
     """H6: ten megabytes without a newline cost neither memory nor an error."""
     output.path.write_bytes(b"x" * 10_000_000 + b"\nend")
     assert output.tail(5) == ["end"]
-    output.path.write_bytes(b"x" * 60_000)
-    assert [len(line) for line in output.tail(5)] == [LINE_BYTES]
+    for size in (60_000, 10_000_000):
+        output.path.write_bytes(b"x" * size)
+        assert [len(line) for line in output.tail(5)] == [LINE_BYTES]
+
+
+async def test_tail_after_a_mark_that_was_rotated_away(output: OutputFile) -> None:
+    """A mark from before a rotation hides nothing that was written after it."""
+    with Writer(output.path) as writer:
+        writer.line("x" * 2000)
+        mark = output.size()
+        await output.rotate()
+        writer.line("the reason")
+        assert output.tail(5, since=mark) == ["the reason"]
 
 
 def test_tail_of_what_is_not_there(output: OutputFile) -> None:

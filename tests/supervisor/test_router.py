@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -239,7 +240,7 @@ async def test_there_is_never_more_than_one_start_a_second(host: FakeHost) -> No
         it.router.start()
         await it.until(lambda: it.spawns == len(ends_at) + 1)
         spawns = host.machine.spawned_at
-        assert min(later - earlier for earlier, later in zip(spawns, spawns[1:], strict=False)) >= 1.0
+        assert min(later - earlier for earlier, later in itertools.pairwise(spawns)) >= 1.0
 
 
 async def test_failures_are_forgiven_after_five_minutes_ready(host: FakeHost) -> None:

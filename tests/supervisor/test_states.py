@@ -53,6 +53,46 @@ def test_every_pair_is_as_meant(state: RouterState, signal: RouterInput) -> None
     assert (life.state, action) == MEANT.get((state, signal), (state, A.NONE))
 
 
+# Where STOPPING leads after each input; what is missing leads where it led before. GONE leads there now.
+LEADS = {IN.START: S.STARTING, IN.RESTART: S.STARTING, IN.STOP: S.STOPPED}
+ARRIVAL = {S.STOPPED: A.NONE, S.STARTING: A.SPAWN, S.BACKOFF: A.BACK_OFF}
+
+
+@pytest.mark.parametrize(("then", "signal"), list(itertools.product(ARRIVAL, IN)))
+def test_every_pair_while_stopping_is_as_meant(then: RouterState, signal: RouterInput) -> None:
+    """While a router stops nothing is done, wishes only change where that leads, and its end leads there."""
+    life = Life(S.STOPPING, then=then)
+    if signal is IN.GONE:
+        assert step(life, signal) == (Life(then), ARRIVAL[then])
+    else:
+        assert step(life, signal) == (Life(S.STOPPING, then=LEADS.get(signal, then)), A.NONE)
+
+
+@pytest.mark.parametrize(
+    ("state", "signal", "then"),
+    [
+        *((state, IN.STOP, S.STOPPED) for state in (S.STARTING, S.READY, S.DEGRADED)),
+        *((state, IN.RESTART, S.STARTING) for state in (S.STARTING, S.READY, S.DEGRADED)),
+        (S.STARTING, IN.OVERDUE, S.BACKOFF),
+    ],
+)
+def test_where_an_end_leads(state: RouterState, signal: RouterInput, then: RouterState) -> None:
+    """What ends a process says what follows once it is gone."""
+    assert step(Life(state), signal)[0] == Life(S.STOPPING, then=then)
+
+
+@given(st.lists(st.sampled_from(RouterInput)), st.sampled_from([IN.START, IN.STOP, IN.RESTART]))
+def test_a_wish_twice_is_a_wish_once(signals: list[RouterInput], wish: RouterInput) -> None:
+    """Wishing for the same again changes nothing, and nothing more is done, but for a restart of what is starting."""
+    life = Life()
+    for signal in signals:
+        life, _ = step(life, signal)
+    once, _ = step(life, wish)
+    twice, action = step(once, wish)
+    if wish is not IN.RESTART or once.state is not S.STARTING:
+        assert (twice, action) == (once, A.NONE)
+
+
 @pytest.mark.parametrize(
     ("wishes", "then", "action"),
     [
