@@ -14,6 +14,7 @@ import anyio.to_thread
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
 from llamavisor.fleet import Fleet
+from llamavisor.settings import base_url
 from llamavisor.states import RouterState
 from llamavisord import __version__
 from llamavisord.config import Config
@@ -59,6 +60,8 @@ class Daemon:
             try:
                 config = await anyio.to_thread.run_sync(self._load_config)
                 self._refuse_fixed(config)
+                if problems := await self.fleet.check(config.router_settings()):
+                    raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
             except ConfigError as error:
                 self.config_error = str(error)
                 self.bus.publish(ConfigRejected(error=str(error)))
@@ -106,6 +109,6 @@ class Daemon:
             "config_error": self.config_error,
             "config_loaded_unix": self.config_loaded_at,
             "socket": str(self.config.socket),
-            "metrics_url": f"http://{metrics.host}:{metrics.port}/metrics" if metrics.enabled else None,
+            "metrics_url": f"{base_url(metrics.host, metrics.port)}/metrics" if metrics.enabled else None,
             "warnings": self.warnings(),
         }

@@ -51,8 +51,13 @@ def _text(value: object) -> str:
     return value
 
 
+def _is_label(label: str) -> bool:
+    """Whether the name service takes it as one part of a name (RFC 1035, 2.3.4); of an address it is harmless."""
+    return 0 < len(label) < 64
+
+
 def _host(value: object) -> str:
-    if not isinstance(value, str) or not _HOST.fullmatch(value):
+    if not isinstance(value, str) or not _HOST.fullmatch(value) or not all(map(_is_label, value.split("."))):
         raise ValueError('expected one address or host name in quotes, such as "127.0.0.1" or "::1"')
     return value
 

@@ -44,10 +44,6 @@ def router_view(router: Router) -> dict[str, Any]:
 
 def model_view(router: Router, model: Model) -> dict[str, Any]:
     """One model on one router; times are Unix seconds, sizes bytes, the context tokens."""
-    try:
-        size = model.path.stat().st_size if model.path is not None else None
-    except OSError:
-        size = None
     return {
         "name": model.name,
         "router": router.name,
@@ -60,7 +56,7 @@ def model_view(router: Router, model: Model) -> dict[str, Any]:
         "error": model.error,
         "path": str(model.path) if model.path is not None else None,
         "n_ctx": model.n_ctx,
-        "size_bytes": size,
+        "size_bytes": model.size_bytes,
     }
 
 

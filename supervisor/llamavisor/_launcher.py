@@ -9,7 +9,7 @@ runs Python between fork and exec in a copy of a program with threads, which may
 - An error of execve goes back through ERROR_FD as its number; the descriptor closes by itself when execve succeeds.
 """
 
-import _signal  # without the enums of `signal`, which take 3 ms of every restart
+import _signal  # type: ignore[import-not-found] # without the enums of `signal`, which take 3 ms of every restart
 import ctypes
 import os
 import resource

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import anyio
 import httpx
@@ -30,6 +30,7 @@ RELOAD_TIMEOUT_S = 120.0
 """A reload opens the header of every GGUF in the folder."""
 ANSWER_BYTES = 64 * 1024 * 1024
 """A longer answer is no answer; 3,000 models make 2 MB."""
+HEALTH_BYTES = 64 * 1024
 EVENT_BYTES = 1024 * 1024
 
 _STATES = {
@@ -40,6 +41,10 @@ _STATES = {
     "sleeping": ModelState.SLEEPING,
     "downloading": ModelState.DOWNLOADING,
 }
+
+
+_LIVE = frozenset({"unloaded", "loading", "loaded", "sleeping"})
+"""What an event may tell of a model that the list knows; a download is no model yet."""
 
 
 class _Answer(BaseModel):
@@ -69,6 +74,10 @@ class _Model(_Answer):
 
 class _Models(_Answer):
     data: tuple[_Model, ...]
+
+
+class _Health(_Answer):
+    status: Literal["ok"]
 
 
 class _Props(_Answer):
@@ -186,9 +195,9 @@ class RouterApi:
         """Ask whether the router answers at all; says nothing of its models.
 
         Raises:
-            ApiError: it does not, or not with 200.
+            ApiError: it does not, or not as llama-server does.
         """
-        await self._call("GET", "/health", timeout_s=timeout_s, limit=64 * 1024)
+        _parse(_Health, await self._call("GET", "/health", timeout_s=timeout_s, limit=HEALTH_BYTES), "/health")
 
     async def props(self) -> Props:
         """What the router says of itself.
@@ -228,8 +237,11 @@ class RouterApi:
         await self._call("POST", "/models/unload", json_body={"model": name})
 
     @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent]]:
-        """Follow the router's state events; entered once the subscription exists, so nothing after that is missed.
+    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent | None]]:
+        """Follow the router's events; entered once the subscription exists, so nothing after that is missed.
+
+        None stands for an event that tells of something else than a model's state, or in words of a future build: a
+        reason to read the list again.
 
         There is no heartbeat and no replay: a quiet stream is normal, and after a reconnect the list is read again.
 
@@ -272,16 +284,16 @@ class RouterApi:
         return bytes(body)
 
 
-async def _status_events(response: httpx.Response) -> AsyncIterator[StatusEvent]:
-    """Read `data:` lines; what is not JSON or not about a model's state is passed over."""
+async def _status_events(response: httpx.Response) -> AsyncIterator[StatusEvent | None]:
+    """Read `data:` lines."""
     rest = b""
     async for chunk in response.aiter_bytes():
         *lines, rest = (rest + chunk).split(b"\n")
         if len(rest) > EVENT_BYTES:
             raise ApiError(f"GET /models/sse: a line exceeds {EVENT_BYTES} bytes")
         for line in lines:
-            if line.startswith(b"data:") and (event := _status_event(line[5:])) is not None:
-                yield event
+            if line.startswith(b"data:"):
+                yield _status_event(line[5:])
 
 
 def _status_event(raw: bytes) -> StatusEvent | None:
@@ -290,12 +302,12 @@ def _status_event(raw: bytes) -> StatusEvent | None:
     except ValidationError:
         return None
     # Three names have been used for the same thing over time: model_status, status_update, status_change.
-    if event.data is None or event.data.status is None:
+    if event.data is None or event.data.status not in _LIVE:
         return None
     progress = event.data.progress
     return StatusEvent(
         model=event.model,
-        state=_STATES.get(event.data.status, ModelState.UNKNOWN),
+        state=_STATES[event.data.status],
         exit_code=event.data.exit_code,
         stage=progress.current if progress else None,
         progress=progress.value if progress else None,

@@ -14,6 +14,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from llamavisor.helptext import FlagSet, parse_help
 
 NAME = "llama-server"
 VARIABLE = "LLAMAVISOR_LLAMA_SERVER"
+FAILURE_KEPT_S = 30.0
+"""How long a failed probe of an untouched binary is believed."""
 PROBE_TIMEOUT_S = 30.0
 """A build prints its help in 10 ms; one with GPU libraries, read from a cold disk, may take seconds."""
 
@@ -101,12 +104,14 @@ class Binary:
 class ProbeCache:
     """Remembers what was found out about each binary until its files change.
 
-    Safe to use from several threads; at worst a binary is probed twice. A failed probe is not remembered: the
-    next one succeeds as soon as the cause is gone.
+    Safe to use from several threads; at worst a binary is probed twice. A failed probe is remembered for a while, so
+    that a router which waits for its binary does not start it every second, and for no longer, because its cause may
+    have nothing to do with the file.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[Path, str | None], Binary] = {}
+        self._failed: dict[tuple[Path, str | None], tuple[Fingerprint, float, BinaryError]] = {}
 
     def __repr__(self) -> str:
         return f"<ProbeCache of {len(self._known)}>"
@@ -114,10 +119,20 @@ class ProbeCache:
     def probe(self, path: Path, env: Mapping[str, str]) -> Binary:
         """The same as `llamavisor.binary.probe`, but asks an unchanged binary only once."""
         key = path, env.get("LD_LIBRARY_PATH")
+        fingerprint = Fingerprint.of(path)
         known = self._known.get(key)
-        if known is None or known.fingerprint != Fingerprint.of(path):
-            known = self._known[key] = probe(path, env)
-        return known
+        if known is not None and known.fingerprint == fingerprint:
+            return known
+        if key in self._failed:
+            failed_for, failed_at, error = self._failed[key]
+            if failed_for == fingerprint and time.monotonic() - failed_at < FAILURE_KEPT_S:
+                raise error
+        try:
+            self._known[key] = probe(path, env)
+        except BinaryError as error:
+            self._failed[key] = fingerprint, time.monotonic(), error
+            raise
+        return self._known[key]
 
 
 def find(configured: str | None, environ: Mapping[str, str] | None = None) -> Path:
@@ -209,7 +224,8 @@ def _ask(path: Path, option: str, env: Mapping[str, str]) -> Captured:
             hint="Install the library, name its folder in LD_LIBRARY_PATH, or reinstall llama-server.",
         )
     if answer.returncode < 0:
-        name = signal.Signals(-answer.returncode).name
+        number = -answer.returncode
+        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         hint = "The build needs CPU instructions that this machine does not have." if name == "SIGILL" else ""
         raise BinaryError(f"{path} {option} was killed by {name}", hint=hint)
     said = (answer.stderr.strip() or answer.stdout.strip()).rpartition("\n")[2][:200]
@@ -235,10 +251,15 @@ def _why_not_started(path: Path, exc: OSError) -> BinaryError:
 
 def _foreign(path: Path) -> str:
     """What an unexecutable file is; the machine stands at byte 18 of an ELF header, see elf(5)."""
-    with path.open("rb") as file:
-        head = file.read(20)
+    try:
+        with path.open("rb") as file:
+            head = file.read(20)
+    except OSError:
+        head = b""
     if head[:4] != b"\x7fELF":
         return "it is not a program"
+    if len(head) < 20:
+        return "it is only the beginning of a program"
     built_for = int.from_bytes(head[18:20], "little" if head[5] == 1 else "big")
     machine = _MACHINES.get(built_for, "another machine")
     return f"it is built for {machine}, and this machine is {platform.machine()}"

@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from anyio import NoEventLoopError, from_thread
+
 from llamavisor.errors import BinaryError
 
 LIMIT_BYTES = 4 * 1024 * 1024
 _CHUNK_BYTES = 64 * 1024
+_CANCEL_POLL_S = 0.1
+"""How soon a program that nobody waits for any more is killed."""
 _REAP_S = 5.0
 """A killed process is gone at once, unless a driver holds it in the kernel; then it is left behind."""
 
@@ -85,8 +89,9 @@ def _read(
                     selector.register(pipe.fileno(), selectors.EVENT_READ, output)
             has_ended = False
             while not has_ended:
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
-                if not ready:
+                _check_cancelled()
+                ready = selector.select(min(_CANCEL_POLL_S, max(0.0, deadline - time.monotonic())))
+                if not ready and time.monotonic() >= deadline:
                     raise BinaryError(
                         f"{command} did not end within {timeout_s:g} s", hint="Run it by hand to see why."
                     )
@@ -99,6 +104,12 @@ def _read(
     finally:
         os.close(pidfd)
     return outputs
+
+
+def _check_cancelled() -> None:
+    """Give up when the task that waits for this worker thread was cancelled: the daemon must not wait for a probe."""
+    with suppress(NoEventLoopError):  # outside a worker thread there is nobody to cancel us
+        from_thread.check_cancelled()
 
 
 def _drain(fd: int, output: bytearray, limit_bytes: int) -> bool:

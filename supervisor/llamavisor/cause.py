@@ -62,7 +62,8 @@ _LAST_WORDS: Sequence[tuple[re.Pattern[str], Cause, str]] = (
     (re.compile(r"option '.*' not recognized in preset .*"), Cause.BAD_OPTION, "correct the option"),
     (re.compile(r"failed to parse server config file.*"), Cause.BAD_OPTION, "correct the option"),
     (re.compile(r"'.*' does not exist or is not a directory"), Cause.MODELS_DIR, "create it, or correct models_dir"),
-    (re.compile(r"failed to initialize router models: .*"), Cause.BAD_OPTION, "correct the configuration"),
+    (re.compile(r"alias '.*' for model '.*' conflicts .*"), Cause.BAD_OPTION, "give each model an alias of its own"),
+    (re.compile(r"failed to initialize router models: .*"), Cause.MODELS_DIR, "see that all of models_dir can be read"),
     (re.compile(r"error while loading shared libraries: .*"), Cause.BAD_BINARY, "install the library or llama-server"),
 )
 
@@ -87,6 +88,7 @@ def classify(status: ExitStatus, *, was_ready: bool, last_lines: Sequence[str]) 
 
 
 _SPAWNING = re.compile(r"spawning server instance with name=(?P<name>.+) on port (?P<port>\d+)$")
+_STOPPING = re.compile(r"(?:stopping|force-killing) model instance name=(?P<name>.+?)(?: after timeout)?$")
 _CHILD_LINE = re.compile(r"^\[(?P<port>\d+)\] (?:(?:[\d.]+ )?E |.*(?=GGML_ASSERT\())(?P<text>.*)$")
 
 
@@ -108,3 +110,18 @@ def load_failure(model: str, lines: Sequence[str]) -> str | None:
         elif reason is None and (error := _CHILD_LINE.match(line)) and error["port"] == port:
             reason = error["text"].strip()
     return reason
+
+
+def was_told_to_stop(model: str, lines: Sequence[str]) -> bool:
+    """Whether the router itself ended the process of a model, for a client or to make room, says its output.
+
+    Args:
+        model: its name.
+        lines: the end of what the router has printed.
+    """
+    for line in reversed(lines):
+        if (stopping := _STOPPING.search(line)) and stopping["name"] == model:
+            return True
+        if (spawning := _SPAWNING.search(line)) and spawning["name"] == model:
+            return False
+    return False

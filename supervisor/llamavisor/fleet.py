@@ -10,6 +10,7 @@ import anyio
 import anyio.abc
 
 from llamavisor.binary import ProbeCache
+from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.events import Bus, StraysKilled, Warned
 from llamavisor.host import Host
@@ -90,6 +91,26 @@ class Fleet:
         while True:
             spawner.reap_orphans()
             await anyio.sleep(REAP_INTERVAL_S)
+
+    async def check(self, settings: Iterable[RouterSettings]) -> list[str]:
+        """What would stand in the way of routers with other settings; nothing is changed.
+
+        A port that one of our own routers holds is no obstacle: it is let go before it is taken again.
+
+        Returns:
+            One line for each new or changed router that could not be started, empty if all can.
+        """
+        problems = []
+        for each in settings:
+            router = self._routers.get(each.name)
+            if router is not None and router.settings == each:
+                continue
+            found = await self._make_host(each).prepare()
+            is_own_port = any(held.settings.port == each.port for held in self)
+            if isinstance(found, Verdict) and not (found.cause is Cause.PORT_TAKEN and is_own_port):
+                hint = f" ({found.hint})" if found.hint else ""
+                problems.append(f"router {each.name}: {found.reason}{hint}")
+        return problems
 
     async def apply(self, settings: Iterable[RouterSettings]) -> tuple[str, ...]:
         """Go over to other settings: add, end and restart routers; what did not change is only told to look for files.

@@ -5,8 +5,9 @@ A generation does and sees; it decides nothing. What it sees it posts as news to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -41,7 +42,6 @@ LOG_SETTLE_S = 0.05
 """llama-server logs from a thread of its own: the reason of a failure may reach the log after the news of it."""
 _READY_POLL_S = 0.002
 _READY_POLL_MAX_S = 0.1
-_ROUTER_MISSING = 404
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,11 @@ class Overdue:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The router's whole list, as it was when the table had the revision `asked_at`."""
+    """The router's whole list, as it was when the table had the revision `asked_at`, and the sizes of its files."""
 
     models: list[ListedModel]
     asked_at: int
+    sizes: Mapping[Path, int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,13 @@ class DevicesMissing:
 
 
 @dataclass(frozen=True, slots=True)
+class Polling:
+    """The router has no event stream for us: its list is read again and again instead."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Replaced:
     """The llama-server that runs is no longer the one on disk."""
 
@@ -147,6 +155,7 @@ News = (
     | ChildEnded
     | Probed
     | DevicesMissing
+    | Polling
     | Replaced
     | Ended
     | Gone
@@ -175,6 +184,8 @@ class Generation:
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
         self._refusal: Verdict | None = None
+        self._stopped = False  # it was asked to end
+        self._has_ended = False  # its end was seen and told
         self._log_mark = 0  # size of the router's output when the process was started
 
     def __repr__(self) -> str:
@@ -197,17 +208,23 @@ class Generation:
                 if after is not None:  # stopped while it waited: nothing of the one before may be left either
                     await after.wait()
                 if self.process is not None:
-                    await self.process.terminate(grace_s=TERM_GRACE_S)
+                    if not self._has_ended:
+                        await self.process.terminate(grace_s=0.0 if self._stopped else TERM_GRACE_S)
+                        status = str(self.process.poll() or "the kernel holds it, even against SIGKILL")
+                        self._post(Ended(Verdict(Cause.SIGNAL, status), status, self.process.pid))
                     leftovers = await self.process.clear()
                 self.gone.set()
                 self._post(Gone(leftovers))
 
     async def stop(self, *, grace_s: float) -> None:
         """End the process, politely for `grace_s` seconds; returns when it has ended, `gone` follows."""
+        self._stopped = True
         if self.process is None:
             self._scope.cancel()
         else:
             await self.process.terminate(grace_s=grace_s)
+            if self.process.poll() is None:  # the kernel holds it, even against SIGKILL: nobody waits for that
+                self._scope.cancel()
 
     def start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> bool:
         """Have `work` done beside the router and cancelled when its process ends; False if it has none."""
@@ -241,6 +258,7 @@ class Generation:
             status = await process.wait()
             self._workers = self._api = None
             workers.cancel_scope.cancel()
+        self._has_ended = True
         lines = self._host.output.tail(50, since=self._log_mark)
         verdict = self._refusal or classify(status, was_ready=ready.is_set(), last_lines=lines)
         self._post(Ended(verdict, str(status), process.pid))
@@ -293,26 +311,36 @@ class Generation:
                     )
                     await self.process.terminate(grace_s=TERM_GRACE_S)
                     return None
-            except ApiError:
-                pass  # not yet
+                self._post(Waiting("somebody else answers on its port"))
+            except ApiError as error:
+                self._post(Waiting(f"it does not answer yet: {error}"))
             await anyio.sleep(pause)
             pause = min(pause * 1.1, _READY_POLL_MAX_S)
 
     async def _follow(self, api: Api) -> None:
-        """Follow the router's event stream, or its list where the build has no stream."""
+        """Follow the router's event stream, or its list where the build has no stream.
+
+        An event is a hint: one that is not understood, and every end of the stream, is a reason to read the list.
+        """
         while True:
             try:
                 async with api.events() as events:
                     await self._relist(api)
                     async for event in events:
+                        if event is None:
+                            await anyio.sleep(RECONNECT_S)  # downloads tell of their progress five times a second
+                            await self._relist(api)
+                            continue
                         if event.exit_code:
                             await anyio.sleep(LOG_SETTLE_S)
                         self._see(event.model, event.state)
                         self._post(event)
             except ApiError as error:
-                if error.status == _ROUTER_MISSING:
+                if error.status is not None:
+                    self._post(Polling(f"{error} ({error.status})"))
                     await self._poll(api)
             await anyio.sleep(RECONNECT_S)
+            await self._relist(api)
 
     async def _poll(self, api: Api) -> None:
         while True:
@@ -325,8 +353,9 @@ class Generation:
             models = await api.models()
         except ApiError:
             return  # the probe reports a router that does not answer
-        self._post(Listed(models, asked_at))
         self._watch_children(models)
+        sizes = await self._host.file_sizes([model.path for model in models if model.path is not None])
+        self._post(Listed(models, asked_at, sizes))
 
     def _watch_children(self, models: list[ListedModel]) -> None:
         for model in models:

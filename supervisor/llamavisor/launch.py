@@ -7,9 +7,10 @@ default.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +159,10 @@ class Launcher:
             self._argv(launch, autoload=autoload), env=launch.env, output=self.output.path, cwd=self._dir
         )
 
+    async def file_sizes(self, paths: Sequence[Path]) -> dict[Path, int | None]:
+        """The sizes of files in bytes, None for one that is not there."""
+        return await anyio.to_thread.run_sync(_file_sizes, paths)
+
     def connect(self) -> RouterApi:
         """A client of this router."""
         return RouterApi(self.settings.url, api_key=self.settings.api_key)
@@ -219,6 +224,16 @@ class Launcher:
         preset.write(self._preset, preset.for_router(launch.options))
 
 
+def _file_sizes(paths: Sequence[Path]) -> dict[Path, int | None]:
+    sizes: dict[Path, int | None] = {}
+    for path in paths:
+        try:
+            sizes[path] = path.stat().st_size
+        except OSError:
+            sizes[path] = None
+    return sizes
+
+
 def _is_replaced(found: Binary) -> bool:
     try:
         return Fingerprint.of(found.path) != found.fingerprint
@@ -251,11 +266,13 @@ def _port_obstacle(host: str, port: int) -> Verdict | None:
         with closing(socket.socket(family, kind, protocol)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-            probe.listen(1)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
+        if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
+            why = error.strerror if isinstance(error, OSError) else error
+            hint = "correct `host`; a port below 1024 needs the right to bind it"
+            return Verdict(Cause.PORT_TAKEN, f"cannot listen on {host}:{port}: {why}", hint, is_obstacle=True)
         holder = _holder(port)
-        by = f" by {holder}" if holder else ""
-        reason = f"port {port} on {host} is taken{by}" if holder else f"port {port} on {host}: {error.strerror}"
+        reason = f"port {port} on {host} is taken" + (f" by {holder}" if holder else "")
         hint = "choose another port, or end what holds it"
         return Verdict(Cause.PORT_TAKEN, reason, hint, is_obstacle=True)
     return None

@@ -7,7 +7,7 @@ method returns the events that follow from what it was told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ class Model:
         state: its state as far as we know.
         since: monotonic time in seconds at which it came into this state.
         path: file that it is loaded from.
+        size_bytes: size of that file, None when it is not known or the file is gone.
         pid: its child process, None without one or before it was found.
         port: port of its child on 127.0.0.1.
         n_ctx: context length in tokens that it really got.
@@ -51,6 +52,7 @@ class Model:
     state: ModelState = ModelState.UNLOADED
     since: float
     path: Path | None = None
+    size_bytes: int | None = None
     pid: int | None = None
     port: int | None = None
     n_ctx: int | None = None
@@ -101,13 +103,21 @@ class ModelTable:
         resident = [model for model in self if model.state in RESIDENT]
         return [model.name for model in sorted(resident, key=lambda model: -model.recency)]
 
-    def apply_list(self, listed: Iterable[ListedModel], *, asked_at: int, now: float) -> list[Event]:
+    def apply_list(
+        self,
+        listed: Iterable[ListedModel],
+        *,
+        asked_at: int,
+        now: float,
+        sizes: Mapping[Path, int | None] | None = None,
+    ) -> list[Event]:
         """Take over a whole list of the router.
 
         Args:
             listed: what GET /models said.
             asked_at: `revision` when the list was asked for; what changed since then is newer than the list.
             now: monotonic seconds.
+            sizes: bytes of the files, as far as they are known.
         """
         happened: list[Event] = []
         knows_members = asked_at >= self._members_at
@@ -120,6 +130,8 @@ class ModelTable:
                     continue
                 model = self._add(name, now)
             model.path = entry.path or model.path
+            if sizes and model.path is not None and model.path in sizes:
+                model.size_bytes = sizes[model.path]
             model.n_ctx = entry.n_ctx or model.n_ctx
             if is_news:
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
@@ -209,6 +221,12 @@ class ModelTable:
         """Note how long the router's log was when the model began to load."""
         if (model := self._models.get(name)) is not None:
             model.log_mark = size
+
+    def forgive(self, name: str) -> None:
+        """The router ended the model's process itself: what looked like a crash was none."""
+        model = self._models.get(name)
+        if model is not None and model.state is ModelState.FAILED:
+            model.state, model.error = ModelState.UNLOADED, None
 
     def explain(self, name: str, reason: str) -> None:
         """Put a better reason in the place of a failed model's error."""

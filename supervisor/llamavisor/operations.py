@@ -120,16 +120,18 @@ class Operations:
         self._queue = deque(operation for operation in self._queue if _is_needed(operation, table))
         for ticket in self._tickets:
             operation = ticket.operation
-            if self.is_pending(operation) or operation.kind is Kind.RELOAD:
+            if ticket.is_done or operation.kind is Kind.RELOAD:  # a reload ends with its call
                 continue
             model = table.get(operation.model)
             state = _state(operation.model, table)
             if operation.kind is Kind.UNLOAD:
                 if state not in HAS_CHILD:
                     ticket.finish()
+                elif _is_needed(operation, table) and not self.is_pending(operation):
+                    self._queue.append(operation)  # a client had it loaded again before the last call returned
             elif state in RESIDENT:
                 ticket.finish()
-            elif state not in HAS_CHILD:
+            elif state not in HAS_CHILD and not self.is_pending(operation):
                 reason = (model.error if model else None) or "unloaded before it was loaded"
                 hint = "see `llamavisor logs`"
                 ticket.finish(ModelLoadError(f"model {operation.model}: {reason}", hint=hint))
@@ -146,6 +148,13 @@ class Operations:
         for ticket in self._tickets:
             if ticket.operation == operation:
                 ticket.finish(error)
+
+    def drop_reloads(self) -> None:
+        """The router has ended: the next start reads everything, so whoever waits for a reload has it."""
+        reload = Operation(Kind.RELOAD)
+        while reload in self._queue:
+            self._queue.remove(reload)
+        self.refuse(reload, None)
 
     def refuse_all(self, error: LlamavisorError) -> None:
         """The router will not serve for now: forget the queue, and tell everybody who waits."""

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import anyio
 import anyio.to_thread
@@ -160,7 +161,7 @@ class Process:
                     with suppress(ProcessLookupError, PermissionError):
                         os.kill(stray.pid, signal.SIGKILL)
                 await anyio.sleep(_POLL_S)
-        survivors = sorted(stray.pid for stray in strays)
+        survivors = sorted([*(stray.pid for stray in strays), *([] if self.poll() else [self.pid])])
         return Leftovers(killed=tuple(sorted(killed)), survivors=tuple(survivors))
 
     def _find_strays(self) -> set[procfs.Identity]:
@@ -230,31 +231,19 @@ class Spawner:
         marker = f"{SPAWN_VARIABLE}={uuid.uuid4().hex}"
         name, _, value = marker.partition("=")
         full_env = {**env, INSTANCE_VARIABLE: self.instance, name: value}
-        try:
-            error_read, error_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as exc:
-            raise _spawn_error(argv[0], exc) from exc
-        popen: subprocess.Popen[bytes] | None = None
-        try:
+        with _open_log(output) as log:
             try:
-                with output.open("ab") as log:
-                    popen = subprocess.Popen(  # noqa: ASYNC220 (it returns within a millisecond; see the class)
-                        [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), str(error_write), *argv],
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=log,
-                        cwd=cwd,
-                        env=full_env,
-                        pass_fds=(error_write,),
-                        start_new_session=True,
-                    )
-                pidfd = os.pidfd_open(popen.pid)
+                error_read, error_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             except OSError as exc:
-                if popen is not None:
-                    _abandon(popen)
                 raise _spawn_error(argv[0], exc) from exc
+            try:
+                popen, pidfd = _start(argv, full_env, log, cwd, error_write)
+            except BaseException:
+                os.close(error_read)
+                raise
             finally:
                 os.close(error_write)
+        try:
             try:
                 await _await_exec(error_read, argv[0])
                 identity = procfs.identify(popen.pid)
@@ -330,6 +319,39 @@ def _reap_adopted(pid: int, own: set[int]) -> bool:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG) is not None
     except ChildProcessError:  # still somebody else's child
         return False
+
+
+def _open_log(path: Path) -> BinaryIO:
+    """The log file, for appending and for our user alone: it may hold what people ask their models."""
+    try:
+        return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600), "ab")
+    except OSError as exc:
+        hint = "make room, or let this user write there; the next try follows by itself"
+        raise SpawnError(f"cannot write the log {path}: {exc.strerror}", hint=hint, is_permanent=False) from exc
+
+
+def _start(
+    argv: Sequence[str], env: Mapping[str, str], log: BinaryIO, cwd: Path | None, error_write: int
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start the launcher of a program, which returns within a millisecond; the process and its pidfd."""
+    try:
+        popen = subprocess.Popen(
+            [sys.executable, "-I", "-S", _LAUNCHER, str(os.getpid()), str(error_write), *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=cwd,
+            env=env,
+            pass_fds=(error_write,),
+            start_new_session=True,
+        )
+    except OSError as exc:
+        raise _spawn_error(sys.executable, exc) from exc
+    try:
+        return popen, os.pidfd_open(popen.pid)
+    except OSError as exc:
+        _abandon(popen)
+        raise _spawn_error(argv[0], exc) from exc
 
 
 async def _await_exec(error_read: int, program: str) -> None:

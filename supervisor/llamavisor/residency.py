@@ -6,15 +6,16 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import anyio
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor.api import ListedModel, StatusEvent
-from llamavisor.cause import load_failure
+from llamavisor.cause import load_failure, was_told_to_stop
 from llamavisor.errors import (
     ApiError,
     LlamavisorError,
@@ -61,6 +62,7 @@ class Residency:
     Args:
         settings: what the router is told to be.
         log: what it prints.
+        file_sizes: the sizes of files in bytes, None for one that is gone; never waits on the event loop.
         publish: where events go.
         post: where the news of a finished call, and of a list, go: back to the owner.
     """
@@ -70,6 +72,7 @@ class Residency:
         settings: RouterSettings,
         log: OutputFile,
         *,
+        file_sizes: Callable[[list[Path]], Awaitable[Mapping[Path, int | None]]],
         publish: Callable[[ev.Event], None],
         post: Callable[[gen.Generation, gen.Listed | CallEnded], None],
     ) -> None:
@@ -78,6 +81,7 @@ class Residency:
         self.closed: LlamavisorError | None = None  # why no model may be loaded now
         self._log = log
         self._publish_one = publish
+        self._file_sizes = file_sizes
         self._post = post
         self._operations = Operations()
         self._line: Line | None = None  # Invariant: set if and only if the router serves
@@ -113,6 +117,7 @@ class Residency:
         self._restored.clear()
         self._ended_at = (self._ended_at or now) if keeps else None
         self._operations.end(None)
+        self._operations.drop_reloads()
         self._publish(self.table.router_ended(now=now))
 
     def given_up(self, error: LlamavisorError, *, forget: bool) -> None:
@@ -129,13 +134,10 @@ class Residency:
         now = anyio.current_time()
         match news:
             case StatusEvent():
-                happened = self.table.apply_event(news, now=now)
-                self._publish(happened)
-                self._load_crashed_again(happened, now)
-            case gen.Listed(models, asked_at):
-                happened = self.table.apply_list(models, asked_at=asked_at, now=now)
-                self._publish(happened)
-                self._load_crashed_again(happened, now)
+                self._load_crashed_again(self._publish(self.table.apply_event(news, now=now)), now)
+            case gen.Listed(models, asked_at, sizes):
+                happened = self.table.apply_list(models, asked_at=asked_at, now=now, sizes=sizes)
+                self._load_crashed_again(self._publish(happened), now)
             case gen.ChildFound(model, child):
                 self.table.child_found(model, child.pid, child.port)
             case gen.ChildEnded(model, pid):
@@ -160,6 +162,9 @@ class Residency:
         elif operation.kind is Kind.LOAD and self.closed is not None:
             ticket.finish(self.closed)
         else:
+            if operation.kind is Kind.UNLOAD and operation.model in self._restoring:
+                self._restoring.remove(operation.model)  # it would be loaded again after all
+                ticket.changed = True
             self._operations.ask(ticket, self.table)
 
     def advance(self) -> None:
@@ -202,19 +207,22 @@ class Residency:
     def _refusal(self, operation: Operation) -> LlamavisorError | None:
         """Why an operation that was taken in must not be begun after all; None if it can."""
         if operation.kind is Kind.RELOAD:
-            if (orphan := self._resident_without_file()) is None:
-                return None
-            reason = f"the file of {orphan.name} is gone and a reload would stop it; unload it first"
-            return ApiError(f"router {self.settings.name}: not reloaded: {reason}")
+            return None
         if self.table.get(operation.model) is None:  # asked for before the list was known
             return self._unknown(operation.model)
         return self.closed if operation.kind is Kind.LOAD else None
 
-    def _resident_without_file(self) -> Model | None:
-        for model in self.table:
-            if model.state in RESIDENT and model.path is not None and not model.path.exists():
-                return model
-        return None
+    async def _reload(self, line: Line) -> None:
+        """Have the router read its folder again, unless that would stop a loaded model whose file is gone."""
+        asked_at = self.table.revision
+        resident = {model.path: model.name for model in self.table if model.path and model.state in RESIDENT}
+        gone = [path for path, size in (await self._file_sizes(list(resident))).items() if size is None]
+        if gone:
+            reason = f"the file of {resident[gone[0]]} is gone and a reload would stop it; unload it first"
+            raise ApiError(f"router {self.settings.name}: not reloaded: {reason}")
+        models = await line.api.models(reload=True)
+        sizes = await self._file_sizes([model.path for model in models if model.path is not None])
+        self._post(line.generation, gen.Listed(models, asked_at, sizes))
 
     async def _call(self, operation: Operation, line: Line) -> None:
         """The worker of one operation: the HTTP call and nothing else."""
@@ -226,9 +234,7 @@ class Residency:
                 case Kind.UNLOAD:
                     await line.api.unload(operation.model)
                 case Kind.RELOAD:
-                    asked_at = self.table.revision
-                    models = await line.api.models(reload=True)
-                    self._post(line.generation, gen.Listed(models, asked_at))
+                    await self._reload(line)
         except ApiError as failure:
             error = failure
         self._post(line.generation, CallEnded(line.generation, operation, error))
@@ -285,9 +291,11 @@ class Residency:
         hint = f"see `llamavisor models`; a new file in {self.settings.models_dir} needs `llamavisor reload`"
         return ModelNotFoundError(f"no model {name!r} on router {self.settings.name}", hint=hint)
 
-    def _publish(self, events: Iterable[ev.Event]) -> None:
-        for event in events:
-            self._publish_one(self._explained(event))
+    def _publish(self, events: Iterable[ev.Event]) -> list[ev.Event]:
+        explained = [self._explained(event) for event in events]
+        for event in explained:
+            self._publish_one(event)
+        return explained
 
     def _explained(self, event: ev.Event) -> ev.Event:
         """Add to an event what only the log knows."""
@@ -302,12 +310,13 @@ class Residency:
             if reason := load_failure(event.model, lines):
                 self.table.explain(event.model, reason)
                 return replace(event, reason=reason)
+        if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
+            # A busy model that does not end in time is killed by its router, which looks like a crash from here.
+            if was_told_to_stop(event.model, self._log.tail(_LOG_LINES)):
+                self.table.forgive(event.model)
+                return replace(event, reason=ev.UnloadReason.EVICTED)
         return event
 
 
 def _deadline_s(model: Model) -> float:
-    try:
-        size = model.path.stat().st_size if model.path else 0
-    except OSError:
-        size = 0
-    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + size / LOAD_BYTES_PER_S)
+    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + (model.size_bytes or 0) / LOAD_BYTES_PER_S)

@@ -8,8 +8,9 @@ workers; it never waits for the outside itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -27,7 +28,7 @@ from llamavisor.launch import Launch
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
-from llamavisor.process import TERM_GRACE_S
+from llamavisor.process import TERM_GRACE_S, Leftovers
 from llamavisor.residency import CallEnded, Line, Residency
 from llamavisor.settings import RouterSettings
 from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
@@ -93,7 +94,9 @@ class Router:
         self._random = random
         self._inbox = Inbox[_Message]()
         self._is_over = False  # it was shut down
-        self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
+        self._residency = Residency(
+            host.settings, host.output, file_sizes=self._file_sizes, publish=bus.publish, post=self._post_from
+        )
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
         self._why: Cause | None = None  # why the next generation is begun, None for the first
@@ -237,7 +240,10 @@ class Router:
             raise self._not_ready()
         ticket = Ticket(operation)
         self._post(ticket)
-        return await ticket.wait()
+        try:
+            return await ticket.wait()
+        finally:
+            ticket.finish()  # nobody waits for it any longer; what it asked for goes on
 
     def _post(self, message: _Message) -> None:
         self._inbox.post(message)
@@ -261,6 +267,8 @@ class Router:
     def _handle(self, message: _Message) -> None:
         match message:
             case _News(generation, news):
+                if isinstance(news, gen.Gone):  # the next generation may have begun already
+                    self._tell_strays(news.leftovers)
                 if generation is self._generation:
                     self._hear(news)
             case CallEnded(generation, operation, error):
@@ -378,6 +386,9 @@ class Router:
                 self._trouble("probe", f"it does not answer: {error}" if silent else None)
             case gen.DevicesMissing(devices):
                 self._devices_missing(devices)
+            case gen.Polling(reason):
+                text = f"{reason}; its list is read every second instead"
+                self._publish(ev.Warned(subject=f"router {self.name}", text=text))
             case gen.Replaced():
                 reason = (
                     "llama-server was replaced on disk; it loads nothing more, and is restarted when nothing is loaded"
@@ -394,18 +405,14 @@ class Router:
                 self.restarts += self._why is not None
                 for warning in launch.warnings:
                     self._publish(ev.Warned(subject=f"router {self.name}", text=warning))
-            case gen.CameUp():
+            case gen.CameUp() if self.state is RouterState.STARTING:  # not while it is being stopped
                 self._come_up(news)
             case gen.Overdue(reason):
                 self.verdict = Verdict(Cause.START_TIMEOUT, reason, "see `llamavisor logs`")
                 self._signal(RouterInput.OVERDUE)
             case gen.Ended():
                 self._end(news)
-            case gen.Gone(leftovers):
-                if leftovers.killed or leftovers.survivors:
-                    self._publish(
-                        ev.StraysKilled(router=self.name, pids=leftovers.killed, survivors=leftovers.survivors)
-                    )
+            case gen.Gone():
                 self._signal(RouterInput.GONE)
 
     def _come_up(self, up: gen.CameUp) -> None:
@@ -437,6 +444,10 @@ class Router:
         if not is_requested:
             self.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
+
+    def _tell_strays(self, left: Leftovers) -> None:
+        if left.killed or left.survivors:
+            self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
 
     def _trouble(self, subject: str, reason: str | None) -> None:
         """Note a reason to be DEGRADED, or that it has gone (None)."""
@@ -507,6 +518,9 @@ class Router:
 
     def _publish(self, event: ev.Event) -> None:
         self._bus.publish(event)
+
+    async def _file_sizes(self, paths: Sequence[Path]) -> Mapping[Path, int | None]:
+        return await self._host.file_sizes(paths)
 
     def _post_from(self, generation: gen.Generation, news: gen.Listed | CallEnded) -> None:
         self._post(news if isinstance(news, CallEnded) else _News(generation, news))

@@ -36,6 +36,11 @@ class RouterSettings:
 
     @property
     def url(self) -> str:
-        """Where this machine's own clients reach the router: a wildcard address becomes the loopback one."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)  # noqa: S104
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        """Where this machine's own clients reach the router."""
+        return base_url(self.host, self.port)
+
+
+def base_url(host: str, port: int) -> str:
+    """The address of a server for clients on this machine: a wildcard address becomes the loopback one."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

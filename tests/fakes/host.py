@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,6 +228,10 @@ class FakeHost:
         process = self.machine.at(self.settings.port)
         return process is not None and process.pid == router_pid and process.is_listening
 
+    async def file_sizes(self, paths: Sequence[Path]) -> dict[Path, int | None]:
+        """Real files, looked at without a thread."""
+        return {path: path.stat().st_size if path.exists() else None for path in paths}
+
     async def find_child(self, router_pid: int, model: str) -> FakeChild | None:
         """The process that serves the model, None when there is none."""
         await anyio.sleep(ANSWER_S)
@@ -309,6 +313,10 @@ class FakeProcess:
             await self._ended.wait()
             self._tasks.cancel_scope.cancel()
         assert self.status is not None
+        return self.status
+
+    def poll(self) -> ExitStatus | None:
+        """How it ended, None while it lives."""
         return self.status
 
     async def terminate(self, *, grace_s: float) -> bool:

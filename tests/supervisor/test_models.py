@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamavisor.api import ListedModel, StatusEvent
@@ -397,6 +397,7 @@ def _tell(it: Table, word: tuple[object, ...]) -> list[Event]:
     return []
 
 
+@settings(max_examples=300)
 @given(st.lists(WORDS, max_size=30))
 def test_whatever_comes_the_table_is_sound(words: list[tuple[object, ...]]) -> None:
     """After any words in any order, what is told agrees with the states, and nothing is told twice."""

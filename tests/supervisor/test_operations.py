@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import anyio
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamavisor.api import ListedModel, StatusEvent
@@ -139,6 +139,36 @@ def test_a_load_waits_for_a_model_that_is_leaving(desk: Desk) -> None:
     assert desk.take() == LOAD_A
 
 
+def test_an_unloaded_model_may_come_back_at_once(desk: Desk) -> None:
+    """An unload is done when the model has gone, though a client loads it again before our call returns."""
+    desk.is_now("a", S.LOADED)
+    ticket = desk.ask(UNLOAD_A)
+    desk.take()
+    desk.table.unloading("a", now=2.0)
+    desk.is_now("a", S.UNLOADED)
+    desk.is_now("a", S.LOADING)
+    desk.operations.end(None)
+    desk.operations.settle(desk.table)
+    assert (ticket.is_done, ticket.error) == (True, None)
+
+
+def test_an_unload_of_a_model_that_came_back_is_asked_again(desk: Desk) -> None:
+    """Who asks for an unload during the call for an earlier one gets a call of their own, if one is still needed."""
+    desk.is_now("a", S.LOADED)
+    desk.ask(UNLOAD_A)
+    desk.take()
+    desk.table.unloading("a", now=2.0)
+    desk.is_now("a", S.UNLOADED)
+    desk.is_now("a", S.LOADING)
+    ticket = desk.ask(UNLOAD_A)
+    desk.operations.end(None)
+    assert desk.take() == UNLOAD_A
+    desk.table.unloading("a", now=3.0)
+    desk.operations.end(None)
+    desk.is_now("a", S.UNLOADED)
+    assert (ticket.is_done, ticket.error) == (True, None)
+
+
 def test_a_load_that_failed_has_a_reason(desk: Desk) -> None:
     """The error of a load is what the table knows of its end."""
     ticket = desk.ask(LOAD_A)
@@ -152,12 +182,15 @@ def test_a_load_that_failed_has_a_reason(desk: Desk) -> None:
 
 def test_a_refused_call_ends_its_tickets_alone(desk: Desk) -> None:
     """An error of one call reaches those who asked for it, and nobody else."""
-    first, second = desk.ask(LOAD_A), desk.ask(LOAD_B)
+    desk.is_now("a", S.LOADED)
+    first, second = desk.ask(UNLOAD_A), desk.ask(LOAD_B)
     desk.take()
     desk.operations.end(ModelLoadError("no"))
     assert isinstance(first.error, ModelLoadError)
     assert not second.is_done
     assert desk.take() == LOAD_B
+    desk.operations.end(None)
+    assert desk.take() is None
 
 
 def test_a_reload_is_done_when_its_call_returns(desk: Desk) -> None:
@@ -198,6 +231,7 @@ DEEDS = st.one_of(
 )
 
 
+@settings(max_examples=300)
 @given(st.lists(DEEDS, max_size=40))
 def test_nobody_waits_for_ever(deeds: list[tuple[object, ...]]) -> None:
     """Whatever is asked and whatever happens, at most one operation runs, and at rest no ticket is open."""
