@@ -69,7 +69,9 @@ class RunningDaemon:
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), **(env or {})}
         self.program = [sys.executable, "-m", "llamavisord"]
         self._argv = ["serve", "--socket", str(self.socket)]
-        self._argv += ["--state-dir", str(self.state_dir), "--llama-server", os.fspath(llama_server)]
+        self._argv += ["--state-dir", str(self.state_dir)]
+        if "llama_server" not in (config or ""):
+            self._argv += ["--llama-server", os.fspath(llama_server)]
         if config is None:
             self._argv += ["--models-dir", str(models_dir), "--port", str(self.port)]
             self._argv += ["--metrics-port", str(self.metrics_port), *flags, "--", *options]

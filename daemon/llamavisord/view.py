@@ -19,7 +19,9 @@ LOG_LINES = 20
 def router_view(router: Router) -> dict[str, Any]:
     """One router; times are Unix seconds, durations seconds."""
     now = anyio.current_time()
+    # What llama-server printed last explains its own end, not an obstacle that we saw before it was started.
     is_down = router.state in {RouterState.FAILED, RouterState.BACKOFF}
+    explains = is_down and router.verdict is not None and not router.verdict.is_obstacle
     found = router.launch.found if router.launch is not None else None
     return {
         "name": router.name,
@@ -38,7 +40,7 @@ def router_view(router: Router) -> dict[str, Any]:
         "llama_server": str(found.path) if found is not None else router.settings.llama_server,
         "build": found.version if found is not None else None,
         "log_file": str(router.output.path),
-        "log_tail": router.output.tail(LOG_LINES) if is_down else [],
+        "log_tail": router.output.tail(LOG_LINES) if explains else [],
     }
 
 

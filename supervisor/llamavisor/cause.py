@@ -89,7 +89,9 @@ def classify(status: ExitStatus, *, was_ready: bool, last_lines: Sequence[str]) 
 
 _SPAWNING = re.compile(r"spawning server instance with name=(?P<name>.+) on port (?P<port>\d+)$")
 _STOPPING = re.compile(r"(?:stopping|force-killing) model instance name=(?P<name>.+?)(?: after timeout)?$")
-_CHILD_LINE = re.compile(r"^\[(?P<port>\d+)\] (?:(?:[\d.]+ )?E |.*(?=GGML_ASSERT\())(?P<text>.*)$")
+_CHILD_LINE = re.compile(
+    r"^\[(?P<port>\d+)\] (?:(?:[\d.]+ )?E |.*(?=GGML_ASSERT\()|(?=error while handling argument))(?P<text>.*)$"
+)
 
 
 def load_failure(model: str, lines: Sequence[str]) -> str | None:

@@ -149,8 +149,6 @@ class RouterDegraded(Event):
 class RouterExited(Event):
     """The process of a router ended. `is_requested` tells whether we asked it to."""
 
-    level: ClassVar[int] = logging.WARNING
-
     router: str
     pid: int
     status: str
@@ -161,8 +159,7 @@ class RouterExited(Event):
     def message(self) -> str:
         if self.is_requested:
             return f"router {self.router}: ended as asked ({self.status})"
-        detail = f": {self.detail}" if self.detail else ""
-        return f"router {self.router}: pid {self.pid} ended unasked ({self.status}){detail}"
+        return f"router {self.router}: pid {self.pid} ended unasked: {self.detail or self.status}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +174,10 @@ class RouterRestartScheduled(Event):
     failures: int
 
     def message(self) -> str:
-        when = "now" if self.delay_s <= 0 else f"in {self.delay_s:.1f} s"
-        count = f", {self.failures} failures in a row" if self.failures else ""
-        return f"router {self.router}: starting again {when} ({self.cause.value}{count})"
+        if self.delay_s <= 0:
+            return f"router {self.router}: starting again now ({self.cause.value})"
+        count = f"failure {self.failures} in a row"
+        return f"router {self.router}: starting again in {self.delay_s:.1f} s ({self.cause.value}, {count})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -69,8 +69,8 @@ class Fleet:
 
     @property
     def is_ready(self) -> bool:
-        """Whether at least one router serves."""
-        return any(router.is_serving for router in self)
+        """Whether at least one router is READY; a DEGRADED one keeps less than it promised."""
+        return any(router.state is RouterState.READY for router in self)
 
     async def run(self, settings: Iterable[RouterSettings]) -> None:
         """Supervise routers with these settings until cancelled; when cancelled, end them first."""

@@ -46,9 +46,10 @@ _READY_POLL_MAX_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """The start waits for something, or no longer (None)."""
+    """The start waits for something, or no longer (None); `is_news` when a person should hear of it at once."""
 
     reason: str | None
+    is_news: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +267,11 @@ class Generation:
     async def _await_devices(self, launch: Launch) -> tuple[str, ...]:
         """Wait until the devices that the options name are visible; return those that still are not."""
         missing = await self._host.missing_devices(launch)
+        if missing:
+            text = f"waiting up to {DEVICE_DEADLINE_S:.0f} s for llama-server to see {', '.join(missing)}"
+            self._post(Waiting(text, is_news=True))
         with anyio.move_on_after(DEVICE_DEADLINE_S):
             while missing:
-                self._post(Waiting(f"waiting for {', '.join(missing)} to become visible to llama-server"))
                 await anyio.sleep(DEVICE_POLL_S)
                 missing = await self._host.missing_devices(launch)
         self._post(Waiting(None))

@@ -149,6 +149,10 @@ class Operations:
             if ticket.operation == operation:
                 ticket.finish(error)
 
+    def queued_loads(self) -> set[str]:
+        """The models whose load is yet to begin."""
+        return {operation.model for operation in self._queue if operation.kind is Kind.LOAD}
+
     def drop_reloads(self) -> None:
         """The router has ended: the next start reads everything, so whoever waits for a reload has it."""
         reload = Operation(Kind.RELOAD)

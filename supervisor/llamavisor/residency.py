@@ -29,7 +29,7 @@ from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.restart import STABLE_AFTER_S
 from llamavisor.settings import RouterSettings
-from llamavisor.states import RESIDENT, ModelState
+from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 
 LOAD_DEADLINE_S = 60.0
 LOAD_BYTES_PER_S = 100e6
@@ -104,16 +104,19 @@ class Residency:
         """The router is asked to end: nothing more is begun on it, what is asked for waits for the next."""
         self._line = None
 
-    def went_down(self, *, keeps: bool) -> None:
-        """The router's process has ended; `keeps` tells whether what was resident is wanted again.
+    def went_down(self, *, keeps: bool, is_requested: bool) -> None:
+        """The router's process has ended.
 
-        What was still loading is not: it may be what ended the process.
+        Args:
+            keeps: whether what was resident is wanted again.
+            is_requested: whether the process was asked to end. If not, what was still loading is not loaded again: it
+                may be what ended the process.
         """
         self._line = None
         now = anyio.current_time()
-        residents = self.table.residents()
-        waiting = [name for name in self._restoring if name not in residents]
-        self._restoring = [*residents, *waiting] if keeps else []
+        loading = [model.name for model in self.table if model.state is ModelState.LOADING] if is_requested else []
+        wanted = dict.fromkeys([*self.table.residents(), *loading, *self._restoring])
+        self._restoring = list(wanted) if keeps else []
         self._restored.clear()
         self._ended_at = (self._ended_at or now) if keeps else None
         self._operations.end(None)
@@ -219,7 +222,7 @@ class Residency:
         gone = [path for path, size in (await self._file_sizes(list(resident))).items() if size is None]
         if gone:
             reason = f"the file of {resident[gone[0]]} is gone and a reload would stop it; unload it first"
-            raise ApiError(f"router {self.settings.name}: not reloaded: {reason}")
+            raise ApiError(f"not reloaded: {reason}")
         models = await line.api.models(reload=True)
         sizes = await self._file_sizes([model.path for model in models if model.path is not None])
         self._post(line.generation, gen.Listed(models, asked_at, sizes))
@@ -272,7 +275,11 @@ class Residency:
             return
         if any(not ticket.is_done for ticket in self._restored.values()):
             return
+        kept_out: list[str] = []
         while self._restoring:
+            if self._is_full():  # what somebody has asked for meanwhile, or a lower models_max, leaves no room
+                kept_out, self._restoring = self._restoring, []
+                break
             name = self._restoring.pop(0)
             ticket = Ticket(Operation(Kind.LOAD, name))
             self._restored[name] = ticket
@@ -280,12 +287,17 @@ class Residency:
             if not ticket.is_done:
                 return
         loaded = tuple(name for name, ticket in self._restored.items() if ticket.error is None)
-        missing = tuple(name for name, ticket in self._restored.items() if ticket.error is not None)
+        missing = (*(name for name, ticket in self._restored.items() if ticket.error is not None), *kept_out)
         seconds = anyio.current_time() - self._ended_at
         self._ended_at = None
         self._restored.clear()
         name = self.settings.name
         self._publish([ev.RouterRecovered(router=name, models=loaded, missing=missing, seconds=seconds)])
+
+    def _is_full(self) -> bool:
+        """Whether one more model would push another one out."""
+        held = {model.name for model in self.table if model.state in HAS_CHILD} | self._operations.queued_loads()
+        return 0 < self.settings.models_max <= len(held)
 
     def _unknown(self, name: str) -> ModelNotFoundError:
         hint = f"see `llamavisor models`; a new file in {self.settings.models_dir} needs `llamavisor reload`"

@@ -152,6 +152,9 @@ class Router:
         """What a person can do about the reason."""
         if self.state in {RouterState.FAILED, RouterState.BACKOFF} and self.verdict is not None:
             return self.verdict.hint or None
+        if self.state is RouterState.DEGRADED:
+            closed = self._residency.closed
+            return closed.hint if closed is not None else f"llamavisor restart {self.name}"
         return None
 
     @property
@@ -379,7 +382,7 @@ class Router:
         match news:
             case StatusEvent() | gen.Listed() | gen.ChildFound() | gen.ChildEnded():
                 self._residency.hear(news)
-            case gen.Probed(duration_s, error):
+            case gen.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
                 self._probe_failures = self._probe_failures + 1 if error else 0
                 silent = self._probe_failures >= PROBES_TO_DEGRADE
@@ -397,8 +400,10 @@ class Router:
                 self._residency.closed = RouterNotReadyError(f"router {self.name}: {reason}", hint=hint)
                 self._trouble("binary", reason)
                 self._restart_if_replaced()
-            case gen.Waiting(reason):
+            case gen.Waiting(reason, is_news):
                 self._waiting = reason
+                if is_news and reason is not None:
+                    self._publish(ev.Warned(subject=f"router {self.name}", text=reason))
             case gen.Spawned(process, launch):
                 self.process, self.launch, self.spawned_at = process, launch, now
                 self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
@@ -424,6 +429,9 @@ class Router:
         self._signal(RouterInput.READY)
         url = self.settings.url
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=url, start_s=up.start_s))
+        if not up.models:
+            text = f"no models: put GGUF files into {self.settings.models_dir}, then `llamavisor reload`"
+            self._publish(ev.Warned(subject=f"router {self.name}", text=text))
         self._devices_missing(up.missing_devices)
 
     def _end(self, ended: gen.Ended) -> None:
@@ -440,7 +448,7 @@ class Router:
                     detail=ended.verdict.reason,
                 )
             )
-        self._residency.went_down(keeps=self.life.then is not RouterState.STOPPED)
+        self._residency.went_down(keeps=self.life.then is not RouterState.STOPPED, is_requested=is_requested)
         if not is_requested:
             self.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)

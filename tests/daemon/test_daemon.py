@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,16 @@ def test_escaped_grandchild_is_killed(start: Start) -> None:
         assert "llamavisor_orphans_reaped_total 1.0" in daemon.metrics()
 
 
+def test_escaped_grandchild_of_a_stable_router_is_counted(start: Start) -> None:
+    """P9: what a router leaves behind is told and counted also when the next one starts at once."""
+    with start(grandchild="setsid") as daemon:
+        router = daemon.wait_for_router("ready")["pid"]
+        time.sleep(10.1)  # a router that was READY for so long is replaced without a delay
+        os.kill(router, signal.SIGKILL)
+        assert len(daemon.wait_for_event("StraysKilled")["pids"]) == 1
+        assert daemon.events("RouterRestartScheduled")[0]["delay_s"] == 0
+
+
 def test_zombies_are_reaped(start: Start) -> None:
     """P12: ended processes that nobody waits for are reaped once they are handed to the daemon."""
     with start(zombies=5) as daemon:
@@ -198,6 +209,15 @@ def test_build_without_events_is_polled(start: Start) -> None:
         assert daemon.wait_for_event("ModelUnloaded")["reason"] == "crashed"
 
 
+@pytest.mark.parametrize("status", [403, 501])
+def test_refused_event_stream_is_polled(start: Start, status: int) -> None:
+    """A router that refuses the event stream, for whatever reason, is asked for its list, and a warning says so."""
+    with start(answers={"/models/sse": {"status": status, "body": "no"}}) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 0
+        assert f"({status})" in daemon.wait_for_event("Warned")["text"]
+
+
 def test_failed_load_without_events(start: Start) -> None:
     """A load that fails between two looks at the list is told as failed, not waited for for ever."""
     with start(model={"load_failures": -1}, **OLD_BUILD) as daemon:
@@ -236,6 +256,17 @@ def test_model_that_had_served_comes_back(start: Start) -> None:
         assert daemon.events("ModelUnloaded")[0]["reason"] == "crashed"
 
 
+def test_reload_by_a_client_is_noticed(start: Start, models_dir: Path) -> None:
+    """A client that has the router read its folder again does not leave us with an old list."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        shutil.copy(models_dir / "alpha.gguf", models_dir / "delta.gguf")
+        with closing(HTTPConnection("127.0.0.1", daemon.port)) as connection:
+            connection.request("GET", "/models?reload=1")
+            assert connection.getresponse().status == 200
+        eventually(lambda: any(model["name"] == "delta" for model in daemon.status()["models"]), what="delta")
+
+
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +279,19 @@ def test_late_device_is_waited_for(start: Start) -> None:
         assert daemon.router()["state"] == "starting"
         assert daemon.cli("load", "alpha").returncode == 0
         assert daemon.router()["state"] == "ready"
+
+
+def test_daemon_does_not_wait_for_a_probe(tmp_path: Path, models_dir: Path) -> None:
+    """D6: a llama-server that hangs when asked what it can do does not keep the daemon from ending."""
+    program = tmp_path / "llama-server"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    with RunningDaemon(tmp_path, models_dir, program, options=()) as daemon:
+        assert daemon.router()["state"] == "starting"
+        began = time.monotonic()
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 0
+        assert time.monotonic() - began < 5  # the probe itself may take 30 s
 
 
 # --- the control API --------------------------------------------------------------------------------------------------
@@ -382,6 +426,40 @@ def test_reload_with_a_bad_file_keeps_the_old_one(tmp_path: Path, models_dir: Pa
         daemon.signal(signal.SIGHUP)
         eventually(lambda: daemon.status()["config_error"] is None, what="the good configuration")
         assert daemon.router()["pid"] == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('models_dir = "', 'models_dir = "/nowhere', "/nowhere"),
+        ("[metrics]", '[defaults]\nargs = ["--nosuchflag"]\n[metrics]', "--nosuchflag"),
+        ("[metrics]", '[[router]]\nname = "b"\nport = {taken}\n[metrics]', "is taken"),
+        ("port =", 'llama_server = "/bin/true"\nport =', "true"),
+    ],
+    ids=["folder", "option", "port", "binary"],
+)
+def test_reload_that_could_not_be_started_is_refused(
+    tmp_path: Path, models_dir: Path, fake_llama_server: Fake, old: str, new: str, told: str
+) -> None:
+    """D2: what parses but could not be started is refused as well, and what is loaded stays loaded."""
+    good = config_of(models_dir, free_port())
+    fake = fake_llama_server()
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        daemon = RunningDaemon(tmp_path, models_dir, fake, config=f'llama_server = "{fake}"\n{good}')
+        with daemon:
+            before = daemon.wait_for_router("ready")["pid"]
+            daemon.cli("load", "alpha")
+            text = daemon.config.read_text()
+            if "llama_server" in new:
+                text = text.replace(f'llama_server = "{fake}"\n', "")
+            daemon.config.write_text(text.replace(old, new.format(taken=holder.getsockname()[1]), 1))
+            failed = daemon.cli("reload")
+            assert failed.returncode == 78
+            assert told in failed.stderr
+            assert told in daemon.status()["config_error"]
+            assert daemon.router()["pid"] == before
+            assert daemon.model("alpha")["state"] == "loaded"
+            assert [router["name"] for router in daemon.status()["routers"]] == ["main"]
 
 
 def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
@@ -576,7 +654,7 @@ def test_hundred_reloads_leak_nothing(tmp_path: Path, models_dir: Path, fake_lla
         for _ in range(100):
             assert daemon.call("POST", "/control/v1/reload")[0] == 200
         eventually(lambda: held() == before, what=f"as much held as before: {before}")
-        assert process.num_threads() <= threads
+        assert process.num_threads() <= threads + 2  # idle workers come and go
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -262,6 +262,22 @@ def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_serv
             second.wait_for_router("ready")
 
 
+def test_unload_by_a_client_is_no_crash(daemon: RunningDaemon, models_dir: Path) -> None:
+    """A busy model that a client has unloaded is killed by its router, told as gone by choice, and stays unloaded."""
+    write_tiny_model(models_dir / "loop.gguf", ["on", "and"], loop=True, n_ctx=1_000_000)
+    daemon.cli("reload")
+    with closing(HTTPConnection("127.0.0.1", daemon.port)) as talker:
+        body = {"model": "loop", "stream": True, "max_tokens": 900_000, "messages": [{"role": "user", "content": "x"}]}
+        talker.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        answer = talker.getresponse()
+        answer.readline()
+        with closing(HTTPConnection("127.0.0.1", daemon.port)) as other:
+            other.request("POST", "/models/unload", json.dumps({"model": "loop"}))
+            assert other.getresponse().status == 200
+        assert daemon.wait_for_event("ModelUnloaded")["reason"] == "evicted"
+    assert daemon.model("loop")["state"] == "unloaded"
+
+
 def test_foreign_web_pages_are_kept_out(daemon: RunningDaemon) -> None:
     """A browser may talk to the router for a page of this machine, not for any page of the web."""
 

@@ -28,7 +28,7 @@ from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import parse_help
 from llamavisor.launch import Launch
 from llamavisor.output import OutputFile
-from llamavisor.process import ExitStatus, Leftovers
+from llamavisor.process import KILL_GRACE_S, ExitStatus, Leftovers
 from llamavisor.settings import RouterSettings
 from llamavisor.states import HAS_CHILD, ModelState
 
@@ -51,6 +51,7 @@ class FakeStart:
         term_s: how long it takes to obey SIGTERM, `math.inf` for one that ignores it.
         clear_s: how long it takes until nothing of it is left after its end.
         leftovers: what had to be killed then.
+        is_unkillable: whether the kernel holds it, even against SIGKILL.
         error: why the process cannot even be started.
     """
 
@@ -62,6 +63,7 @@ class FakeStart:
     term_s: float = 0.02
     clear_s: float = 0.01
     leftovers: Leftovers = field(default_factory=Leftovers)
+    is_unkillable: bool = False
     error: SpawnError | Verdict | None = None
 
 
@@ -186,7 +188,7 @@ class FakeHost:
         if self.obstacle is not None:
             return self.obstacle
         holder = self.machine.holder_of(self.settings.port)
-        if holder is not None and holder.host.settings.name != self.settings.name:
+        if holder is not None and (holder.host.settings.name != self.settings.name or holder.script.is_unkillable):
             reason = f"port {self.settings.port} is taken by {holder.host.settings.name}"
             return Verdict(Cause.PORT_TAKEN, reason, is_obstacle=True)
         binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
@@ -286,7 +288,7 @@ class FakeProcess:
         self.states: dict[str, ModelState] = {}
         self.failed: set[str] = set()
         self.listed = dict(host.models)
-        self.listeners: set[MemoryObjectSendStream[StatusEvent]] = set()
+        self.listeners: set[MemoryObjectSendStream[StatusEvent | None]] = set()
         self._ended = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         host.machine.processes.append(self)
@@ -323,6 +325,9 @@ class FakeProcess:
         """Be asked to end, and be killed."""
         if self.terminated_at is None:
             self.terminated_at = anyio.current_time()
+        if self.script.is_unkillable:
+            await anyio.sleep(grace_s + KILL_GRACE_S)
+            return False
         if self.status is None:
             await anyio.sleep(min(self.script.term_s, grace_s))
             obeys = self.script.term_s <= grace_s
@@ -332,6 +337,8 @@ class FakeProcess:
 
     async def clear(self) -> Leftovers:
         """Have everything cleared away."""
+        if self.script.is_unkillable:
+            return Leftovers(survivors=(self.pid,))
         assert self.status is not None, "cleared away alive"
         await anyio.sleep(self.script.clear_s)
         self.clear_now()
@@ -355,6 +362,11 @@ class FakeProcess:
         for name, child in self.children.items():
             if self.state(name) is not ModelState.LOADING:  # one that loads notices only later
                 child.ended.set()
+
+    def say_something_new(self) -> None:
+        """Tell something on the event streams that this version does not understand."""
+        for listener in self.listeners:
+            listener.send_nowait(None)
 
     def cut_streams(self) -> None:
         """Break the event streams, and nothing else."""
@@ -546,12 +558,12 @@ class FakeApi:
         await (await self._reach()).unload(name)
 
     @asynccontextmanager
-    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent]]:
+    async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent | None]]:
         """GET /models/sse."""
         process = await self._reach()
         if not self._host.has_events:
             raise ApiError("GET /models/sse was refused", status=404)
-        send, receive = anyio.create_memory_object_stream[StatusEvent](math.inf)
+        send, receive = anyio.create_memory_object_stream[StatusEvent | None](math.inf)
         process.listeners.add(send)
         try:
             with receive:

@@ -172,6 +172,20 @@ async def test_no_descriptors_left_is_transient(spawner: Spawner, tmp_path: Path
     assert not caught.value.is_permanent
 
 
+async def test_log_that_cannot_be_written_is_transient(spawner: Spawner, tmp_path: Path) -> None:
+    """R1: a log that cannot be written is told by its own name, and not given up: disks get room again."""
+    (tmp_path / "log").mkdir()
+    with pytest.raises(SpawnError, match=f"cannot write the log {tmp_path}/log") as caught:
+        await spawner.spawn(["/bin/true"], env=ENV, output=tmp_path / "log")
+    assert not caught.value.is_permanent
+
+
+async def test_log_is_ours_alone(spawner: Spawner, tmp_path: Path, started: list[Process]) -> None:
+    """What llama-server prints may hold what people ask: nobody else can read it."""
+    await finish(await spawn(spawner, "pass", tmp_path / "log", started))
+    assert (tmp_path / "log").stat().st_mode & 0o077 == 0
+
+
 async def test_polite_end(spawner: Spawner, tmp_path: Path, started: list[Process]) -> None:
     """A program that heeds SIGTERM ends by itself."""
     process = await spawn(spawner, POLITE, tmp_path / "log", started)

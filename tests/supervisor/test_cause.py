@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from llamavisor.cause import Cause, classify, load_failure
+from llamavisor.cause import Cause, classify, load_failure, was_told_to_stop
 from llamavisor.process import ExitStatus
 
 BAD_PRESET = """
@@ -152,3 +152,30 @@ def test_a_name_within_a_name() -> None:
     ]
     assert load_failure("a", lines) == "twenty-two"
     assert load_failure("a on port 1", lines) == "eleven"
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("0.01.601.174 I srv        unload: stopping model instance name=trunc", True),
+        ("0.06.639.072 I srv  force-killing model instance name=trunc after timeout", True),
+        ("0.01.601.174 I srv        unload: stopping model instance name=other", False),
+    ],
+)
+def test_end_by_order_is_told_from_a_crash(last: str, told: bool) -> None:
+    """A process that its router was ending did not crash; a later process of the same model is another matter."""
+    assert was_told_to_stop("trunc", [*TRUNCATED, last]) is told
+    again = "0.09.000.000 I srv          load: spawning server instance with name=trunc on port 50000"
+    assert not was_told_to_stop("trunc", [*TRUNCATED, last, again])
+
+
+def test_value_that_llama_server_refuses_is_the_reason() -> None:
+    """A value that only the model's process looks at is told in its words, which have no time and no level."""
+    lines = """
+0.00.612.300 I srv          load: spawning server instance with name=alpha on port 56393
+[56393] error while handling argument "--threads": stoi
+[56393]
+[56393] usage:
+0.00.678.548 I srv           run: instance name=alpha exited with status 1
+""".splitlines()
+    assert load_failure("alpha", lines) == 'error while handling argument "--threads": stoi'

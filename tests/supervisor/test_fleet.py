@@ -14,7 +14,7 @@ from fakes.host import KILLED, FakeHost, FakeMachine, FakeModel, FakeStart, fake
 from fakes.supervised import PATIENCE_S, Story
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ModelNotFoundError, RouterNotFoundError, RouterNotReadyError
-from llamavisor.events import Bus, RouterExited, RouterRecovered, RouterSpawned, StraysKilled, Warned
+from llamavisor.events import Bus, RouterExited, RouterProbed, RouterRecovered, RouterSpawned, StraysKilled, Warned
 from llamavisor.fleet import Fleet, sweep
 from llamavisor.process import Leftovers
 from llamavisor.router import Router
@@ -322,6 +322,24 @@ async def test_a_reload_during_a_backoff(it: FakeFleet, two: Two) -> None:
         await anyio.sleep(HOUR_S)
         assert it["gpu1"].state is RouterState.STOPPED
         assert len(it.machine.alive) == 1
+
+
+async def test_a_configuration_that_could_not_start_is_told_before_it_is_applied(it: FakeFleet, two: Two) -> None:
+    """A check names the routers that could not be started, and touches nothing; a port of our own is no obstacle."""
+    first, second = two
+    async with it.running(*two):
+        await it.all_ready()
+        said = len(it.story.all)
+        it.prepare = lambda host: setattr(host, "obstacle", NO_BINARY if host.settings.llama_server else None)
+        bad = it.settings("big", 8083, llama_server="/no")
+        assert await it.fleet.check([replace(first, llama_server="/no"), second, bad]) == [
+            "router gpu0: no llama-server was found",
+            "router big: no llama-server was found",
+        ]
+        assert await it.fleet.check([replace(first, port=8082), replace(second, port=8081)]) == []
+        assert await it.fleet.check(two) == []
+        assert (len(it.machine.processes), [router.name for router in it.fleet]) == (2, ["gpu0", "gpu1"])
+        assert [event for _, event in it.story.all[said:] if not isinstance(event, RouterProbed)] == []
 
 
 async def test_a_rescan_that_fails_is_a_warning(it: FakeFleet, two: Two) -> None:

@@ -158,6 +158,15 @@ async def test_taken_port(launcher: Make) -> None:
     assert f"(pid {os.getpid()})" in told.reason
 
 
+@pytest.mark.parametrize("host", ["a..b", "no-such-host.invalid", "192.0.2.1", f"{'x' * 64}.org"])
+async def test_address_that_is_not_ours(launcher: Make, host: str) -> None:
+    """An address that cannot be bound is told with itself, whatever the name service makes of it."""
+    told = await obstacle_of(launcher(host=host))
+    assert told.cause is Cause.PORT_TAKEN
+    assert host in told.reason
+    assert "host" in told.hint
+
+
 async def test_missing_binary(launcher: Make, tmp_path: Path) -> None:
     """P5: a llama-server that is not there is told by its name."""
     told = await obstacle_of(launcher(llama_server=str(tmp_path / "llama-server")))

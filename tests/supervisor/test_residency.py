@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -489,6 +490,20 @@ async def test_the_router_makes_room(host: FakeHost) -> None:
         assert it.process.loads == ["alpha"]
 
 
+async def test_a_busy_model_that_its_router_kills_did_not_crash(host: FakeHost) -> None:
+    """A model that its router unloads and has to kill ends with an error code, and is not loaded again for that."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        await anyio.sleep(60.0)
+        it.process.print("0.06.639.072 I srv  force-killing model instance name=alpha after timeout")
+        it.process.crash("alpha")
+        await anyio.sleep(HOUR_S)
+        assert [unloaded.reason for unloaded in it.story.of(ModelUnloaded)] == [UnloadReason.EVICTED]
+        assert it.model("alpha") is ModelState.UNLOADED
+        assert it.process.loads == ["alpha"]
+
+
 # --- children that crash ----------------------------------------------------------------------------------------------
 
 
@@ -736,6 +751,28 @@ async def test_what_happens_while_the_stream_is_cut_is_seen(host: FakeHost) -> N
         assert len(it.process.listeners) == 1
 
 
+async def test_what_is_not_understood_leads_to_the_list(host: FakeHost) -> None:
+    """An event that this version does not understand is a hint to read the list."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.settle()
+        it.process.listed["delta"] = FakeModel()
+        await it.settle()
+        assert it.router.table.get("delta") is None
+        it.process.say_something_new()
+        await it.until(lambda: it.router.table.get("delta"), within_s=1.0)
+
+
+async def test_a_build_without_a_stream_is_told_once(host: FakeHost) -> None:
+    """That the list is read instead of the stream is a warning, once."""
+    host.has_events = False
+    async with supervised(host) as it:
+        await it.comes_up()
+        await anyio.sleep(HOUR_S)
+        assert [warned.subject for warned in it.story.of(Warned)] == ["router main"]
+        assert "its list is read every second" in it.story.of(Warned)[0].text
+
+
 # --- new files --------------------------------------------------------------------------------------------------------
 
 
@@ -791,4 +828,73 @@ async def test_a_rescan_during_a_start_and_through_a_crash(host: FakeHost) -> No
             group.start_soon(it.router.rescan)
             await anyio.sleep(0.0005)
             it.process.end(KILLED)
-        assert it.process.reloads == 1 if host.machine.alive else True
+            await it.reaches(RouterState.BACKOFF)
+
+
+async def test_an_unload_during_a_recovery_is_heeded(host: FakeHost) -> None:
+    """A model that is unloaded while its router comes back is not loaded again after all."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        await it.router.load("beta")
+        it.process.end(KILLED)
+        await it.reaches(RouterState.BACKOFF)
+        async with anyio.create_task_group() as group:
+            group.start_soon(it.router.unload, "alpha")
+            await it.until(lambda: it.story.of(RouterRecovered))
+        assert it.story.of(RouterRecovered)[0].models == ("beta",)
+        assert it.model("alpha") is ModelState.UNLOADED
+
+
+async def test_a_restart_wished_for_while_it_comes_up_loses_nothing(host: FakeHost) -> None:
+    """News that a router is up, heard while it is being stopped already, does not load models into a dying process."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        it.process.end(KILLED)
+        await it.until(lambda: it.spawns == 2 and it.process.is_listening)
+        it.router.restart()
+        await it.until(lambda: it.story.of(RouterRecovered) and it.router.state is RouterState.READY)
+        await it.settle()
+        assert it.story.of(RouterRecovered)[-1].models == ("alpha",)
+        assert it.model("alpha") is ModelState.LOADED
+
+
+async def test_those_who_leave_are_forgotten(host: FakeHost) -> None:
+    """A wish whose owner has left waits in nobody's list: a thousand callers in a backoff cost nothing."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        it.process.end(KILLED)
+        await it.reaches(RouterState.BACKOFF)
+        for _ in range(1000):
+            with anyio.move_on_after(0.0001):
+                await it.router.load("alpha")
+        assert "tickets=1000" not in repr(it.router._residency)
+        await it.until(lambda: it.model("alpha") is ModelState.LOADED)
+        assert "tickets=0" in repr(it.router._residency)
+
+
+async def test_a_wish_beats_the_restoration(host: FakeHost) -> None:
+    """What somebody asks for while a router is down is not pushed out by what was resident before."""
+    host.settings = replace(host.settings, models_max=2)
+    async with supervised(host) as it:
+        await it.comes_up()
+        await it.router.load("alpha")
+        await it.router.load("beta")
+        it.process.end(KILLED)
+        await it.reaches(RouterState.BACKOFF)
+        assert await it.router.load("gamma")
+        await it.until(lambda: it.story.of(RouterRecovered))
+        recovered = it.story.of(RouterRecovered)[0]
+        assert (recovered.models, recovered.missing) == (("beta",), ("alpha",))
+        assert it.model("gamma") is ModelState.LOADED
+
+
+async def test_a_load_during_a_restart_waits_for_the_next_process(host: FakeHost) -> None:
+    """A load that is asked for while the router is being stopped is done by the process that follows."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        it.router.restart()
+        await it.reaches(RouterState.STOPPING)
+        assert await it.router.load("alpha")
+        assert (it.spawns, it.process.loads) == (2, ["alpha"])

@@ -110,6 +110,32 @@ async def test_a_router_that_ignores_sigterm_is_killed(host: FakeHost) -> None:
         assert anyio.current_time() - asked_at == pytest.approx(TERM_GRACE_S, abs=0.1)
 
 
+@pytest.mark.parametrize("how", ["stop", "shut_down"])
+async def test_a_router_that_survives_sigkill_is_left(host: FakeHost, how: str) -> None:
+    """A process that the kernel holds even against SIGKILL is told and left: nobody waits for it for ever."""
+    host.usual = FakeStart(is_unkillable=True)
+    async with supervised(host) as it:
+        await it.comes_up()
+        process = it.process
+        if how == "shut_down":
+            with anyio.fail_after(60.0):
+                await it.router.shut_down()
+        else:
+            it.router.stop()
+            await it.reaches(RouterState.STOPPED, within_s=60.0)
+            await it.settle()
+            it.router.start()
+            await it.reaches(RouterState.FAILED)
+            assert it.router.reason == "port 8080 is taken by main"
+        assert [strays.survivors for strays in it.story.of(StraysKilled)] == [(process.pid,)]
+        assert [exited.pid for exited in it.story.of(RouterExited)] == [process.pid]
+        process.end(KILLED)
+        process.clear_now()
+        if how == "stop":
+            host.usual = FakeStart()
+            await it.reaches(RouterState.READY, within_s=2.0)
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.0115, 0.0125, 0.03, 0.06])
 async def test_a_stop_during_a_start(host: FakeHost, after_s: float) -> None:
     """A stop at any point of a start leads to STOPPED at once, and nothing is left."""
@@ -276,8 +302,11 @@ async def test_a_router_that_never_answers_is_overdue(host: FakeHost) -> None:
         it.router.start()
         await it.until(lambda: it.router.process is not None)
         began = anyio.current_time()
+        await anyio.sleep(1.0)
+        assert it.router.reason == "it does not answer yet: All connection attempts failed"
         await it.reaches(RouterState.STOPPING)
         assert anyio.current_time() - began == pytest.approx(START_DEADLINE_S, abs=0.1)
+        assert it.story.of(RouterReady) == []
         await it.reaches(RouterState.BACKOFF)
         assert it.router.reason == "not ready within 60 s"
         assert it.router.history.failures == 1
@@ -485,6 +514,7 @@ async def test_a_degraded_router_can_crash_and_be_stopped(host: FakeHost) -> Non
         assert it.router.history.failures == 0
         it.process.is_silent = True
         await it.reaches(RouterState.DEGRADED)
+        assert len(it.story.of(RouterDegraded)) == 2
         it.router.stop()
         await it.reaches(RouterState.STOPPED)
         assert it.router.reason is None
@@ -497,7 +527,7 @@ async def test_a_device_that_shows_late_is_waited_for(host: FakeHost) -> None:
         it.router.start()
         await anyio.sleep(30.0)
         assert (it.router.state, it.spawns) == (RouterState.STARTING, 0)
-        assert it.router.reason == "waiting for CUDA0 to become visible to llama-server"
+        assert it.router.reason == "waiting up to 60 s for llama-server to see CUDA0"
         host.invisible = ()
         await it.reaches(RouterState.READY, within_s=5.0)
         assert it.process.autoload

@@ -165,7 +165,11 @@ def _explain(screen: Screen, router: dict[str, Any]) -> None:
     if not router["reason"]:
         return
     screen.line()
-    loop = f" (crash loop, {router['failures']} failures in a row)" if router["crash_loop"] else ""
+    loop = (
+        f" (crash loop, {router['failures']} failures in a row)"
+        if router["crash_loop"] and router["state"] in {"backoff", "starting"}
+        else ""
+    )
     screen.line(f"{plain(router['name'])}: {plain(router['reason'])}{loop}")
     if router["hint"]:
         screen.line(f"  {plain(router['hint'])}")
