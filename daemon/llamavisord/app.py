@@ -100,7 +100,8 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)
             async with _serve(control_app(daemon, control_socket), control_socket):
-                bus.publish(DaemonStarted(version=__version__, pid=os.getpid()))
+                path = str(config.path) if config.path else None
+                bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
                     bus.publish(Warned(subject="configuration", text=warning))
                 await _obey_signals(daemon)

@@ -230,6 +230,10 @@ class _Assembly:
             self._problems.append(port.problem(text))
         models_max = self._pick(scope, "models_max", lambda keys: keys.models_max, MODELS_MAX)
         models_dir = self._models_dir(scope)
+        api_key = self._api_key(scope)
+        if api_key is None and not _is_loopback(host.value):
+            text = "everybody who reaches its port can use its models: set api_key_file"
+            self._warnings.append(f"router {name} listens on {host.value} without a key: {text}")
         return RouterSettings(
             name=name,
             host=host.value,
@@ -237,7 +241,7 @@ class _Assembly:
             models_dir=models_dir,
             models_max=models_max.value,
             llama_server=self._llama_server(scope),
-            api_key=self._api_key(scope),
+            api_key=api_key,
             layers=self._layers(scope, name, table, at),
             env=self._env(scope, table, at),
         )
@@ -416,3 +420,11 @@ def _without_secrets(args: Sequence[str]) -> tuple[str, ...]:
         _HIDDEN if name.startswith("-") and _is_secret(name) and not word.startswith("--") else word
         for name, word in zip(names, args, strict=False)
     )
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches it; of a name that is not "localhost" that is not known."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -62,9 +62,12 @@ class DaemonStarted(Event):
 
     version: str
     pid: int
+    socket: str
+    config: str | None
 
     def message(self) -> str:
-        return f"llamavisor {self.version} is up, pid {self.pid}"
+        config = self.config or "no configuration file"
+        return f"llamavisor {self.version} is up, pid {self.pid}, {config}, commands on {self.socket}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -570,3 +570,16 @@ def test_no_environment_makes_more_than_a_config_error(environ: dict[str, str]) 
     config, problems = _outcome(Path("/dev/null"), environ, Overrides(models_dir="/m"))
     assert all(text.startswith("LLAMAVISOR_") for text in problems)
     assert config is None or len(config.warnings) == len({"LLAMAVISOR_X"} & environ.keys())
+
+
+@pytest.mark.parametrize(
+    ("host", "is_open"), [("127.0.0.1", False), ("::1", False), ("localhost", False), ("0.0.0.0", True), ("::", True)]
+)
+def test_a_public_address_without_a_key_is_warned_about(write: Write, tmp_path: Path, host: str, is_open: bool) -> None:
+    """Whoever opens a router to everybody is told so, and how to close it."""
+    text = f'models_dir = "/m"\nhost = "{host}"\n'
+    assert any("without a key" in warning for warning in load(write(text), NOTHING).warnings) is is_open
+    key = tmp_path / "key"
+    key.write_text("sesame\n")
+    key.chmod(0o600)
+    assert load(write(f'{text}api_key_file = "{key}"\n'), NOTHING).warnings == ()
