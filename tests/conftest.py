@@ -92,6 +92,7 @@ def llama_server() -> Path:
 
 
 def find_llama_server() -> Path | None:
+    """The true llama-server of this machine: by its variable, on PATH, or from the `llama` extra."""
     named = os.environ.get("LLAMAVISOR_LLAMA_SERVER") or shutil.which("llama-server")
     if named:
         return Path(named).resolve()

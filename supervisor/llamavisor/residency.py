@@ -322,11 +322,14 @@ class Residency:
             if reason := load_failure(event.model, lines):
                 self.table.explain(event.model, reason)
                 return replace(event, reason=reason)
-        if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
+        if (
+            isinstance(event, ev.ModelUnloaded)
+            and event.reason is ev.UnloadReason.CRASHED
             # A busy model that does not end in time is killed by its router, which looks like a crash from here.
-            if was_told_to_stop(event.model, self._log.tail(_LOG_LINES)):
-                self.table.forgive(event.model)
-                return replace(event, reason=ev.UnloadReason.EVICTED)
+            and was_told_to_stop(event.model, self._log.tail(_LOG_LINES))
+        ):
+            self.table.forgive(event.model)
+            return replace(event, reason=ev.UnloadReason.EVICTED)
         return event
 
 

@@ -90,7 +90,7 @@ def test_changed_binary_rearms(start: Start, tmp_path: Path, fake_llama_server: 
 
 
 def test_replaced_binary_makes_way(start: Start, tmp_path: Path) -> None:
-    """A llama-server that is replaced on disk loads nothing more, keeps what it has, and is restarted once it is empty."""
+    """A llama-server that is replaced on disk loads nothing more, and is restarted once it holds no model."""
     with start() as daemon:
         before = daemon.wait_for_router("ready")["pid"]
         assert daemon.cli("load", "alpha").returncode == 0
