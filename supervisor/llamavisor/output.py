@@ -6,9 +6,10 @@ the writer would follow the renamed file. It is copied and truncated instead; li
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import anyio
@@ -20,6 +21,8 @@ KEPT = 2
 """How many rotated files are kept beside the current one."""
 LINE_BYTES = 16 * 1024
 """A longer line is shown in pieces of this size: a flood without a newline must not grow in memory."""
+CHECK_S = 1.0
+TELL_AGAIN_S = 3600.0
 _CHUNK_BYTES = 64 * 1024
 _FOLLOW_S = 0.2
 
@@ -47,6 +50,23 @@ class OutputFile:
             return self.path.stat().st_size
         except OSError:
             return 0
+
+    async def keep_bounded(self, tell: Callable[[int, OSError | None], None]) -> None:
+        """Look every second whether the file must be rotated, for ever.
+
+        Args:
+            tell: hears of the bytes that were moved, and of an error at most once an hour.
+        """
+        told_at = -math.inf
+        while True:
+            await anyio.sleep(CHECK_S)
+            try:
+                if size := await self.rotate():
+                    tell(size, None)
+            except OSError as error:
+                if anyio.current_time() - told_at >= TELL_AGAIN_S:
+                    told_at = anyio.current_time()
+                    tell(0, error)
 
     async def rotate(self) -> int:
         """Rotate the file if it is over its cap; called every second.

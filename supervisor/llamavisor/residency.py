@@ -24,6 +24,7 @@ from llamavisor.errors import (
     ModelsMaxError,
 )
 from llamavisor.host import Api
+from llamavisor.messages import CallEnded
 from llamavisor.models import Model, ModelTable
 from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
@@ -37,15 +38,6 @@ LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
 _LOG_LINES = 1000
 _LOG_BEFORE_NEWS_BYTES = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class CallEnded:
-    """A call to the router has returned; `error` says why it did not do what it was asked."""
-
-    generation: gen.Generation
-    operation: Operation
-    error: ApiError | None
 
 
 @dataclass(frozen=True, slots=True)

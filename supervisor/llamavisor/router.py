@@ -7,9 +7,7 @@ workers; it never waits for the outside itself.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +23,17 @@ from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
+from llamavisor.messages import CallEnded, Heard, Message, Reconfigured, RetryDue, Tick, Wish
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.process import TERM_GRACE_S, Leftovers
-from llamavisor.residency import CallEnded, Line, Residency
+from llamavisor.residency import Line, Residency
 from llamavisor.settings import RouterSettings
 from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
 
 TICK_S = 1.0
 PROBES_TO_DEGRADE = 2
-WARN_AGAIN_S = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class _News:
-    generation: gen.Generation
-    news: gen.News
-
-
-@dataclass(frozen=True, slots=True)
-class _RetryDue:
-    generation: gen.Generation | None  # the one that ended
-
-
-@dataclass(frozen=True, slots=True)
-class _Wish:
-    wish: RouterInput
-
-
-@dataclass(frozen=True, slots=True)
-class _Reconfigured:
-    host: Host
-
-
-@dataclass(frozen=True, slots=True)
-class _Tick:
-    pass
-
-
-_Message = _News | _RetryDue | _Wish | _Reconfigured | CallEnded | _Tick | Ticket
 
 
 class Router:
@@ -92,7 +61,7 @@ class Router:
         self._host = host
         self._bus = bus
         self._random = random
-        self._inbox = Inbox[_Message]()
+        self._inbox = Inbox[Message]()
         self._is_over = False  # it was shut down
         self._residency = Residency(
             host.settings, host.output, file_sizes=self._file_sizes, publish=bus.publish, post=self._post_from
@@ -166,19 +135,19 @@ class Router:
 
     def start(self) -> None:
         """Want it up. Clears FAILED; no effect on a router that is up."""
-        self._post(_Wish(RouterInput.START))
+        self._post(Wish(RouterInput.START))
 
     def stop(self) -> None:
         """Want it down, and what was resident forgotten."""
-        self._post(_Wish(RouterInput.STOP))
+        self._post(Wish(RouterInput.STOP))
 
     def restart(self) -> None:
         """Want a fresh process, with what is resident loaded again. Neither uses nor needs the restart budget."""
-        self._post(_Wish(RouterInput.RESTART))
+        self._post(Wish(RouterInput.RESTART))
 
     def reconfigure(self, host: Host) -> None:
         """Go on with other settings; a router that is up, or should be, is restarted with them."""
-        self._post(_Reconfigured(host))
+        self._post(Reconfigured(host))
 
     async def load(self, model: str) -> bool:
         """Have `model` loaded, and wait until the router says so. A router that is starting is waited for.
@@ -236,7 +205,7 @@ class Router:
         if self._generation is not None:
             await self._generation.gone.wait()
         self._is_over = True
-        self._post(_Tick())
+        self._post(Tick())
 
     async def _ask(self, operation: Operation) -> bool:
         if self._is_over:
@@ -248,7 +217,7 @@ class Router:
         finally:
             ticket.finish()  # nobody waits for it any longer; what it asked for goes on
 
-    def _post(self, message: _Message) -> None:
+    def _post(self, message: Message) -> None:
         self._inbox.post(message)
 
     # --- the owner ------------------------------------------------------------------------------------------------
@@ -259,7 +228,8 @@ class Router:
         Begins in STOPPED: call `start`.
         """
         async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self._keep_house)
+            self._tasks.start_soon(self._tell_the_time)
+            self._tasks.start_soon(self.output.keep_bounded, self._tell_of_log)
             while not self._is_over:
                 self._handle(await self._inbox.take())
                 self._residency.advance()
@@ -267,9 +237,9 @@ class Router:
                 self._changed = anyio.Event()
             self._tasks.cancel_scope.cancel()
 
-    def _handle(self, message: _Message) -> None:
+    def _handle(self, message: Message) -> None:
         match message:
-            case _News(generation, news):
+            case Heard(generation, news):
                 if isinstance(news, gen.Gone):  # the next generation may have begun already
                     self._tell_strays(news.leftovers)
                 if generation is self._generation:
@@ -277,13 +247,13 @@ class Router:
             case CallEnded(generation, operation, error):
                 if generation is self._generation:
                     self._residency.call_ended(operation, error)
-            case _RetryDue(generation):
+            case RetryDue(generation):
                 if generation is self._generation:
                     self._signal(RouterInput.RETRY_DUE)
-            case _Wish(wish):
+            case Wish(wish):
                 self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
-            case _Reconfigured(host):
+            case Reconfigured(host):
                 self._host = host
                 self._residency.settings = host.settings
                 if self._is_wanted:
@@ -294,7 +264,7 @@ class Router:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
-            case _Tick():
+            case Tick():
                 self._tick()
 
     def _signal(self, signal: RouterInput) -> None:
@@ -332,7 +302,7 @@ class Router:
         self._probe_failures = 0
 
         def post(news: gen.News) -> None:
-            self._post(_News(generation, news))
+            self._post(Heard(generation, news))
 
         generation = gen.Generation(self._host, post=post, revision=lambda: self.table.revision)
         self._generation = generation
@@ -370,7 +340,7 @@ class Router:
         async def retry(scope: anyio.CancelScope, generation: gen.Generation | None) -> None:
             with scope:
                 await wait(*args)
-                self._post(_RetryDue(generation))
+                self._post(RetryDue(generation))
 
         self._pausing = anyio.CancelScope()
         self._start_soon(retry, self._pausing, self._generation)
@@ -497,19 +467,16 @@ class Router:
 
     # --- the clock ------------------------------------------------------------------------------------------------
 
-    async def _keep_house(self) -> None:
-        """Every second: let the owner look at its deadlines, and keep the log file within its bound."""
-        warned_at = -math.inf
+    async def _tell_the_time(self) -> None:
         while True:
             await anyio.sleep(TICK_S)
-            self._post(_Tick())
-            try:
-                if size := await self._host.output.rotate():
-                    self._publish(ev.LogRotated(router=self.name, size_bytes=size))
-            except OSError as error:
-                if anyio.current_time() - warned_at >= WARN_AGAIN_S:
-                    warned_at = anyio.current_time()
-                    self._publish(ev.Warned(subject=f"log of router {self.name}", text=str(error)))
+            self._post(Tick())
+
+    def _tell_of_log(self, size_bytes: int, error: OSError | None) -> None:
+        if error is None:
+            self._publish(ev.LogRotated(router=self.name, size_bytes=size_bytes))
+        else:
+            self._publish(ev.Warned(subject=f"log of router {self.name}", text=str(error)))
 
     def _tick(self) -> None:
         now = anyio.current_time()
@@ -517,8 +484,6 @@ class Router:
             self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
         self._residency.check_deadlines()
         self._restart_if_replaced()
-
-    # --- small change ---------------------------------------------------------------------------------------------
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         assert self._tasks is not None  # noqa: S101 (the owner runs)
@@ -531,4 +496,4 @@ class Router:
         return await self._host.file_sizes(paths)
 
     def _post_from(self, generation: gen.Generation, news: gen.Listed | CallEnded) -> None:
-        self._post(news if isinstance(news, CallEnded) else _News(generation, news))
+        self._post(news if isinstance(news, CallEnded) else Heard(generation, news))

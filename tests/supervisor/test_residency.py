@@ -322,6 +322,22 @@ async def test_a_call_that_fails_after_its_model_was_loaded(host: FakeHost) -> N
         assert it.model("alpha") is ModelState.LOADED
 
 
+async def test_a_call_that_fails_after_its_model_has(host: FakeHost) -> None:
+    """When the model's own reason is known before the call breaks down, that is what people are told."""
+    host.models["alpha"] = FakeModel(
+        load_s=0.5, exit_code=1, prints=("bad magic",), answer_s=5.0, refusal=(500, "Failed to read connection")
+    )
+    waiter = Waiter()
+    async with supervised(host) as it, anyio.create_task_group() as group:
+        await it.comes_up()
+        group.start_soon(waiter, it.router.load, "alpha")
+        await it.settle()
+        it.process.load_for_client("alpha")
+        await it.until(lambda: waiter.is_done)
+        assert str(waiter.error) == "model alpha: bad magic"
+        assert len(it.story.of(ModelLoadFailed)) == 1
+
+
 async def test_a_load_without_progress_is_cancelled(host: FakeHost) -> None:
     """A load that makes no progress for its deadline is unloaded, and said once."""
     host.models["alpha"] = FOREVER
@@ -567,6 +583,20 @@ async def test_a_second_crash_keeps_the_order(host: FakeHost) -> None:
             it.process.end(KILLED)
             await it.until(lambda crashes=crashes: len(it.story.of(RouterRecovered)) == crashes)
             assert it.process.loads == ["gamma", "alpha", "beta"]
+
+
+async def test_a_load_after_a_recovery_counts(host: FakeHost) -> None:
+    """A model that somebody loads after a recovery is the most recent one, though it was recovered before."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        await _loaded(it, "alpha", "beta")
+        for crashes, expected in ((1, ["beta", "alpha"]), (2, ["alpha", "beta"])):
+            await anyio.sleep(60.0)
+            it.process.end(KILLED)
+            await it.until(lambda crashes=crashes: len(it.story.of(RouterRecovered)) == crashes)
+            assert it.process.loads == expected
+            await it.router.unload("alpha")
+            await it.router.load("alpha")
 
 
 async def test_a_crash_during_the_recovery(host: FakeHost) -> None:

@@ -502,6 +502,19 @@ async def test_one_slow_probe_is_no_trouble(host: FakeHost) -> None:
         assert it.story.of(RouterDegraded) == []
 
 
+async def test_slow_probes_are_not_counted_across_a_crash(host: FakeHost) -> None:
+    """A slow answer of one process and a slow answer of the next are not two in a row."""
+    async with supervised(host) as it:
+        await it.comes_up()
+        for _ in range(2):
+            it.process.is_silent = True
+            await anyio.sleep(16.0)
+            it.process.end(KILLED)
+            await it.settle()
+            await it.reaches(RouterState.READY)
+        assert it.story.of(RouterDegraded) == []
+
+
 async def test_a_degraded_router_can_crash_and_be_stopped(host: FakeHost) -> None:
     """DEGRADED is serving: its time counts, its end is a crash, and its trouble does not outlive it."""
     async with supervised(host) as it:

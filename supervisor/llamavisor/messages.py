@@ -1,0 +1,57 @@
+"""What the owner of a router finds in its inbox."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamavisor import generation as gen
+from llamavisor.errors import ApiError
+from llamavisor.host import Host
+from llamavisor.operations import Operation, Ticket
+from llamavisor.states import RouterInput
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """News of a generation; that of an earlier one is old by now."""
+
+    generation: gen.Generation
+    news: gen.News
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnded:
+    """A call to the router has returned; `error` says why it did not do what it was asked."""
+
+    generation: gen.Generation
+    operation: Operation
+    error: ApiError | None
+
+
+@dataclass(frozen=True, slots=True)
+class RetryDue:
+    """The backoff of the generation that ended is over, or what stood in its way has changed."""
+
+    ended: gen.Generation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """Somebody wants the router up, down, or fresh."""
+
+    wish: RouterInput
+
+
+@dataclass(frozen=True, slots=True)
+class Reconfigured:
+    """The router has other settings from now on."""
+
+    host: Host
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A second has passed."""
+
+
+Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Tick | Ticket
