@@ -19,6 +19,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import gguf_header
 from conftest import find_llama_server
 from fakes.bare_router import BareRouter
 from llamavisord.tiny_model import write_tiny_model
@@ -49,6 +50,8 @@ def main() -> None:
         measure_restart(Path(folder), models_dir, llama_server)
         measure_status(Path(folder), models_dir, llama_server)
         measure_idle(Path(folder), models_dir, llama_server)
+        for each in gguf_header.measure(Path(folder)):
+            row(*each[:4], is_good=each.is_good)
 
 
 def row(what: str, measured: str, yardstick: str, allowed: str, *, is_good: bool) -> None:

@@ -1,0 +1,24 @@
+"""Headers of GGUF files: what a model is, without loading it, and whether its file is whole."""
+
+from __future__ import annotations
+
+from llamavisor.gguf.container import TypeShare
+from llamavisor.gguf.cursor import GgufError, ReadAt
+from llamavisor.gguf.file import parse, read, read_fd
+from llamavisor.gguf.header import Header, Projector, Split
+from llamavisor.gguf.kind import Kind
+from llamavisor.gguf.values import PerLayer
+
+__all__ = [
+    "GgufError",
+    "Header",
+    "Kind",
+    "PerLayer",
+    "Projector",
+    "ReadAt",
+    "Split",
+    "TypeShare",
+    "parse",
+    "read",
+    "read_fd",
+]
