@@ -11,10 +11,12 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import anyio
 import anyio.abc
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
 from llamavisor.events import Bus, DaemonStarted, DaemonStopping, Published, Warned
 from llamavisor.fleet import open_fleet, sweep
@@ -26,6 +28,7 @@ from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Lock,
 from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
+from llamavisord.plain import plain
 
 LAG_INTERVAL_S = 0.5
 LAG_WINDOW = 20
@@ -35,6 +38,9 @@ REQUEST_END_S = 1.0
 METRICS_RETRY_S = 5.0
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""All that people send to daemons; each has an effect of its own or none, and none kills us."""
 
 _log = logging.getLogger("llamavisor")
 
@@ -50,17 +56,44 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
         The exit code of the process.
     """
     faulthandler.enable()
-    logging.basicConfig(
-        level=config.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)-7s %(message)s"
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # They wait for the receiver in _main: what comes before it is neither lost nor fatal.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    _log_to_stderr(config.log_level)
     try:
         with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
             return anyio.run(_main, config, reload, control_socket)
     except (AlreadyRunningError, SocketPathError) as error:
-        sys.stderr.write(f"llamavisor: {error}; {error.hint}\n")
+        sys.stderr.write(f"llamavisor: {plain(error)}; {error.hint}\n")
         is_running = isinstance(error, AlreadyRunningError)
         return ExitCode.ALREADY_RUNNING if is_running else ExitCode.FAILED
+
+
+class _OneLine(logging.Formatter):
+    """One event, one line: a model's name or llama-server's last words must not forge another."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
+        return plain(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 (likewise)
+        """A traceback has many lines; indented, none of them looks like another event."""
+        return "\n".join(f"  | {plain(line)}" for line in super().formatException(ei).splitlines())
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine())
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(_is_ours)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether a line of the web server is worth its place; what is no HTTP is its sender's fault, and answered 400."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
 
 
 def _lock_state(state_dir: Path) -> Lock:
@@ -76,6 +109,18 @@ def _lock_state(state_dir: Path) -> Lock:
 
 
 async def _main(config: Config, reload: Callable[[], Config], control_socket: ControlSocket) -> int:
+    with anyio.open_signal_receiver(*_SIGNALS) as signals:
+        # Before anything is started: llama-server would inherit the mask.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        return await _live(config, reload, control_socket, signals)
+
+
+async def _live(
+    config: Config,
+    reload: Callable[[], Config],
+    control_socket: ControlSocket,
+    signals: AsyncIterator[signal.Signals],
+) -> int:
     become_subreaper()
     bus = Bus()
     bus.listen(_log_event)
@@ -104,7 +149,7 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
                     bus.publish(Warned(subject="configuration", text=warning))
-                await _obey_signals(daemon)
+                await _obey(signals, daemon)
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -112,20 +157,21 @@ async def _main(config: Config, reload: Callable[[], Config], control_socket: Co
     return exit_code
 
 
-async def _obey_signals(daemon: Daemon) -> None:
+async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon) -> None:
     """Reload on SIGHUP; end on SIGTERM and SIGINT, and faster on a second one. Returns when the fleet has ended."""
     async with anyio.create_task_group() as tasks:
         ending = False
-        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                if number == signal.SIGHUP:
-                    tasks.start_soon(daemon.try_reload)
-                elif not ending:
-                    ending = True
-                    daemon.bus.publish(DaemonStopping(reason=number.name))
-                    tasks.start_soon(_shut_down, daemon, tasks.cancel_scope)
-                else:
-                    tasks.start_soon(_hurry, daemon)
+        async for number in signals:
+            if number in {signal.SIGUSR1, signal.SIGUSR2}:
+                continue
+            if number == signal.SIGHUP:
+                tasks.start_soon(daemon.try_reload)
+            elif not ending:
+                ending = True
+                daemon.bus.publish(DaemonStopping(reason=number.name))
+                tasks.start_soon(_shut_down, daemon, tasks.cancel_scope)
+            else:
+                tasks.start_soon(_hurry, daemon)
 
 
 async def _shut_down(daemon: Daemon, scope: anyio.CancelScope) -> None:
@@ -154,11 +200,14 @@ async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
     await runner.setup()
     try:
         while True:
+            site = web.TCPSite(runner, metrics.host, metrics.port)
             try:
-                await web.TCPSite(runner, metrics.host, metrics.port).start()
+                await site.start()
                 break
-            except OSError as error:
-                text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {error.strerror}"
+            except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA cannot write, such as "a..b"
+                await site.stop()  # else the runner keeps it, one more with every try
+                reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
+                text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {reason}"
                 if daemon.metrics_error != text:
                     daemon.bus.publish(Warned(subject="metrics", text=text))
                 daemon.metrics_error = text

@@ -22,6 +22,8 @@ from llamavisor.router import Router
 from llamavisor.states import SERVING, RouterState
 from llamavisord.control_socket import ControlSocket, peer_of
 from llamavisord.daemon import Daemon
+from llamavisord.plain import plain
+from llamavisord.problems import ConfigError
 from llamavisord.view import model_view, models_view, router_view
 
 BODY_BYTES = 64 * 1024
@@ -29,10 +31,14 @@ WAIT_MAX_S = 3600.0
 GLANCE_S = 0.05
 """A command that nobody waits for is given this long, so that what can be refused at once is refused."""
 HEARTBEAT_S = 15.0
+LEFT_S = 0.5
+"""Between two looks whether the reader of a stream is still there."""
 LOG_LINES_MAX = 10_000
+EVENT_ID_MAX = 10**18
 
 _log = logging.getLogger(__name__)
 
+_Write = Callable[[bytes], Awaitable[None]]
 _STATUS = {
     "model_not_found": HTTPStatus.NOT_FOUND,
     "router_not_found": HTTPStatus.NOT_FOUND,
@@ -69,14 +75,14 @@ def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Applicatio
     api = _Api(daemon)
     app = web.Application(middlewares=[_problems, _guard(daemon.bus, control_socket)], client_max_size=BODY_BYTES)
     base = "/control/v1"
-    # A model's name may hold slashes, escaped or not.
+    # A model's name may hold slashes, escaped or not, and newlines.
     app.add_routes(
         [
             web.get(f"{base}/status", api.status),
             web.get(f"{base}/models", api.models),
             web.get(f"{base}/routers", api.routers),
-            web.post(base + r"/models/{name:.+}/load", api.load),
-            web.post(base + r"/models/{name:.+}/unload", api.unload),
+            web.post(base + r"/models/{name:[\s\S]+}/load", api.load),
+            web.post(base + r"/models/{name:[\s\S]+}/unload", api.unload),
             web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
             web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
             web.post(base + r"/routers/{name:[^/]+}/start", api.start),
@@ -182,54 +188,97 @@ class _Api:
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"
-        if not since.isdigit() or len(since) > 18:
-            raise BadRequestError(f"since: not a number of an event: {since[:40]!r}")
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await response.prepare(request)
-        async with self._bus.subscribe(since=int(since)) as (past, future):
-            for published in past:
-                await response.write(_sse(published))
-            if request.query.get("follow", "true") == "false":
-                return response
-            while True:
-                with anyio.move_on_after(HEARTBEAT_S) as scope:
-                    try:
-                        await response.write(_sse(await future.receive()))
-                    except anyio.EndOfStream:  # it fell behind: it comes back with Last-Event-ID
-                        return response
-                if scope.cancelled_caught:
-                    await response.write(b": still here\n\n")
+        first = _number("since", since, EVENT_ID_MAX)
+        follows = request.query.get("follow", "true") != "false"
+        # Probes and progress are for metrics and debugging: they would bury what happens.
+        wants_all = request.query.get("all") == "true"
+
+        async def tell(write: _Write) -> None:
+            async with self._bus.subscribe(since=first) as (past, future):
+                for published in past:
+                    await write(_sse(published))
+                while follows:
+                    news = b": still here\n\n"
+                    with anyio.move_on_after(HEARTBEAT_S):
+                        try:
+                            published = await future.receive()
+                            while not (wants_all or published.event.is_kept):
+                                published = await future.receive()
+                        except anyio.EndOfStream:  # it fell behind: it comes back with Last-Event-ID
+                            return
+                        news = _sse(published)
+                    await write(news)
+
+        return await _stream(request, "text/event-stream", tell)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
         name = request.query.get("router")
         routers = [self._fleet[name]] if name else list(self._fleet)
-        lines = request.query.get("lines", "100")
-        if not lines.isdigit() or int(lines) > LOG_LINES_MAX:
-            raise BadRequestError(f"lines: not a number from 0 to {LOG_LINES_MAX}: {lines[:40]!r}")
-        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
-        await response.prepare(request)
-        one_at_a_time = anyio.Lock()
+        lines = _number("lines", request.query.get("lines", "100"), LOG_LINES_MAX)
+        follows = request.query.get("follow") == "true"
 
-        async def write(router: Router, line: str) -> None:
-            prefix = f"[{router.name}] " if len(routers) > 1 else ""
-            async with one_at_a_time:
-                await response.write(f"{prefix}{line}\n".encode("utf-8", "replace"))
+        async def tell(write: _Write) -> None:
+            async def show(router: Router, line: str) -> None:
+                prefix = f"[{router.name}] " if len(routers) > 1 else ""
+                await write(f"{prefix}{line}\n".encode("utf-8", "replace"))
 
-        async def follow(router: Router) -> None:
-            async for line in router.output.follow():
-                await write(router, line)
+            async def follow(router: Router) -> None:
+                async for line in router.output.follow():
+                    await show(router, line)
 
-        for router in routers:
-            for line in router.output.tail(int(lines)):
-                await write(router, line)
-        if request.query.get("follow") == "true":
-            try:
+            for router in routers:
+                for line in router.output.tail(lines):
+                    await show(router, line)
+            if follows:
                 async with anyio.create_task_group() as group:
                     for router in routers:
                         group.start_soon(follow, router)
-            except* ConnectionError:
-                pass  # the reader has left
-        return response
+
+        return await _stream(request, "text/plain; charset=utf-8", tell)
+
+
+async def _stream(
+    request: web.Request, content_type: str, tell: Callable[[_Write], Awaitable[None]]
+) -> web.StreamResponse:
+    """Answer with what `tell` writes, until it has told everything or its reader has left.
+
+    Everything that can be refused is refused before: an answer that has begun cannot become a problem document. One
+    that breaks is cut off, so that its reader sees that it is not whole.
+    """
+    response = web.StreamResponse(headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+    await response.prepare(request)
+    transport, writing = request.transport, anyio.Lock()  # several tasks may write
+
+    async def write(data: bytes) -> None:
+        async with writing:
+            await response.write(data)
+
+    async def watch(scope: anyio.CancelScope) -> None:
+        # Nobody tells a handler that its reader has hung up, and one with nothing to write would never notice.
+        while transport is not None and not transport.is_closing():
+            await anyio.sleep(LEFT_S)
+        scope.cancel()
+
+    try:
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch, group.cancel_scope)
+            await tell(write)
+            group.cancel_scope.cancel()
+    except* ConnectionError:
+        pass  # the reader has left
+    except* Exception:  # noqa: BLE001 (a request's boundary)
+        _log.exception("%s %s failed", request.method, request.path)
+        if transport is not None:
+            transport.abort()
+    return response
+
+
+def _number(name: str, text: str, most: int) -> int:
+    """An argument that is a whole number from 0 up."""
+    # "²".isdigit() is true, and int() fails on it.
+    if not (text.isascii() and text.isdecimal()) or len(text) > len(str(most)) or int(text) > most:
+        raise BadRequestError(f"{name}: not a number from 0 to {most}: {text[:40]!r}")
+    return int(text)
 
 
 def _has_settled(router: Router) -> bool:
@@ -279,11 +328,11 @@ def _problem(status: int, detail: str, code: str, hint: str = "") -> web.Respons
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": int(status),
-        "detail": detail,
+        "detail": plain(detail),  # one line, whatever the name in it holds
         "code": code,
     }
     if hint:
-        body["hint"] = hint
+        body["hint"] = plain(hint)
     return web.json_response(body, status=status, content_type="application/problem+json")
 
 
@@ -294,7 +343,8 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         return await handler(request)
     except LlamavisorError as error:
         status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
-        return _problem(status, str(error), error.code, error.hint)
+        detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
+        return _problem(status, detail, error.code, error.hint)
     except web.HTTPException as error:
         code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
         return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)

@@ -94,9 +94,21 @@ class Exposition:
             "Left-over processes that were killed because the one that started them had ended.",
             registry=registry,
         )
+        self._of_models = (self._loads, self._load_seconds, self._unloads)
+        self._of_routers = (
+            self._restarts,
+            self._start_seconds,
+            self._probe_seconds,
+            self._probe_failures,
+            *self._of_models,
+        )
+        self._counted: set[tuple[str, str]] = set()  # router and model; a router's own with an empty model
         daemon.bus.listen(self._count)
 
     def _count(self, published: ev.Published) -> None:
+        router = getattr(published.event, "router", None)
+        if router is not None:
+            self._counted |= {(router, ""), (router, getattr(published.event, "model", ""))}
         match published.event:
             case ev.RouterSpawned(router=router, cause=cause) if cause is not None:
                 self._restarts.labels(router, cause.value).inc()
@@ -116,10 +128,21 @@ class Exposition:
             case ev.StraysKilled(pids=pids):
                 self._strays.inc(len(pids))
 
+    def _forget_vanished(self) -> None:
+        """Drop the series of routers and models that are not there any more: they would stay for ever."""
+        there = {(router.name, "") for router in self._daemon.fleet}
+        there |= {(router.name, model.name) for router in self._daemon.fleet for model in router.table}
+        for router, model in self._counted - there:
+            labels = {"router": router, "model": model} if model else {"router": router}
+            for metric in self._of_models if model else self._of_routers:
+                metric.remove_by_labels(labels)
+        self._counted &= there
+
     def app(self) -> web.Application:
         """The web application behind the metrics port: /metrics, /livez, /readyz."""
 
         async def metrics(_: web.Request) -> web.Response:
+            self._forget_vanished()
             return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE})
 
         app = web.Application()

@@ -184,6 +184,7 @@ class Generation:
         self._running: set[str] = set()  # models that the router says have a child
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
+        self._hint = anyio.Event()  # something was told that is not understood
         self._refusal: Verdict | None = None
         self._stopped = False  # it was asked to end
         self._has_ended = False  # its end was seen and told
@@ -291,6 +292,7 @@ class Generation:
         self._post(CameUp(api, models, anyio.current_time() - started, missing))
         async with anyio.create_task_group() as group:
             group.start_soon(self._follow, api)
+            group.start_soon(self._heed_hints, api)
             group.start_soon(self._probe, api)
             group.start_soon(self._watch_binary, launch)
             if missing:
@@ -331,8 +333,7 @@ class Generation:
                     await self._relist(api)
                     async for event in events:
                         if event is None:
-                            await anyio.sleep(RECONNECT_S)  # downloads tell of their progress five times a second
-                            await self._relist(api)
+                            self._hint.set()
                             continue
                         if event.exit_code:
                             await anyio.sleep(LOG_SETTLE_S)
@@ -343,6 +344,14 @@ class Generation:
                     self._post(Polling(f"{error} ({error.status})"))
                     await self._poll(api)
             await anyio.sleep(RECONNECT_S)
+            await self._relist(api)
+
+    async def _heed_hints(self, api: Api) -> None:
+        """Read the list after events that are not understood, beside those that are: it must not overtake them."""
+        while True:
+            await self._hint.wait()
+            await anyio.sleep(RECONNECT_S)  # downloads tell of their progress five times a second
+            self._hint = anyio.Event()
             await self._relist(api)
 
     async def _poll(self, api: Api) -> None:

@@ -20,6 +20,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gguf_header
+
 from conftest import find_llama_server
 from fakes.bare_router import BareRouter
 from llamavisord.tiny_model import write_tiny_model

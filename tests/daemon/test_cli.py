@@ -16,14 +16,16 @@ from pathlib import Path
 
 import pytest
 
+from fakes import FakeLlamaServer
 from fakes.control_stub import ControlStub, event, model, router, status
 from llamavisord import __version__
 from llamavisord.cli import main
 from llamavisord.cli.client import Client, find_socket, model_path
 from llamavisord.cli.errors import UnreachableError
-from llamavisord.cli.render import Progress, Screen, plain
+from llamavisord.cli.render import Progress, Screen
 from llamavisord.config import Config, ConfigError
 from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
 
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "llamavisord"]
@@ -76,7 +78,7 @@ def test_status_shows_routers_and_what_is_wrong_with_them(
     """A router that is down shows its reason, what to do, and its last lines; the daemon its warnings and errors."""
     failed = router(
         "gpu1",
-        state="failed",
+        state="backoff",
         pid=None,
         reason="no llama-server found",
         hint="install one",
@@ -164,6 +166,27 @@ def test_events_are_shown_and_followed_until_the_daemon_ends(
         {"since": "0", "follow": "false"},
         {"since": "1", "follow": "false"},
     ]
+
+
+def test_probes_and_progress_are_followed_only_when_asked_for(
+    stub: ControlStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`events -f` is about what happens, `--all` about everything."""
+    monkeypatch.setattr("llamavisord.cli.look.time.sleep", lambda _: stub.path.unlink())
+    stub.events([event(1)])
+    assert main(["events", "-f", "--all"]) == ExitCode.UNREACHABLE
+    assert stub.requests[-1] == ("GET", "/control/v1/events", {"since": "0", "follow": "true", "all": "true"})
+
+
+def test_config_check_escapes_what_the_options_say(
+    tmp_path: Path, fake_llama_server: Callable[..., FakeLlamaServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A value cannot command the terminal."""
+    path = tmp_path / "llamavisor.toml"
+    text = f'llama_server = "{fake_llama_server()}"\nmodels_dir = "{tmp_path}"\n'
+    path.write_text(f'{text}[defaults]\nargs = ["--no-such\\u001b[2J"]\n', encoding="utf-8")
+    assert main(["config", "check", str(path)]) == ExitCode.BAD_CONFIG
+    assert "--no-such\\x1b[2J" in capsys.readouterr().err
 
 
 def test_following_events_goes_on_where_it_was_cut_off(

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
-from http.client import HTTPConnection
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ import pytest
 from fakes import FakeLlamaServer
 from fakes.bare_router import free_port
 from fakes.builder import OLD_BUILD
-from fakes.waiting import eventually
+from fakes.waiting import PATIENCE_S, eventually
 from running import RunningDaemon, UnixConnection
 
 Fake = Callable[..., FakeLlamaServer]
@@ -38,6 +39,38 @@ def start(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> Start:
         return RunningDaemon(tmp_path, models_dir, fake_llama_server(**behaviour), flags=flags, options=options)
 
     return make
+
+
+@contextmanager
+def following(daemon: RunningDaemon, path: str) -> Iterator[HTTPResponse]:
+    """A stream that has begun; hung up on at the end."""
+    with closing(UnixConnection(daemon.socket)) as connection:
+        connection.request("GET", path)
+        with connection.getresponse() as stream:
+            yield stream
+
+
+def events_until(name: str, stream: HTTPResponse) -> list[str]:
+    """The names of the events of a stream up to the first of this name."""
+    heard: list[str] = []
+    while name not in heard:
+        line = stream.readline().decode()
+        assert line, f"the stream ended before {name}"
+        heard += [line.split()[1]] if line.startswith("event:") else []
+    return heard
+
+
+def raw_answer(daemon: RunningDaemon, request: bytes) -> bytes:
+    """Everything that comes back until the daemon hangs up."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(PATIENCE_S)
+        connection.connect(str(daemon.socket))
+        connection.sendall(request)
+        pieces: list[bytes] = []
+        with suppress(ConnectionResetError):
+            while piece := connection.recv(65536):
+                pieces.append(piece)
+        return b"".join(pieces)
 
 
 # --- faults of the router ---------------------------------------------------------------------------------------------
@@ -164,16 +197,38 @@ def test_zombies_are_reaped(start: Start) -> None:
         )
 
 
-def test_garbage_answers_do_no_harm(start: Start) -> None:
-    """H5: a router whose /health turns into a gigabyte of HTML is DEGRADED, and costs the daemon no memory."""
-    huge = {"status": 200, "type": "text/html", "body": "<p>" * 1000, "repeat": 300_000}
-    with start() as daemon:
-        daemon.wait_for_router("ready")
-    with start(answers={"/models": huge}) as daemon:
-        before = psutil.Process(daemon.pid).memory_info().rss
+HUGE: dict[str, object] = {"status": 200, "type": "text/html", "body": "<p>" * 1000, "repeat": 300_000}
+"""Nearly a gigabyte of HTML."""
+
+
+def memory_of(daemon: RunningDaemon, *, over_s: float, state: str) -> float:
+    """By how many bytes a daemon grew at most, while its router had to stay in `state`."""
+    process = psutil.Process(daemon.pid)
+    before = most = process.memory_info().rss
+    until = time.monotonic() + over_s
+    while time.monotonic() < until:
+        most = max(most, process.memory_info().rss)
+        assert daemon.router()["state"] == state
+        time.sleep(0.02)
+    return most - before
+
+
+@pytest.mark.parametrize("path", ["/props", "/models"])
+def test_garbage_answers_do_no_harm(start: Start, path: str) -> None:
+    """H5: a router that never says what it is stays STARTING, says why, and costs the daemon no memory."""
+    with start(answers={path: HUGE}) as daemon:
         daemon.wait_for_event("RouterSpawned")
-        eventually(lambda: daemon.router()["state"] == "starting", what="a router that never comes up")
-        assert psutil.Process(daemon.pid).memory_info().rss < before + 300e6
+        assert memory_of(daemon, over_s=4, state="starting") < 100e6
+        assert path in daemon.router()["reason"]
+        assert daemon.events("RouterReady") == []
+
+
+def test_garbage_instead_of_health_degrades(start: Start) -> None:
+    """H5: HTML is not the health of a llama-server: the router is DEGRADED, and costs the daemon no memory."""
+    with start(answers={"/health": HUGE}) as daemon:
+        daemon.wait_for_router("degraded")
+        assert memory_of(daemon, over_s=6, state="degraded") < 100e6
+        assert "/health" in daemon.router()["reason"]
 
 
 def test_flooding_router_is_bounded_on_disk(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
@@ -186,13 +241,17 @@ log_size = "1MiB"
 [metrics]
 enabled = false
 """
-    flood = fake_llama_server(log_giant_line_bytes=3_000_000, log_lines_per_s=2000)
+    flood = fake_llama_server(log_giant_line_bytes=3_000_000, log_lines_per_s=20_000)
     with RunningDaemon(tmp_path, models_dir, flood, config=config) as daemon:
         daemon.wait_for_router("ready")
         log = Path(daemon.router()["log_file"])
-        eventually(lambda: log.with_name(f"{log.name}.1").exists(), what="a rotated log")
+        eventually(lambda: len(daemon.events("LogRotated")) > 3, what="a log that was rotated more often than is kept")
         assert daemon.chat("alpha", port=port)
-        assert log.with_name(f"{log.name}.1").stat().st_size <= 1024 * 1024 + 65536
+        files = [f"{log.name}{rotated}" for rotated in ("", ".1", ".2")]
+        assert sorted(path.name for path in log.parent.glob(f"{log.name}*")) == files
+        assert all((log.parent / name).stat().st_size <= 1024 * 1024 + 65536 for name in files[1:])
+        # The current one may grow by what is printed between two looks.
+        assert log.stat().st_size < 10 * 1024 * 1024
         assert daemon.cli("logs", "--lines", "5").returncode == 0
 
 
@@ -312,12 +371,20 @@ def test_problems_have_codes(start: Start) -> None:
             ("POST", "/control/v1/models/alpha/load?wait=nan", None, 400, "bad_request"),
             ("GET", "/control/v1/events?since=-1", None, 400, "bad_request"),
             ("GET", "/control/v1/logs?lines=1e9", None, 400, "bad_request"),
+            ("GET", "/control/v1/events?since=%C2%B2", None, 400, "bad_request"),
+            ("GET", "/control/v1/events?since=" + "9" * 5000, None, 400, "bad_request"),
+            ("GET", "/control/v1/logs?lines=%C2%B2", None, 400, "bad_request"),
+            ("POST", "/control/v1/models/a%0Ab%1B[2J/load", None, 404, "model_not_found"),
+            ("POST", "/control/v1/models/%0A/unload", None, 404, "model_not_found"),
+            ("POST", "/control/v1/routers/a%0Ab/restart", None, 404, "router_not_found"),
+            ("GET", "/no%0Athing", None, 404, "not_found"),
             ("POST", "/control/v1/reload", b"[" * 1000, 400, "bad_request"),
             ("POST", "/control/v1/reload", b"x" * 10_000_000, 413, "body_too_large"),
         ]
         for method, path, body, status, code in cases:
             told, problem = daemon.call(method, path, body=body)
             assert (told, problem["code"], problem["status"]) == (status, code, status), path
+            assert problem["detail"].isprintable(), path
         assert "Traceback" not in daemon.log.read_text()
 
 
@@ -360,14 +427,92 @@ def test_events_are_followed(start: Start) -> None:
     with start() as daemon:
         daemon.wait_for_router("ready")
         last = daemon.status()["event_id"]
-        with closing(UnixConnection(daemon.socket)) as connection:
-            connection.request("GET", f"/control/v1/events?since={last}")
-            stream = connection.getresponse()
+        with following(daemon, f"/control/v1/events?since={last}") as stream:
             daemon.call("POST", "/control/v1/models/alpha/load")
-            heard: list[str] = []
-            while "ModelLoaded" not in heard:
-                line = stream.readline().decode()
-                heard += [line.split()[1]] if line.startswith("event:") else []
+            events_until("ModelLoaded", stream)
+
+
+def test_events_are_those_that_are_kept_unless_all_are_wanted(start: Start) -> None:
+    """A follower hears no probes and no progress, which would bury what happens, except who asks for them."""
+    with start(model={"load_s": 1.0}) as daemon:
+        daemon.wait_for_router("ready")
+        with (
+            following(daemon, "/control/v1/events") as some,
+            following(daemon, "/control/v1/events?all=true") as everything,
+        ):
+            events_until("RouterProbed", everything)
+            daemon.call("POST", "/control/v1/models/alpha/load")
+            assert "ModelProgress" in events_until("ModelLoaded", everything)
+            heard = events_until("ModelLoaded", some)
+            assert "ModelLoading" in heard
+            assert not {"RouterProbed", "ModelProgress"} & set(heard)
+
+
+def test_readers_who_left_are_forgotten(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """Followers that hang up while nothing happens cost the daemon nothing any more: neither a file nor a task."""
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
+    counted = tmp_path / "tasks"
+    start_with(
+        daemon,
+        "import anyio, asyncio, pathlib\n"
+        "async def count(daemon):\n"
+        "    while True:\n"
+        f"        pathlib.Path({str(counted)!r}).write_text(f'{{len(asyncio.all_tasks()):6}}')\n"
+        "        await anyio.sleep(0.05)\n"
+        "app._measure_lag = count",
+    )
+    with daemon:
+        daemon.wait_for_router("ready")
+        process = psutil.Process(daemon.pid)
+
+        def held() -> tuple[int, int]:
+            return process.num_fds(), int(eventually(counted.read_text, what="a count that is written"))
+
+        time.sleep(0.5)  # what served us so far ends
+        files, tasks = held()
+        for path in ("/control/v1/logs?follow=true", "/control/v1/events"):
+            with ExitStack() as readers:
+                for _ in range(20):
+                    readers.enter_context(following(daemon, path))
+                eventually(lambda: held() >= (files + 20, tasks + 20), what="all of them at once")
+            left = time.monotonic()
+            eventually(lambda: held()[0] <= files and held()[1] <= tasks, what="nothing that serves them")
+            assert time.monotonic() - left < 5
+        assert "Traceback" not in daemon.log.read_text()
+
+
+def test_stream_that_breaks_is_cut_off(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """A bug amid a stream is in the log, and its reader sees an answer that is not whole, not a second one."""
+    code = (
+        "import sys, llamavisord.control as control; from llamavisord.cli import main\n"
+        "def bug(published): raise ZeroDivisionError('a bug')\n"
+        "control._sse = bug; sys.exit(main())\n"
+    )
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
+    daemon.program = [sys.executable, "-c", code]
+    with daemon:
+        daemon.wait_for_router("ready")
+        answer = raw_answer(daemon, b"GET /control/v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.count(b"HTTP/1.1") == 1
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert not answer.endswith(b"0\r\n\r\n")
+        assert "ZeroDivisionError: a bug" in daemon.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "request_text",
+    [b"G@T / HTTP/1.1\r\n\r\n", b"GET /" + b"x" * 10_000 + b" HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x02\x00\r\n\r\n"],
+    ids=["method", "line", "tls"],
+)
+def test_what_is_no_http_is_no_traceback(start: Start, request_text: bytes) -> None:
+    """Whoever speaks something else is answered 400; the daemon's log is not his to fill."""
+    with start() as daemon:
+        # On a connection that has asked for something already aiohttp is less forgiving.
+        polite = b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"
+        for text in (request_text, polite + request_text):
+            assert b"HTTP/1.0 400" in raw_answer(daemon, text)
+        assert "Traceback" not in daemon.log.read_text()
+        assert daemon.call("GET", "/livez")[0] == 200
 
 
 def test_client_that_leaves_does_not_stop_a_restart(start: Start) -> None:
@@ -398,7 +543,15 @@ def test_control_stays_quick_while_a_router_hangs(start: Start) -> None:
     with start(hang_after_s=0.5) as daemon:
         daemon.wait_for_router("ready")
         eventually(lambda: daemon.router()["state"] == "degraded", what="a degraded router", within_s=60)
-        assert daemon.call("GET", "/livez")[0] == 200
+        for method, path in (
+            ("GET", "/livez"),
+            ("GET", "/control/v1/status"),
+            ("POST", "/control/v1/models/alpha/load"),
+            ("GET", "/control/v1/logs"),
+        ):
+            began = time.monotonic()
+            daemon.call(method, path)
+            assert time.monotonic() - began < 1, path
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -593,6 +746,64 @@ def test_bug_ends_everything(tmp_path: Path, models_dir: Path, fake_llama_server
     daemon.end()
 
 
+def start_with(daemon: RunningDaemon, patch: str) -> None:
+    """Have a daemon run these lines before it serves; `app` is its main module."""
+    code = (
+        f"import os, signal, sys, llamavisord.app as app; from llamavisord.cli import main\n{patch}\nsys.exit(main())"
+    )
+    daemon.program = [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("place", ["_lock_state", "become_subreaper"])
+def test_signals_while_it_starts(tmp_path: Path, models_dir: Path, fake_llama_server: Fake, place: str) -> None:
+    """A signal that comes before everything is up is not lost, and has the effect that it always has."""
+    patch = (
+        f"real = app.{place}\n"
+        "def early(*args):\n"
+        "    os.kill(os.getpid(), signal.{})\n"
+        "    return real(*args)\n"
+        f"app.{place} = early"
+    )
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
+    for number in ("SIGTERM", "SIGINT"):
+        start_with(daemon, patch.format(number))
+        assert run_serve(daemon)[0] == 0
+        assert not daemon.socket.exists()
+        daemon.end()
+    start_with(daemon, patch.format("SIGHUP"))
+    with daemon:
+        daemon.wait_for_event("ConfigReloaded")
+
+
+def test_signals_that_mean_nothing(start: Start) -> None:
+    """SIGUSR1 and SIGUSR2 are ignored; llama-server inherits neither that nor any other disposition of ours."""
+    with start() as daemon:
+        router = daemon.wait_for_router("ready")["pid"]
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            daemon.signal(number)
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_for_event("ConfigReloaded")
+        assert daemon.router()["pid"] == router
+        masks = dict(line.split(":\t") for line in Path(f"/proc/{router}/status").read_text().splitlines())
+        held = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+            assert not held & 1 << number - 1, number
+
+
+def test_name_cannot_forge_a_line_of_the_log(start: Start, models_dir: Path) -> None:
+    """One event is one line of the log, without a character that commands a terminal, whatever a file is called."""
+    shutil.copy(models_dir / "alpha.gguf", models_dir / "a\n2030-01-01 ERROR forged\x1b[2J.gguf")
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        name = next(model["name"] for model in daemon.status()["models"] if "forged" in model["name"])
+        assert daemon.call("POST", f"/control/v1/models/{quote(name, safe='')}/load?wait=true")[0] == 200
+        daemon.wait_for_event("ModelLoaded")
+        log = daemon.log.read_text()
+    assert "forged" in log
+    assert not any(line.startswith("2030") for line in log.splitlines())
+    assert "\x1b" not in log
+
+
 def test_socket_path_that_is_too_long(tmp_path: Path, models_dir: Path) -> None:
     """C5: a socket path that the kernel cannot hold is a configuration error with its length."""
     daemon = RunningDaemon(tmp_path, models_dir, "/bin/true", flags=["--socket", f"/tmp/{'x' * 120}.sock"])
@@ -689,6 +900,31 @@ def test_metrics_tell_what_happened(start: Start) -> None:
         assert f"llamavisor_{name}" in metrics
     assert "process_resident_memory_bytes" in metrics
     assert "_created" not in metrics
+
+
+def test_series_of_what_has_gone_are_gone(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """Counters of a model that is not listed any more, and of a router that a reload removed, do not stay for ever."""
+    one, two, metrics = free_port(), free_port(), free_port()
+    text = f'models_dir = "{models_dir}"\n[metrics]\nport = {metrics}\n[[router]]\nname = "one"\nport = {one}\n'
+    both = f'{text}[[router]]\nname = "two"\nport = {two}\n'
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=both)
+    daemon.metrics_port = metrics
+    with daemon:
+        for name in ("one", "two"):
+            daemon.wait_for_router("ready", name)
+            for model in ("alpha", "beta"):
+                assert daemon.call("POST", f"/control/v1/models/{model}/load?router={name}&wait=true")[0] == 200
+        shown = daemon.metrics()
+        for labels in ('model="alpha",result="loaded",router="one"', 'model="alpha",result="loaded",router="two"'):
+            assert f"llamavisor_model_loads_total{{{labels}}} 1.0" in shown
+        assert daemon.call("POST", "/control/v1/models/alpha/unload?router=one&wait=true")[0] == 200
+        (models_dir / "alpha.gguf").unlink()
+        daemon.config.write_text(text)
+        assert daemon.call("POST", "/control/v1/reload")[0] == 200
+        shown = daemon.metrics()
+    assert 'router="two"' not in shown
+    assert 'model="alpha"' not in shown
+    assert 'llamavisor_model_loads_total{model="beta",result="loaded",router="one"} 1.0' in shown
 
 
 def test_promtool_finds_nothing_to_mend(start: Start) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import anyio
 
-from fakes.host import FakeHost, FakeProcess
+from fakes.host import FakeHost
+from fakes.machine import FakeProcess
+from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, Event
 from llamavisor.router import Router
 from llamavisor.states import ModelState, RouterState
@@ -88,6 +90,28 @@ class Supervised:
     async def settle(self) -> None:
         """Let everything happen that takes no time, or next to none."""
         await anyio.sleep(0.2)
+
+
+class Waiter:
+    """Somebody who waits for an answer, and what came of it."""
+
+    def __init__(self) -> None:
+        self.answer: bool | None = None
+        self.error: LlamavisorError | None = None
+        self.done_at: float | None = None
+
+    async def __call__(self, ask: Callable[[str], Awaitable[bool]], model: str) -> None:
+        """Ask, and note the answer."""
+        try:
+            self.answer = await ask(model)
+        except LlamavisorError as error:
+            self.error = error
+        self.done_at = anyio.current_time()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is an answer."""
+        return self.done_at is not None
 
 
 @asynccontextmanager

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fakes.host import FakeHost, fake_models
+from fakes.host import FakeHost
+from fakes.machine import fake_models
 from llamavisor.settings import RouterSettings
 
 

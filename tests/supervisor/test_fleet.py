@@ -10,7 +10,8 @@ from pathlib import Path
 import anyio
 import pytest
 
-from fakes.host import KILLED, FakeHost, FakeMachine, FakeModel, FakeStart, fake_models
+from fakes.host import FakeHost
+from fakes.machine import KILLED, FakeMachine, FakeModel, FakeStart, fake_models
 from fakes.supervised import PATIENCE_S, Story
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ModelNotFoundError, RouterNotFoundError, RouterNotReadyError

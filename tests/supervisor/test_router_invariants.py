@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from fakes.host import KILLED, FakeHost, FakeModel, FakeStart, fake_models
+from fakes.host import FakeHost
+from fakes.machine import KILLED, FakeModel, FakeStart, fake_models
 from fakes.supervised import Supervised, supervised
 from llamavisor.errors import LlamavisorError
 from llamavisor.settings import RouterSettings

@@ -14,8 +14,9 @@ from typing import Any
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError
 from llamavisord.cli.look import client_of
-from llamavisord.cli.render import Progress, Screen, plain
+from llamavisord.cli.render import Progress, Screen
 from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
 
 RELOAD_TIMEOUT_S = 180.0
 """A reload opens the header of every GGUF, and may end a router first."""

@@ -120,12 +120,14 @@ def _add_reading(commands: _Commands) -> None:
         "events", "show what happened", details="With --json, one object on each line.", talks=True, json=True
     )
     events.add_argument("-f", "--follow", action="store_true", help="go on with what happens")
+    events.add_argument("--all", action="store_true", help="with -f: also probes and progress, which are not kept")
     events.add_argument("-n", "--lines", type=_count, metavar="N", help="only the last N of the past")
     events.add_argument("--since", type=_count, default=0, metavar="ID", help="only events after this number")
     logs = commands.add(
         "logs",
         "show what llama-server printed",
-        details="With --json, one object on each line.",
+        details="The past goes back 64 KiB; the whole of it is in the file that `status --json` names. "
+        "With --json, one object on each line.",
         talks=True,
         json=True,
     )

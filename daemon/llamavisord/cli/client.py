@@ -143,14 +143,19 @@ class Client:
                     return
                 yield line.decode("utf-8", "replace").rstrip("\r\n")
 
-    def events(self, *, since: int, follow: bool) -> Generator[dict[str, Any]]:
+    def events(self, *, since: int, follow: bool, everything: bool = False) -> Generator[dict[str, Any]]:
         """The events after number `since`: those that happened, and with `follow` those that happen.
+
+        Args:
+            since: number of the last event that is known.
+            follow: whether to go on for as long as the daemon lives.
+            everything: whether those are told, too, that are not kept: probes, and the progress of loads.
 
         Raises:
             UnreachableError: no daemon answers, or it fell silent.
             CommandError: it answers with a problem.
         """
-        arguments = {"since": since, "follow": str(follow).lower()}
+        arguments = {"since": since, "follow": str(follow).lower(), "all": "true" if everything else None}
         with closing(self.lines("/control/v1/events", timeout_s=EVENT_TIMEOUT_S, **arguments)) as lines:
             # Each event is JSON on one `data:` line; `id:` and `event:` repeat what stands in it.
             for line in lines:

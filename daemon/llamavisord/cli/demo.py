@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from llamavisord.cli.client import Client
+from llamavisord.cli.errors import CommandError, with_hint
 from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
 from llamavisord.tiny_model import write_tiny_model
 
 STEP_TIMEOUT_S = 30.0
@@ -52,16 +54,22 @@ def _run(folder: Path, llama_server: str | None) -> int:
     command = [sys.executable, "-m", "llamavisord", "serve", "--models-dir", str(models_dir)]
     command += ["--port", str(port), "--no-metrics", "--state-dir", str(folder / "state")]
     command += ["--socket", str(folder / "control.sock"), "--log-level", "warning"]
+    # The user's own file and variables are for another daemon: their routers must not appear here.
+    config = folder / "llamavisor.toml"
+    config.touch()
+    command += ["--config", str(config)]
+    kept = {name: value for name, value in os.environ.items() if _is_kept(name)}
     if llama_server:
         command += ["--llama-server", llama_server]
     with (folder / "daemon.log").open("w+", encoding="utf-8") as log:
         # --threads 1: on a small busy machine llama.cpp's spinning threads stand in each other's way.
-        daemon = subprocess.Popen([*command, "--", "--threads", "1"], stdout=log, stderr=log)
+        daemon = subprocess.Popen([*command, "--", "--threads", "1"], stdout=log, stderr=log, env=kept)
         try:
             return _story(Client(folder / "control.sock"), daemon, port)
-        except (OSError, RuntimeError, LookupError) as error:
+        except (CommandError, OSError, RuntimeError, LookupError) as error:
             log.seek(0)
-            sys.stderr.write(f"llamavisor demo: {error}\n{log.read()}")
+            why = with_hint(str(error), getattr(error, "hint", ""))
+            sys.stderr.write(f"llamavisor demo: {plain(why)}\n{log.read()}")
             return ExitCode.FAILED
         finally:
             daemon.send_signal(signal.SIGTERM)
@@ -70,6 +78,10 @@ def _run(folder: Path, llama_server: str | None) -> int:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+
+def _is_kept(name: str) -> bool:
+    return not name.startswith("LLAMAVISOR_") or name == "LLAMAVISOR_LLAMA_SERVER"
 
 
 def _story(client: Client, daemon: subprocess.Popen[bytes], port: int) -> int:

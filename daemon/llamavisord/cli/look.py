@@ -13,8 +13,9 @@ from typing import Any
 
 from llamavisord.cli.client import Client, find_socket
 from llamavisord.cli.errors import CommandError, UnreachableError
-from llamavisord.cli.render import Screen, plain
+from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
 from llamavisord.units import format_duration, format_size
 
 RETRY_S = 1.0
@@ -106,7 +107,7 @@ def events(arguments: Namespace) -> int:
             last = client.get("/control/v1/status")["event_id"]
     while True:
         # The daemon hangs up on a reader who is too slow: come back for what was missed.
-        with closing(client.events(since=last, follow=True)) as stream:
+        with closing(client.events(since=last, follow=True, everything=arguments.all)) as stream:
             for event in stream:
                 last = _show_event(screen, event, as_json=arguments.json)
         time.sleep(RETRY_S)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from llamavisord.cli.arguments import parse
 from llamavisord.cli.errors import CommandError, with_hint
-from llamavisord.cli.render import plain
 from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
 
 # Which module has which command: a quick command must not pay for the imports of the daemon.
 _COMMANDS: Mapping[str, str] = {

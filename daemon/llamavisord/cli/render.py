@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from llamavisord.plain import plain
 from llamavisord.units import format_duration
 
 _COLOURS: Mapping[str, str] = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
@@ -109,21 +110,6 @@ class Progress:
         """Leave an empty line behind."""
         if self._screen.is_terminal:
             self._screen.rewrite("")
-
-
-def plain(text: object, *, keep: str = "") -> str:
-    """`text` with every character escaped that is not printable: a name must not command the terminal.
-
-    Args:
-        text: anything; None is shown as "-".
-        keep: characters that stay as they are.
-    """
-    if text is None:
-        return "-"
-    return "".join(
-        char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in str(text)
-    )
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -12,10 +12,11 @@ from llamavisor import binary, flags
 from llamavisor.errors import BinaryError, OptionError
 from llamavisor.settings import RouterSettings
 from llamavisord.cli.errors import with_hint
-from llamavisord.cli.render import Screen, plain
+from llamavisord.cli.render import Screen
 from llamavisord.config import Config, Setting
 from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
+from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
 
 
@@ -36,11 +37,11 @@ def _check(config: Config) -> int:
     probes = binary.ProbeCache()
     problems = [problem for router in config.routers if (problem := _resolve(router, probes))]
     for problem in problems:
-        print(problem, file=sys.stderr)
+        print(plain(problem), file=sys.stderr)
     if problems:
         return ExitCode.BAD_CONFIG
     names = ", ".join(router.name for router in config.routers)
-    Screen().line(f"{plain(config.path or 'no file')}: ok, routers: {names}")
+    Screen().line(f"{plain(config.path or 'no file')}: ok, routers: {plain(names)}")
     return ExitCode.OK
 
 
