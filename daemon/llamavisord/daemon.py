@@ -64,7 +64,7 @@ class Daemon:
                     raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
             except ConfigError as error:
                 self.config_error = str(error)
-                self.bus.publish(ConfigRejected(error=str(error)))
+                self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
                 raise
             self.config, self.config_error, self.config_loaded_at = config, None, time.time()
             changed = await self.fleet.apply(config.router_settings())
