@@ -319,8 +319,9 @@ async def test_cancelled_start_leaves_nothing(spawner: Spawner, tmp_path: Path, 
     """X1: a start that is cancelled at any moment leaves no process, no zombie and no descriptor."""
     with anyio.move_on_after(delay_s):
         process = await spawner.spawn(["/bin/sleep", "60"], env=ENV, output=tmp_path / "log")
-        process.kill()
-        await finish(process)
+        with anyio.CancelScope(shield=True):
+            process.kill()
+            await finish(process)
     assert (await spawner.sweep()).killed == ()
 
 
