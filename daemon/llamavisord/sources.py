@@ -34,7 +34,7 @@ _NOT_OURS_TO_READ = frozenset(
     {
         "LLAMAVISOR_CONFIG",  # names the file itself
         "LLAMAVISOR_INSTANCE",  # the marker in the environment of what we start
-        "LLAMAVISOR_ROUTER",  # likewise
+        "LLAMAVISOR_SPAWN",  # likewise
         "LLAMAVISOR_CI",
     }
 )

@@ -22,6 +22,8 @@ from llamavisor.process import TERM_GRACE_S, Leftovers
 from llamavisor.states import HAS_CHILD, ModelState
 
 START_DEADLINE_S = 60.0
+START_DEADLINE_PER_ENTRY_S = 0.01
+"""A router opens every file of its folder before it listens."""
 DEVICE_DEADLINE_S = 60.0
 """How long a start waits for a device that the options name: drivers load late at boot."""
 DEVICE_POLL_S = 2.0
@@ -282,11 +284,12 @@ class Generation:
         """What goes on beside a running process: see it come up, then follow it until it ends."""
         started = anyio.current_time()
         models: list[ListedModel] | None = None
-        with anyio.move_on_after(START_DEADLINE_S):
+        deadline_s = START_DEADLINE_S + START_DEADLINE_PER_ENTRY_S * launch.entries
+        with anyio.move_on_after(deadline_s):
             models = await self._come_up(api)
         if models is None:
             if self._refusal is None:
-                self._post(Overdue(f"not ready within {START_DEADLINE_S:.0f} s"))
+                self._post(Overdue(f"not ready within {deadline_s:.0f} s"))
             return
         ready.set()
         self._post(CameUp(api, models, anyio.current_time() - started, missing))

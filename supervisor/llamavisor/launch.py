@@ -50,12 +50,14 @@ class Launch:
         options: what its models are told.
         env: the whole environment of the process.
         warnings: what a person should know although the router can start.
+        entries: how much is in the models folder; llama-server opens every file before it listens.
     """
 
     found: Binary
     options: flags.LaunchOptions
     env: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    entries: int = 0
 
 
 class Launcher:
@@ -115,7 +117,7 @@ class Launcher:
         warnings = []
         if _SYSTEM_CONFIG.exists():
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
-        return Launch(found, options, env, tuple(warnings))
+        return Launch(found, options, env, tuple(warnings), _count_entries(self.settings.models_dir))
 
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
         """The devices that the options ask for and llama-server does not show, seen with the router's own environment.
@@ -255,6 +257,14 @@ def _folder_obstacle(folder: Path) -> Verdict | None:
     else:
         return None
     return Verdict(Cause.MODELS_DIR, f"models_dir {folder} {reason}", hint, is_obstacle=True)
+
+
+def _count_entries(folder: Path) -> int:
+    try:
+        with os.scandir(folder) as entries:
+            return sum(1 for _ in entries)
+    except OSError:
+        return 0
 
 
 def _port_obstacle(host: str, port: int) -> Verdict | None:

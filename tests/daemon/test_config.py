@@ -412,7 +412,7 @@ def test_the_home_of_nobody_is_refused(write: Write) -> None:
 
 def test_an_unknown_variable_is_a_warning_with_a_suggestion(write: Write) -> None:
     """A daemon must not refuse to start because of it, and ours are not unknown."""
-    environ = {"LLAMAVISOR_PROT": "1", "LLAMAVISOR_INSTANCE": "x", "LLAMAVISOR_ROUTER": "x", "LLAMAVISOR_CI": "1"}
+    environ = {"LLAMAVISOR_PROT": "1", "LLAMAVISOR_INSTANCE": "x", "LLAMAVISOR_SPAWN": "x", "LLAMAVISOR_CI": "1"}
     config = load(write('models_dir = "/m"\n'), environ)
     assert config.warnings == ("LLAMAVISOR_PROT is set, and nothing reads it, did you mean LLAMAVISOR_PORT?",)
 

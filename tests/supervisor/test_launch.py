@@ -63,6 +63,11 @@ async def obstacle_of(launcher: Launcher) -> Verdict:
     return found
 
 
+async def test_size_of_the_folder_is_told(launcher: Make) -> None:
+    """What is in the models folder is counted: the deadline of a start grows with it."""
+    assert (await launch_of(launcher())).entries == 3
+
+
 async def test_prepare_changes_nothing(launcher: Make, tmp_path: Path) -> None:
     """A look writes no file: it is taken every second while a router is FAILED."""
     await launch_of(launcher())
