@@ -144,7 +144,8 @@ async def _live(
             tasks.start_soon(_measure_lag, daemon)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)
-            async with _serve(control_app(daemon, control_socket), control_socket):
+            async with _web_server(control_app(daemon, control_socket)) as runner:
+                await web.SockSite(runner, control_socket.listener).start()
                 path = str(config.path) if config.path else None
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
@@ -196,9 +197,7 @@ async def _measure_lag(daemon: Daemon) -> None:
 async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
     """Serve the metrics; a port that is taken is tried again, and is no reason to let models go."""
     metrics = daemon.config.metrics
-    runner = web.AppRunner(exposition.app(), access_log=None, shutdown_timeout=REQUEST_END_S)
-    await runner.setup()
-    try:
+    async with _web_server(exposition.app()) as runner:
         while True:
             site = web.TCPSite(runner, metrics.host, metrics.port)
             try:
@@ -214,18 +213,15 @@ async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
             await anyio.sleep(METRICS_RETRY_S)
         daemon.metrics_error = None
         await anyio.sleep_forever()
-    finally:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
-            await runner.cleanup()
 
 
 @asynccontextmanager
-async def _serve(app: web.Application, control_socket: ControlSocket) -> AsyncIterator[None]:
+async def _web_server(app: web.Application) -> AsyncIterator[web.AppRunner]:
+    """A server for `app` without an address yet; at the end requests may end, and streams are cut."""
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=REQUEST_END_S)
     await runner.setup()
     try:
-        await web.SockSite(runner, control_socket.listener).start()
-        yield
+        yield runner
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
             await runner.cleanup()

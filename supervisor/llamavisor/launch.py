@@ -111,13 +111,16 @@ class Launcher:
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
-        obstacle = _folder_obstacle(self.settings.models_dir) or _port_obstacle(self.settings.host, self.settings.port)
+        entries = _count_entries(self.settings.models_dir)
+        if isinstance(entries, Verdict):
+            return entries
+        obstacle = _port_obstacle(self.settings.host, self.settings.port)
         if obstacle is not None:
             return obstacle
         warnings = []
         if _SYSTEM_CONFIG.exists():
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
-        return Launch(found, options, env, tuple(warnings), _count_entries(self.settings.models_dir))
+        return Launch(found, options, env, tuple(warnings), entries)
 
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
         """The devices that the options ask for and llama-server does not show, seen with the router's own environment.
@@ -243,10 +246,11 @@ def _is_replaced(found: Binary) -> bool:
         return True
 
 
-def _folder_obstacle(folder: Path) -> Verdict | None:
+def _count_entries(folder: Path) -> int | Verdict:
+    """How much is in the models folder, or why it cannot be used."""
     try:
         with os.scandir(folder) as entries:
-            next(entries, None)
+            return sum(1 for _ in entries)
     except FileNotFoundError:
         reason, hint = "does not exist", "create it, or correct models_dir"
     except NotADirectoryError:
@@ -254,17 +258,7 @@ def _folder_obstacle(folder: Path) -> Verdict | None:
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"
         hint = f"let uid {os.getuid()} read it, for example with chmod or a group"
-    else:
-        return None
     return Verdict(Cause.MODELS_DIR, f"models_dir {folder} {reason}", hint, is_obstacle=True)
-
-
-def _count_entries(folder: Path) -> int:
-    try:
-        with os.scandir(folder) as entries:
-            return sum(1 for _ in entries)
-    except OSError:
-        return 0
 
 
 def _port_obstacle(host: str, port: int) -> Verdict | None:

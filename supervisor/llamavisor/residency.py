@@ -92,7 +92,7 @@ class Residency:
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
 
-    def is_stopping(self) -> None:
+    def pause(self) -> None:
         """The router is asked to end: nothing more is begun on it, what is asked for waits for the next."""
         self._line = None
 

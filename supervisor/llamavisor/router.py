@@ -277,7 +277,7 @@ class Router:
                 self._pausing.cancel()
             self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
             if self.state is RouterState.STOPPING:
-                self._residency.is_stopping()
+                self._residency.pause()
             if self.state in {RouterState.STOPPED, RouterState.FAILED}:
                 self._residency.given_up(self._not_ready(), forget=self.state is RouterState.STOPPED)
         match action:

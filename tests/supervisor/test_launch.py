@@ -146,9 +146,9 @@ def test_unreadable_models_folder(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     folder.mkdir(mode=0o700)
     code = (
-        "import os, sys; from pathlib import Path; from llamavisor.launch import _folder_obstacle\n"
+        "import os, sys; from pathlib import Path; from llamavisor.launch import _count_entries\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-        "told = _folder_obstacle(Path(sys.argv[1])); print(told.reason, told.hint)\n"
+        "told = _count_entries(Path(sys.argv[1])); print(told.reason, told.hint)\n"
     )
     told = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
     assert "cannot be read: Permission denied" in told
