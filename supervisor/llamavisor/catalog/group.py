@@ -1,0 +1,255 @@
+"""Which files make which model: a pure function of the files, their headers, and whether each is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from enum import Enum, auto
+
+from llamavisor import ini
+from llamavisor.catalog.entry import Entry, EntryState, FileId, ModelFile
+from llamavisor.catalog.naming import Named, Place, assign, name_problem, stem_of
+from llamavisor.catalog.settle import Verdict
+from llamavisor.catalog.split import Judged, Unit, join
+from llamavisor.catalog.walk import Found, Oddity, changed_at
+from llamavisor.gguf import Kind
+from llamavisor.gguf.container import printable
+
+DRAFT_PREFIXES = ("mtp-", "dspark-", "dflash-")
+"""A file that is called so belongs to the models beside it, for llama-server's router as well."""
+PROJECTOR_MARK = "mmproj"
+"""What is in the name of a projector."""
+PROJECTOR_QUANTIZATIONS = ("F16", "BF16", "Q8_0", "F32")
+"""Of several projectors the one that comes first here: they are small, and suffer from quantization."""
+
+
+class _Role(Enum):
+    """What a file is for in a models folder."""
+
+    MODEL = auto()
+    PROJECTOR = auto()
+    DRAFT = auto()
+    NONE = auto()
+
+
+_ROLES = {
+    Kind.MODEL: _Role.MODEL,
+    Kind.EMBEDDING: _Role.MODEL,
+    Kind.RERANK: _Role.MODEL,
+    Kind.PART: _Role.MODEL,
+    Kind.PROJECTOR: _Role.PROJECTOR,
+    Kind.DRAFT: _Role.DRAFT,
+}
+"""All others (adapters, vectors, statistics, vocabularies) are used where the configuration says so, nowhere else."""
+
+_Beside = dict[str, list[Unit]]
+"""Projectors or drafts, by the folder they lie in."""
+
+
+def group(files: Iterable[Judged], oddities: Iterable[Oddity], root: str) -> dict[str, Entry]:
+    """The entries of a models folder by their names, whatever the order of the files.
+
+    Args:
+        files: all files that call themselves GGUF files.
+        oddities: what calls itself so and is none.
+        root: path of the models folder.
+    """
+    models: list[Unit] = []
+    projectors: _Beside = {}
+    drafts: _Beside = {}
+    broken: list[Unit] = []
+    for unit in join(files):
+        role = _role(unit)
+        if role is _Role.MODEL:
+            models.append(unit)
+        elif role is not _Role.NONE and unit.verdict.state is EntryState.INVALID:
+            broken.append(unit)
+        elif role is not _Role.NONE:
+            (projectors if role is _Role.PROJECTOR else drafts).setdefault(unit.folder, []).append(unit)
+    owners = _find_copies(models)
+    units, odd = [*models, *broken], list(oddities)
+    places = [
+        _place(unit, is_copy=unit.first.path in owners or index >= len(models)) for index, unit in enumerate(units)
+    ]
+    named = assign([*places, *(_odd_place(oddity, root) for oddity in odd)])
+    names = {unit.first.path: name.name for unit, name in zip(units, named, strict=False)}
+    entries = [
+        _entry(unit, name, projectors, drafts, names.get(owners.get(unit.first.path, "")))
+        for unit, name in zip(units, named, strict=False)
+    ]
+    entries += [_odd_entry(oddity, name) for oddity, name in zip(odd, named[len(units) :], strict=True)]
+    return {entry.name: entry for entry in sorted(entries, key=lambda entry: entry.name)}
+
+
+def _role(unit: Unit) -> _Role:
+    """What it is for: by its header where that can be read, else by its name.
+
+    A model is a draft if it is called so and lies beside others, in a folder of its own; the router's rule.
+    """
+    name = unit.file_name
+    header = unit.header
+    if header is not None:
+        role = _ROLES.get(header.kind, _Role.NONE)
+    elif not unit.is_known and PROJECTOR_MARK in name.lower():
+        return _Role.PROJECTOR
+    else:
+        role = _Role.MODEL
+    if role is _Role.MODEL and unit.folder and name.startswith(DRAFT_PREFIXES):
+        return _Role.DRAFT
+    return role
+
+
+def _find_copies(models: Iterable[Unit]) -> dict[str, str]:
+    """Paths of what is another's file under a second path, each with that one's path.
+
+    The one that the router can serve stays, then the one without a link, then the one that is less deep.
+    """
+    firsts: dict[tuple[int, int], list[Unit]] = {}
+    for unit in models:
+        firsts.setdefault((unit.first.device, unit.first.inode), []).append(unit)
+    owners: dict[str, str] = {}
+    for same in firsts.values():
+        if len(same) > 1:
+            owner, *copies = sorted(same, key=_copy_order)
+            owners.update((copy.first.path, owner.first.path) for copy in copies)
+    return owners
+
+
+def _copy_order(unit: Unit) -> tuple[bool, bool, int, str]:
+    first = unit.first
+    has_problem = bool(ini.value_problem(first.path) or name_problem(unit.stem))
+    return has_problem, first.is_link, first.rel.count("/"), first.rel
+
+
+def _place(unit: Unit, *, is_copy: bool) -> Place:
+    return Place(
+        rel=unit.first.rel,
+        stem=unit.stem,
+        quantization=unit.header.quantization if unit.header is not None else "",
+        snapshot=unit.first.snapshot,
+        is_known=unit.is_known,
+        is_usable=unit.verdict.state is EntryState.READY,
+        is_copy=is_copy,
+    )
+
+
+def _odd_place(oddity: Oddity, root: str) -> Place:
+    base = (oddity.rel or root).rpartition("/")[2]
+    # No model's name ends in a slash: a folder that cannot be looked into takes no name from any.
+    stem = f"{oddity.rel or base}/" if oddity.is_folder else stem_of(base)
+    return Place(rel=oddity.rel, stem=stem, is_known=False, is_usable=False, is_copy=True)
+
+
+def _odd_entry(oddity: Oddity, named: Named) -> Entry:
+    return Entry(
+        name=named.name,
+        state=EntryState.INVALID,
+        reason=oddity.reason,
+        files=(ModelFile(oddity.path, oddity.id),),
+        changed_at=oddity.changed_at,
+    )
+
+
+def _entry(unit: Unit, named: Named, projectors: _Beside, drafts: _Beside, owner: str | None) -> Entry:
+    verdict = _verdict(unit, named, owner)
+    projector, notes = _projector(unit, projectors) if projectors else (None, ())
+    draft = _draft(unit, drafts) if drafts else None
+    return Entry(
+        name=named.name,
+        state=verdict.state,
+        reason=verdict.reason,
+        files=tuple(_file(judged.found) for judged in unit.files),
+        projector=projector,
+        draft=draft,
+        header=unit.header,
+        parameter_count=unit.parameter_count,
+        aliases=named.aliases,
+        notes=(*named.notes, *notes),
+        changed_at=max(changed_at(judged.found.mtime_ns, judged.found.ctime_ns) for judged in unit.files),
+    )
+
+
+def _verdict(unit: Unit, named: Named, owner: str | None) -> Verdict:
+    """Whether a model can be used, its name and its path considered."""
+    if unit.verdict.state is EntryState.INVALID:
+        return unit.verdict
+    reason = ""
+    if owner is not None:
+        reason = f"the same file as {owner}; give {owner} another name with aliases = [...]"
+    elif found := ini.value_problem(unit.first.path):
+        reason = f"its path {printable(unit.first.path)!r} {found}; rename the file or its folder"
+    elif named.problem:
+        reason = named.problem
+    return Verdict(EntryState.INVALID, reason) if reason else unit.verdict
+
+
+def _projector(unit: Unit, projectors: _Beside) -> tuple[ModelFile | None, tuple[str, ...]]:
+    """The projector that a model gets, and what is to be said where there is one that it does not get."""
+    beside = list(_beside(unit, projectors))
+    fitting = [
+        (distance, _projector_rank(found), found.first.rel, found)
+        for distance, found in beside
+        if found.verdict.state is EntryState.READY
+        and not _misfit(unit, found)
+        and not ini.value_problem(found.first.path)
+    ]
+    if fitting:
+        return _file(min(fitting, key=lambda item: item[:3])[3].first), ()
+    return None, tuple(sorted(_why_not(unit, found) for _, found in beside))
+
+
+def _why_not(unit: Unit, projector: Unit) -> str:
+    name = printable(projector.file_name)
+    if projector.verdict.state is not EntryState.READY:
+        return f"{name} is not used yet: {projector.verdict.reason}"
+    if misfit := _misfit(unit, projector):
+        return f"{name} is not used: {misfit}"
+    return f"{name} is not used: its path {ini.value_problem(projector.first.path)}"
+
+
+def _misfit(unit: Unit, projector: Unit) -> str:
+    """Why a projector is not this model's, as far as the headers tell; empty when it may be."""
+    if unit.header is None or projector.header is None or projector.header.projector is None:
+        return ""
+    gives, takes = projector.header.projector.projection_length, unit.header.embedding_length
+    if gives is None or takes is None or gives == takes:
+        return ""
+    return f"it makes vectors of {gives} numbers, and this model takes {takes}"
+
+
+def _projector_rank(projector: Unit) -> int:
+    known = PROJECTOR_QUANTIZATIONS
+    quantization = projector.header.quantization if projector.header is not None else ""
+    return known.index(quantization) if quantization in known else len(known)
+
+
+def _draft(unit: Unit, drafts: _Beside) -> ModelFile | None:
+    """The draft that a model gets: the nearest, one of the same quantization first."""
+    wanted = unit.header.quantization if unit.header is not None else ""
+    usable = [
+        (distance, found.header is None or found.header.quantization != wanted, found.first.rel, found)
+        for distance, found in _beside(unit, drafts)
+        if found.verdict.state is EntryState.READY and not ini.value_problem(found.first.path)
+    ]
+    return _file(min(usable, key=lambda item: item[:3])[3].first) if usable else None
+
+
+def _beside(unit: Unit, units: _Beside) -> Iterator[tuple[int, Unit]]:
+    """What lies in a model's folder; in the hub's cache also in the folders above, up to the repository's own."""
+    for distance, folder in enumerate(_folders(unit)):
+        for found in units.get(folder, ()):
+            yield distance, found
+
+
+def _folders(unit: Unit) -> Sequence[str]:
+    snapshot, folder = unit.first.snapshot, unit.folder
+    if snapshot is None:
+        return [folder] if folder else []
+    folders = [folder]
+    while folder != snapshot.folder and "/" in folder:
+        folder = folder.rpartition("/")[0]
+        folders.append(folder)
+    return folders
+
+
+def _file(found: Found) -> ModelFile:
+    return ModelFile(found.path, FileId(found.device, found.inode, found.size, found.mtime_ns))
