@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llamavisor.settings import RouterSettings
+from llamavisor.rules import ModelRule
+from llamavisor.settings import FleetSettings, OnOverwrite, RouterSettings
 from llamavisord.problems import ConfigError, Origin
 
 __all__ = ["Config", "ConfigError", "Metrics", "Setting"]
@@ -43,6 +44,9 @@ class Config:
         log_dir: the folder for the routers' output.
         log_level: "debug", "info", "warning" or "error".
         log_size_bytes: size at which a router's log file is rotated.
+        rules: what single models are told, in the order of the file.
+        link_dirs: folders outside of a models folder that symlinks in it may lead to.
+        on_overwrite: what becomes of a loaded model whose file is overwritten: "reload", "unload" or "keep".
         warnings: what a person should know although it works.
         settings: every effective value and its origin.
     """
@@ -56,6 +60,9 @@ class Config:
     log_dir: Path
     log_level: str
     log_size_bytes: int
+    rules: tuple[ModelRule, ...] = ()
+    link_dirs: tuple[Path, ...] = ()
+    on_overwrite: OnOverwrite = "reload"
     warnings: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = field(default=(), repr=False, compare=False)
 
@@ -64,6 +71,8 @@ class Config:
         """The folder of the control socket."""
         return self.socket.parent
 
-    def router_settings(self) -> tuple[RouterSettings, ...]:
-        """What each router is told to be."""
-        return self.routers
+    def fleet_settings(self) -> FleetSettings:
+        """What the routers and their models are told to be."""
+        return FleetSettings(
+            routers=self.routers, rules=self.rules, link_dirs=self.link_dirs, on_overwrite=self.on_overwrite
+        )

@@ -7,6 +7,7 @@ stands.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
@@ -15,11 +16,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from llamavisor.options import ModelOptions
+from llamavisor.rules import ModelSettings
+from llamavisor.settings import OnOverwrite
 from llamavisord.toml_lines import Location
 from llamavisord.units import parse_size
 
 _ROUTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,255}")
+_BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 _MODELS_MAX = 1_000_000
@@ -141,6 +145,10 @@ class RouterTable(RouterKeys, ModelOptions):
     """Extra environment of this router and its models, on top of that of `[defaults]`."""
 
 
+class ModelTable(ModelSettings):
+    """`[model."NAME"]`: the models of that name, or of all names that a glob matches."""
+
+
 class Document(RouterKeys):
     """A whole file; every key may be left out."""
 
@@ -154,12 +162,18 @@ class Document(RouterKeys):
     """Which of the daemon's own messages are logged, and all that are graver."""
     log_size: Annotated[int, BeforeValidator(parse_size), Field(ge=64 * 1024)] | None = None
     """Size at which a router's log file is rotated, such as "64MiB"; two older ones are kept."""
+    link_dirs: list[Text] | None = None
+    """Folders outside of models_dir that symlinks in it may lead to; by default none."""
+    on_overwrite: OnOverwrite | None = None
+    """What becomes of a loaded model whose file is overwritten in place, once it is idle."""
     metrics: MetricsTable = Field(default_factory=MetricsTable)
     """Where Prometheus reads."""
     defaults: DefaultsTable = Field(default_factory=DefaultsTable)
     """Options of every model."""
     router: Annotated[list[RouterTable], BeforeValidator(_tables)] = Field(default_factory=list)
     """The routers; none written = one called "main"."""
+    model: dict[str, ModelTable] = Field(default_factory=dict)
+    """Options of single models, by name or glob."""
 
 
 _EXPECTED = {
@@ -194,10 +208,14 @@ def validate(raw: Mapping[str, object]) -> Document | list[tuple[Location, str]]
 
 
 def spell(location: Location) -> str:
-    """A location as a person writes it: `router[1].port`."""
+    """A location as a person writes it: `router[1].port`, `model."qwen*".ctx_size`."""
     text = ""
     for piece in location:
-        text += f"[{piece}]" if isinstance(piece, int) else f".{piece}" if text else piece
+        if isinstance(piece, int):
+            text += f"[{piece}]"
+        else:
+            key = piece if _BARE_KEY.fullmatch(piece) else json.dumps(piece, ensure_ascii=False)
+            text += f".{key}" if text else key
     return text
 
 
@@ -224,6 +242,8 @@ def _explain(location: Location, error: ErrorDetails) -> str:
     kind, key = error["type"], str(location[-1]) if location else ""
     if kind == "extra_forbidden":
         return _explain_unknown(location, key)
+    if kind in ("model_type", "model_attributes_type", "dict_type") and location[:1] == ("model",):
+        return 'expected a table for each name: [model."NAME"], and its keys below' + _found(location, error["input"])
     if kind == "value_error":
         text = str(error["ctx"]["error"])
     else:
@@ -232,10 +252,17 @@ def _explain(location: Location, error: ErrorDetails) -> str:
 
 
 def _explain_unknown(location: Location, key: str) -> str:
-    """There are four cases: a key, a key of another table, a key that was misspelt, and anything else."""
+    """There are five cases: a secret, what no model can have, a key of another table, a misspelt one, any other."""
     if key == "api_key":
         return "a key is not written here: put it into a file of its own and name that with api_key_file"
+    if key == "env" and location[:1] == ("model",):
+        return (
+            "models have the environment of their router: write a [[router]] with that env and a port of its own,"
+            ' and name it here: router = "that"'
+        )
     here = _table_at(location[:-1]).model_fields
+    if key in ModelSettings.model_fields and key not in ModelOptions.model_fields and location[:1] != ("model",):
+        return 'unknown key here: it belongs in a [model."NAME"]'
     if close := nearest(key, here):
         return f"unknown key{close}"
     if key in ModelOptions.model_fields:
@@ -250,6 +277,7 @@ def _table_at(location: Location) -> type[BaseModel]:
         "metrics": MetricsTable,
         "defaults": DefaultsTable,
         "router": RouterTable,
+        "model": ModelTable,
     }
     return tables.get(str(location[0]), Document) if location else Document
 

@@ -19,12 +19,14 @@ from llamavisor import flags
 from llamavisor.errors import OptionError
 from llamavisor.flags import ModelOptions, OptionLayer
 from llamavisor.reserved import check_env
-from llamavisor.settings import RouterSettings
+from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisord import model_tables
 from llamavisord.api_key import read_api_key
 from llamavisord.config import Config, Metrics, Setting
 from llamavisord.document import Document, RouterKeys, RouterTable, spell
 from llamavisord.places import SOCKET_BYTES_MAX, Places
 from llamavisord.problems import DEFAULT, ConfigError, Origin, Problem
+from llamavisord.redaction import HIDDEN, is_secret, without_secrets
 from llamavisord.sources import (
     Overrides,
     Source,
@@ -41,9 +43,7 @@ MODELS_MAX = 4
 METRICS_PORT = 9155
 LOG_LEVEL = "info"
 LOG_SIZE_BYTES = 64 * 1024 * 1024
-
-_SECRET_WORDS = ("key", "token", "secret", "passw", "credential")
-_HIDDEN = "(set)"
+ON_OVERWRITE: OnOverwrite = "reload"
 
 
 def load(
@@ -176,6 +176,8 @@ class _Assembly:
         state_dir = self._path(top, "state_dir", lambda table: table.state_dir, self._places.state_dir)
         log_level = self._pick(top, "log_level", lambda table: table.log_level, LOG_LEVEL)
         log_size = self._pick(top, "log_size", lambda table: table.log_size, LOG_SIZE_BYTES)
+        on_overwrite = self._pick(top, "on_overwrite", lambda table: table.on_overwrite, ON_OVERWRITE)
+        link_dirs = self._link_dirs(top)
         metrics = self._metrics(top)
         self._check_socket(socket)
         self._check_options("[defaults]", self._file.document.defaults, self._file, ("defaults",))
@@ -183,6 +185,9 @@ class _Assembly:
         routers = tuple(self._routers())
         self._check_names(routers)
         self._check_ports()
+        models = model_tables.read(self._file, [router.name for router in routers])
+        self._problems += models.problems
+        self._settings += models.settings
         if self._problems:
             raise ConfigError(dict.fromkeys(self._problems))
         return Config(
@@ -195,9 +200,20 @@ class _Assembly:
             log_dir=self._places.log_dir or state_dir.value / "logs",
             log_level=log_level.value,
             log_size_bytes=log_size.value,
+            rules=models.rules,
+            link_dirs=link_dirs,
+            on_overwrite=on_overwrite.value,
             warnings=tuple(dict.fromkeys(self._warnings)),
             settings=tuple(self._settings),
         )
+
+    def _link_dirs(self, top: _Scope[Document]) -> tuple[Path, ...]:
+        found = top.find("link_dirs", lambda table: table.link_dirs)
+        paths: tuple[Path, ...] = ()
+        if found is not None:
+            paths = tuple(self._resolved(_Picked(path, found.location, found.source)) for path in found.value)
+        self._show(top, "link_dirs", tuple(map(str, paths)), found.origin if found else DEFAULT)
+        return paths
 
     def _metrics(self, top: _Scope[Document]) -> Metrics:
         enabled = self._pick(top, "metrics.enabled", lambda table: table.metrics.enabled, default=True)
@@ -288,7 +304,7 @@ class _Assembly:
             return None
         if is_public:
             self._warnings.append(f"{path} holds an API key and every user can read it: chmod o-r {path}")
-        self._show(scope, "api_key", _HIDDEN, Origin(str(path)))
+        self._show(scope, "api_key", HIDDEN, Origin(str(path)))
         return key
 
     def _layers(
@@ -310,7 +326,7 @@ class _Assembly:
                 value: object = getattr(layer.options, key)
                 origin = source.origin((*location, key))
                 if key == "args":  # those of one table do not replace those of another
-                    shown = Setting(f"{scope.label}.args", _without_secrets(layer.options.args), origin)
+                    shown = Setting(f"{scope.label}.args", without_secrets(layer.options.args), origin)
                     effective[key, label] = shown
                 else:
                     effective[key, ""] = Setting(f"{scope.label}.{key}", value, origin)
@@ -322,7 +338,7 @@ class _Assembly:
         for variable, value in sorted(env.items()):
             where = at if variable in table.env else ("defaults",)
             origin = self._file.origin((*where, "env", variable))
-            self._show(scope, f"env.{variable}", _HIDDEN if _is_secret(variable) else value, origin)
+            self._show(scope, f"env.{variable}", HIDDEN if is_secret(variable) else value, origin)
         return tuple(sorted(env.items()))
 
     # What contradicts itself
@@ -407,19 +423,6 @@ def _overlap(one: str, other: str) -> bool:
     except ValueError:
         return True
     return addresses[0] == addresses[1] or any(address.is_unspecified for address in addresses)
-
-
-def _is_secret(name: str) -> bool:
-    return any(word in name.lower() for word in _SECRET_WORDS)
-
-
-def _without_secrets(args: Sequence[str]) -> tuple[str, ...]:
-    """Options as they were written, without the values of those that sound like a secret."""
-    names = ("", *args)
-    return tuple(
-        _HIDDEN if name.startswith("-") and _is_secret(name) and not word.startswith("--") else word
-        for name, word in zip(names, args, strict=False)
-    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,8 +18,9 @@ from llamavisor.helptext import FlagSet, HelpOption, normal
 from llamavisor.ini import value_problem
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.reserved import find_reserved
+from llamavisor.rules import is_template_file, split_scale
 
-__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "resolve"]
+__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "find_typed", "resolve", "typed_name"]
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "gpu_layers": ("--n-gpu-layers", "--gpu-layers", "-ngl"),
@@ -44,6 +45,28 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "sleep_idle_seconds": ("--sleep-idle-seconds",),
 }
 """Every typed option, with its spellings in all builds since routers exist."""
+
+MODEL_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "chat_template": ("--chat-template", "--chat-template-file"),
+    "chat_template_kwargs": ("--chat-template-kwargs",),
+    "mmproj": ("--mmproj", "-mm"),
+    "draft": ("--spec-draft-model", "--model-draft", "-md"),
+    "draft_type": ("--spec-type",),
+    "draft_max": ("--spec-draft-n-max", "--draft-max", "--draft-n", "--draft"),
+    "draft_min": ("--spec-draft-n-min", "--draft-min", "--draft-n-min"),
+    "draft_p_min": ("--spec-draft-p-min", "--draft-p-min"),
+    "draft_gpu_layers": ("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft", "-ngld"),
+    "draft_devices": ("--spec-draft-device", "--device-draft", "-devd"),
+    "draft_threads": ("--spec-draft-threads", "--threads-draft", "-td"),
+    "draft_cache_type_k": ("--spec-draft-type-k", "--cache-type-k-draft", "-ctkd"),
+    "draft_cache_type_v": ("--spec-draft-type-v", "--cache-type-v-draft", "-ctvd"),
+    "lora": ("--lora", "--lora-scaled"),
+    "grammar_file": ("--grammar-file",),
+    "slot_save_path": ("--slot-save-path",),
+}
+"""The same for what only tables of single models have as typed options."""
+
+_ALL_SPELLINGS = {**SPELLINGS, **MODEL_SPELLINGS}
 
 LISTENER = frozenset(
     {
@@ -77,12 +100,25 @@ _ALL_LAYERS = "999"
 _DEVICE_OPTIONS = ("--device", "--device-draft", "--mmproj-device")
 _NOT_AWAITED = re.compile(r"none|CPU|RPC", re.IGNORECASE)
 """Devices that --list-devices never shows: the CPU, and other machines', which exist only with --rpc."""
-_MAY_COME_IN_PIECES = ("devices", "tensor_split", "load_mode")
+_SIBLINGS = (
+    frozenset({"chat-template", "chat-template-file"}),
+    frozenset({"lora", "lora-scaled"}),
+    frozenset({"grammar", "grammar-file", "json-schema", "json-schema-file"}),
+)
+"""Keys of options that replace each other: with one of them a later table takes back the others.
+
+In args of one table they may stand together, as llama-server lets them.
+"""
+_MAY_COME_IN_PIECES = (
+    *("devices", "tensor_split", "load_mode"),
+    *("draft_devices", "draft_type", "chat_template", "lora"),
+)
 """What args may say in several words, as far as that can be known without the build's help."""
+_TEMPLATES = re.compile(r"list of built-in templates: ((?:[\w.-]+, )*[\w.-]+)")
 _OPTION = re.compile(r"--?[A-Za-z]")
 _TWO_IN_ONE = re.compile(r"(--?[A-Za-z][\w.-]*)[= ]\s*(.+)", re.DOTALL)
 _WORDS = 'Write one string per word: ["--threads", "8"].'
-_TYPED_BY_SPELLING = {spelling: name for name, spellings in SPELLINGS.items() for spelling in spellings}
+_TYPED_BY_SPELLING = {spelling: name for name, spellings in _ALL_SPELLINGS.items() for spelling in spellings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,19 +165,22 @@ def check(layers: Sequence[OptionLayer]) -> None:
     """
     for layer in layers:
         source, options = layer.source, layer.options
-        seen = {name: name for name in SPELLINGS if getattr(options, name) is not None}
-        if options.devices:
-            _refuse_unfit(source, "devices", ",".join(options.devices))
+        seen = {name: name for name in _ALL_SPELLINGS if getattr(options, name, None) is not None}
+        for name in seen:
+            value = getattr(options, name)
+            if value and isinstance(value, str | tuple):
+                _refuse_unfit(source, name, _spelled(value))
         previous = ""
         for word in options.args:
             if _looks_like_option(word):
                 _refuse_two_in_one(source, word)
                 _refuse_reserved(source, word, (word,))
-                name = _TYPED_BY_SPELLING.get(normal(word))
-                if name in seen and (name not in _MAY_COME_IN_PIECES or seen[name] == name):
-                    _refuse_twice(source, seen[name], word)
-                if name is not None:
-                    seen[name] = word
+                _refuse_listener(layer, word, (word,))
+                typed = typed_name(word)
+                if typed in seen and (typed not in _MAY_COME_IN_PIECES or seen[typed] == typed):
+                    _refuse_twice(source, seen[typed], word)
+                if typed is not None:
+                    seen[typed] = word
             elif not previous:
                 raise OptionError(f"{source}: args begin with {word!r}, which is not an option", hint=_WORDS)
             elif normal(previous) not in LISTENER:
@@ -169,6 +208,8 @@ def resolve(layers: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> La
         for choice in (*_typed_choices(layer, flags, binary), *_args_choices(layer, flags, binary)):
             earlier = table.get(choice.name)
             table[choice.name] = choice if earlier is None else _joined(layer.source, earlier, choice)
+        for sibling in _siblings(layer.source, table):
+            chosen.pop(sibling, None)
         chosen.update(table)
     preset: dict[str, str] = {}
     listener_args: list[str] = []
@@ -186,27 +227,58 @@ def resolve(layers: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> La
     )
 
 
+def typed_name(spelling: str) -> str | None:
+    """The typed option that `spelling` (dashes included) is another word for, None if it is for none."""
+    return _TYPED_BY_SPELLING.get(normal(spelling))
+
+
+def find_typed(name: str, flags: FlagSet) -> HelpOption | None:
+    """The option of a build that a typed option stands for, None if the build has none."""
+    return next((known for spelling in _ALL_SPELLINGS[name] if (known := flags.find(spelling))), None)
+
+
 def _typed_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_Choice]:
-    for name, spellings in SPELLINGS.items():
-        value = getattr(layer.options, name)
+    for name in _ALL_SPELLINGS:
+        value = getattr(layer.options, name, None)
         if value is None:
             continue
         if name == "load_mode":
             entries = _load_mode_entries(layer.source, name, value, flags, binary)
             yield _Choice("load-mode", name, entries=entries, is_typed=True)
             continue
+        spellings = _spellings(name, value)
         option = next((known for spelling in spellings if (known := flags.find(spelling))), None)
+        if option is None and _is_nothing(name, value):
+            continue
         if option is None:
             removal = next((why for spelling in spellings if (why := flags.removal(spelling))), None)
             raise OptionError(
                 f"{layer.source}: {name} needs {spellings[0]}, which {binary} does not know",
                 hint=removal or f"Remove {name}, or set llama_server to a build that has the option.",
             )
-        text = _typed_text(name, value, option)
+        text = None if _is_nothing(name, value) else _typed_text(name, value, option)
         if option.values and text is not None:
             _refuse_unknown_choice(layer.source, name, text, option, binary)
             _refuse_unfit(layer.source, name, text)
         yield _Choice(option.key, name, option, text, is_typed=True)
+
+
+def _spellings(name: str, value: object) -> tuple[str, ...]:
+    """A template is named or read from a file, and adapters have scales or none: by options of their own."""
+    if name == "chat_template" and isinstance(value, str):
+        return ("--chat-template-file",) if is_template_file(value) else ("--chat-template",)
+    if name == "lora" and isinstance(value, tuple):
+        return ("--lora-scaled",) if any(map(_is_scaled, value)) else ("--lora",)
+    return _ALL_SPELLINGS[name]
+
+
+def _is_nothing(name: str, value: object) -> bool:
+    """Whether a value takes back what earlier tables say: llama-server has no word for "no projector"."""
+    return name in ("mmproj", "draft", "lora") and (isinstance(value, bool) or value == ())
+
+
+def _is_scaled(adapter: str) -> bool:
+    return split_scale(adapter)[1] is not None
 
 
 def _typed_text(name: str, value: object, option: HelpOption) -> str | None:
@@ -214,17 +286,24 @@ def _typed_text(name: str, value: object, option: HelpOption) -> str | None:
 
     1. Builds that take only numbers of layers: "all" is a number beyond any model, "auto" is left out.
     2. Builds whose --flash-attn is a bare flag: "on" sets it; "off" is the default, and "auto" becomes that.
-    3. Everything else is spelled alike in all builds.
+    3. Adapters of which some are scaled: all are.
+    4. Everything else is spelled alike in all builds.
     """
-    if name == "gpu_layers" and value in ("auto", "all") and f"'{value}'" not in option.help:
+    if name in ("gpu_layers", "draft_gpu_layers") and value in ("auto", "all") and f"'{value}'" not in option.help:
         return _ALL_LAYERS if value == "all" else None
     if name == "flash_attn" and not option.values:
         return "on" if value == "on" else None
+    if name == "lora" and isinstance(value, tuple) and any(map(_is_scaled, value)):
+        return ",".join(each if _is_scaled(each) else f"{each}:1" for each in value)
+    return _spelled(value)
+
+
+def _spelled(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(f"{part:.10g}" if isinstance(part, float) else part for part in value)
-    return str(value)
+        return ",".join(map(_spelled, value))
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_Choice]:
@@ -233,7 +312,7 @@ def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_
     previous = ""
     while words:
         word = words.pop(0)
-        option = _find(layer.source, word, previous, flags, binary)
+        option = _find(layer, word, previous, flags, binary)
         takes_value = normal(word) in loadmode.VALUED if option is None else option.values > 0
         text = ""
         if takes_value:
@@ -255,14 +334,16 @@ def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_
         yield _Choice("load-mode", written, entries=_load_mode_entries(layer.source, written, mode, flags, binary))
 
 
-def _find(source: str, word: str, previous: str, flags: FlagSet, binary: str) -> HelpOption | None:
+def _find(layer: OptionLayer, word: str, previous: str, flags: FlagSet, binary: str) -> HelpOption | None:
     """The option that `word` stands for; None if it is about load modes, in the words of another build."""
+    source = layer.source
     if not _looks_like_option(word):
         after = f" after {previous}" if previous else ""
         raise OptionError(f"{source}: {word!r} in args{after} is not an option", hint=_WORDS)
     _refuse_two_in_one(source, word)
     option = flags.find(word)
     _refuse_reserved(source, word, option.spellings if option else (word,))
+    _refuse_listener(layer, word, option.spellings if option else (word,))
     if option is None:
         if normal(word) in loadmode.SPELLINGS:
             return None
@@ -299,6 +380,16 @@ def _joined(source: str, first: _Choice, second: _Choice) -> _Choice:
     if first.is_typed or option is None or not option.values or not option.is_repeatable:
         _refuse_twice(source, first.written, second.written)
     return replace(second, text=f"{first.text},{second.text}")
+
+
+def _siblings(source: str, table: Mapping[str, _Choice]) -> Iterator[str]:
+    """The names that what `table` says replaces besides its own."""
+    for family in _SIBLINGS:
+        here = [choice for name, choice in table.items() if name in family]
+        if len(here) > 1 and any(choice.is_typed for choice in here):
+            _refuse_twice(source, here[0].written, here[1].written)
+        if here:
+            yield from family
 
 
 def _is_listener(option: HelpOption | None) -> bool:
@@ -352,6 +443,15 @@ def _refuse_reserved(source: str, word: str, spellings: Sequence[str]) -> None:
         raise OptionError(f"{source}: {word} in args is refused: {reserved.reason}", hint=reserved.instead)
 
 
+def _refuse_listener(layer: OptionLayer, word: str, spellings: Sequence[str]) -> None:
+    positive = [normal(spelling).replace("--no-", "--", 1) for spelling in spellings]
+    if layer.options.is_per_model and not LISTENER.isdisjoint(positive):
+        raise OptionError(
+            f"{layer.source}: {word} in args is refused: it is about the router itself, not about one model",
+            hint="Write it into args of [defaults] or of a [[router]].",
+        )
+
+
 def _refuse_twice(source: str, first: str, second: str) -> NoReturn:
     what = f"{first} is given twice" if first == second else f"{first} and {second} set the same option"
     raise OptionError(f"{source}: {what}", hint="Keep one of them; a later table may set it again.")
@@ -372,8 +472,14 @@ def _refuse_unfit(source: str, written: str, value: str, flags: FlagSet | None =
 
 
 def _refuse_unknown_choice(source: str, name: str, text: str, option: HelpOption, binary: str) -> None:
-    if option.choices and text not in option.choices:
+    choices, asked = option.choices, [text]
+    if name == "draft_type":  # a list of choices, and the help shows them as one
+        choices, asked = tuple(option.placeholder.split(",")), text.split(",")
+    elif name == "chat_template" and (listed := _TEMPLATES.search(" ".join(option.help.split()))):
+        # With Jinja on, llama-server takes a name that it does not know for the text of a template.
+        choices = () if option.key.endswith("-file") else tuple(listed[1].split(", "))
+    if choices and not set(asked) <= set(choices):
         raise OptionError(
             f"{source}: {name} = {text!r} is not known to {binary}",
-            hint=f"It takes {', '.join(option.choices)}.",
+            hint=f"It takes {', '.join(choices)}.",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -62,15 +62,15 @@ def _words(value: object) -> object:
     return tuple(str(word) if type(word) in (int, float) else word for word in value)
 
 
-_Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-_Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-_Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
-_GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)]
-_Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1)]
-_Shares = Annotated[tuple[_Share, ...], Field(min_length=1)]
+Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
+GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)]
+Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1)]
+_Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
 _OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_on_off)]
 _IdleSeconds = Annotated[int, BeforeValidator(_seconds), Field(ge=1)]
-_CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
 
@@ -84,31 +84,34 @@ class ModelOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    gpu_layers: _GpuLayers | None = None
+    is_per_model: ClassVar[bool] = False
+    """Whether a table of this kind speaks for single models only, never for a router."""
+
+    gpu_layers: GpuLayers | None = None
     """Layers to keep in GPU memory: "auto" (as many as fit), "all", or a number."""
-    devices: _Devices | None = None
+    devices: Devices | None = None
     """Devices to use, as llama-server --list-devices names them; ["none"] keeps models on the CPU."""
     split_mode: Literal["none", "layer", "row", "tensor"] | None = None
     """How a model is spread over several GPUs."""
     tensor_split: _Shares | None = None
     """Share of the model for each device, in the order of devices, such as [3, 1]."""
-    main_gpu: _Natural | None = None
+    main_gpu: Natural | None = None
     """Index of the GPU to use with split_mode none, or for intermediate results with row."""
     flash_attn: _OnOffAuto | None = None
     """Whether to use Flash Attention."""
-    ctx_size: _Natural | None = None
+    ctx_size: Natural | None = None
     """Context size in tokens, all slots together; 0 takes the model's own."""
-    parallel: _Count | None = None
+    parallel: Count | None = None
     """Slots: how many requests a model answers at once."""
-    threads: _Count | None = None
+    threads: Count | None = None
     """CPU threads for generation."""
-    batch_size: _Count | None = None
+    batch_size: Count | None = None
     """Logical batch size in tokens."""
-    ubatch_size: _Count | None = None
+    ubatch_size: Count | None = None
     """Physical batch size in tokens."""
-    cache_type_k: _CacheType | None = None
+    cache_type_k: CacheType | None = None
     """Data type of the KV cache's keys."""
-    cache_type_v: _CacheType | None = None
+    cache_type_v: CacheType | None = None
     """Data type of the KV cache's values."""
     load_mode: LoadMode | None = None
     """How a file gets into memory: mapped, locked, read directly, or plainly read ("none")."""
@@ -133,7 +136,7 @@ class OptionLayer:
     """One table of options, and where it was written.
 
     Attributes:
-        source: names the table in messages: `[defaults]`, `[[router]] gpu0`, `command line`.
+        source: names the table in messages: `[defaults]`, `[[router]] gpu0`, `command line`, `[model."qwen*"]`.
         options: what it says.
     """
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from llamavisor import ini
 from llamavisor.errors import OptionError
-from llamavisor.flags import LaunchOptions
+from llamavisor.flags import LaunchOptions, typed_name
 from llamavisor.helptext import FlagSet
-from llamavisor.reserved import find_reserved_key
+from llamavisor.reserved import find_reserved, find_reserved_key
 
 STOP_TIMEOUT_S = 3
 """How long the router waits for a model to stop before it kills it.
@@ -30,6 +30,10 @@ _PRESET_ONLY = frozenset({"stop-timeout"})
 _OURS = frozenset({*ALWAYS, "model", "alias", "tags"})
 """Reserved keys that are refused to a configuration, and written by us."""
 _PER_MODEL = frozenset({"model", "alias", "tags"})
+_FLAG_VALUES = frozenset({"on", "enabled", "true", "1", "off", "disabled", "false", "0"})
+"""What the router reads as a truth value; anything else is off (`is_truthy` in `common/arg.cpp`)."""
+_SEVERAL_OPTIONS = frozenset({"load_mode", "cont_batching", "chat_template", "lora"})
+"""Typed options whose spellings are several options in some build."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +68,15 @@ def lint(preset: Preset, flags: FlagSet | None = None) -> None:
     Raises:
         OptionError: names the section and the key.
     """
-    _lint_table("[*]", preset.common, flags)
+    keys = _Keys(flags)
+    _lint_table("[*]", preset.common, keys)
     for key in preset.common:
         if key in _PER_MODEL:
             raise OptionError(f"preset [*]: {key} would be the same for every model")
     for name, table in preset.sections.items():
         if problem := ini.section_problem(name):
             raise OptionError(f"preset: the model name {name!r} {problem}")
-        _lint_table(f"[{name}]", table, flags)
+        _lint_table(f"[{name}]", table, keys)
         # A section that names no model is accepted, and loading it starts a router within the router.
         if not table.get("model", "").startswith("/"):
             raise OptionError(f"preset [{name}]: needs model = …, an absolute path")
@@ -96,26 +101,70 @@ def write(path: Path, preset: Preset) -> None:
     draft.replace(path)
 
 
-def _lint_table(where: str, table: Mapping[str, str], flags: FlagSet | None) -> None:
-    written: dict[str, str] = {}
-    for key, value in table.items():
+class _Keys:
+    """What there is to say of each key, found out once for all sections.
+
+    Args:
+        flags: the options of the build, None if it is not known.
+    """
+
+    def __init__(self, flags: FlagSet | None) -> None:
+        self._flags = flags
+        self._known: dict[str, tuple[str, bool]] = {}
+
+    def look(self, where: str, key: str) -> tuple[str, bool]:
+        """The name of the option that `key` stands for, and whether it is a flag.
+
+        Raises:
+            OptionError: a preset must not have that key.
+        """
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._find(where, key)
+        return known
+
+    def _find(self, where: str, key: str) -> tuple[str, bool]:
         if problem := ini.key_problem(key):
             raise OptionError(f"preset {where}: {key!r} {problem}")
-        if problem := ini.value_problem(value):
-            raise OptionError(f"preset {where}: the value {value!r} of {key} {problem}")
         if key not in _OURS and (reserved := find_reserved_key(key)):
             raise OptionError(f"preset {where}: {key} is refused: {reserved.reason}", hint=reserved.instead)
-        if flags is None or key in _PRESET_ONLY:
-            continue
-        option = flags.find_key(key)
+        if key in _PRESET_ONLY:
+            return key, False
+        if self._flags is None:
+            return _typed_key(key), False
+        option = self._flags.find_key(key)
         if option is None:
             raise OptionError(f"preset {where}: {key} is not an option of this llama-server")
         if option.values > 1:
             raise OptionError(f"preset {where}: {key} takes two values, with which the router does not start")
+        if key not in _OURS and (reserved := find_reserved(option.spellings)):
+            raise OptionError(f"preset {where}: {key} is refused: {reserved.reason}", hint=reserved.instead)
+        if option.is_download:
+            raise OptionError(f"preset {where}: {key} is refused: it downloads a model and makes every model be that")
+        has_own_name = option.has_separate_off and f"--{key}" in option.negations
+        return key if has_own_name else option.key, option.values == 0
+
+
+def _typed_key(key: str) -> str:
+    """One name for all spellings of a typed option, as far as they are one option in every build."""
+    name = typed_name(f"--{key}") or typed_name(f"-{key}")
+    return key if name is None or name in _SEVERAL_OPTIONS else name
+
+
+def _lint_table(where: str, table: Mapping[str, str], keys: _Keys) -> None:
+    written: dict[str, str] = {}
+    for key, value in table.items():
+        name, is_flag = keys.look(where, key)
+        if problem := ini.value_problem(value):
+            raise OptionError(f"preset {where}: the value {value!r} of {key} {problem}")
+        if is_flag and value not in _FLAG_VALUES:
+            raise OptionError(f"preset {where}: {key} = {value} would be read as off; it takes 1 or 0")
+        if key in _PRESET_ONLY and not (value.isascii() and value.isdecimal()):
+            raise OptionError(f"preset {where}: {key} = {value} is no whole number of seconds")
         # Of two spellings of one option the router takes the one that sorts last, not the one written last.
-        if option.key in written:
-            raise OptionError(f"preset {where}: {written[option.key]} and {key} are the same option")
-        written[option.key] = key
+        if name in written:
+            raise OptionError(f"preset {where}: {written[name]} and {key} are the same option")
+        written[name] = key
 
 
 def _lint_aliases(preset: Preset) -> None:

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llamavisord.config import Config
-from llamavisord.document import DefaultsTable, Document, MetricsTable, RouterTable
+from llamavisord.document import DefaultsTable, Document, MetricsTable, ModelTable, RouterTable
 from llamavisord.loading import load
 from llamavisord.places import Places
 from llamavisord.problems import ConfigError
@@ -72,7 +72,7 @@ def refusal(path: Path | None, environ: Mapping[str, str] = NOTHING, overrides: 
 def test_the_example_of_the_readme_means_what_it_says(write: Write) -> None:
     """Each key ends up where the daemon looks for it."""
     config = load(write(EXAMPLE), NOTHING)
-    (router,) = config.router_settings()
+    (router,) = config.routers
     assert config.serve == "router"
     assert (config.metrics.enabled, config.metrics.host, config.metrics.port) == (True, "127.0.0.1", 9155)
     assert (router.name, router.host, router.port) == ("gpu0", "127.0.0.1", 8081)
@@ -482,6 +482,7 @@ _KEYS = st.sampled_from(
             *MetricsTable.model_fields,
             *DefaultsTable.model_fields,
             *RouterTable.model_fields,
+            *ModelTable.model_fields,
             "x",
         }
     )

@@ -15,10 +15,20 @@ from builds import NEW, OLD, OLDEST
 from fakes.bare_router import BareRouter
 from llamavisor.binary import probe
 from llamavisor.errors import OptionError
-from llamavisor.flags import LISTENER, SPELLINGS, LaunchOptions, ModelOptions, OptionLayer, check, resolve
+from llamavisor.flags import (
+    LISTENER,
+    MODEL_SPELLINGS,
+    SPELLINGS,
+    LaunchOptions,
+    ModelOptions,
+    OptionLayer,
+    check,
+    resolve,
+)
 from llamavisor.helptext import FlagSet, HelpOption
 from llamavisor.preset import Preset, for_router, lint
 from llamavisor.reserved import find_reserved
+from llamavisor.rules import ModelSettings
 
 BINARY = "/opt/llama-server"
 
@@ -75,6 +85,32 @@ def test_the_table_of_spellings_covers_the_typed_options() -> None:
     assert set(SPELLINGS) == set(ModelOptions.model_fields) - {"args"}
     assert set(_TYPED) == set(SPELLINGS)
     assert all(any(NEW.find(spelling) for spelling in spellings) for spellings in SPELLINGS.values())
+
+
+def test_the_table_of_spellings_covers_the_options_of_single_models() -> None:
+    """What [model] tables have besides is an option of the newest build, or the supervisor's own."""
+    ours = {"aliases", "tags", "load_on_start", "router"}
+    assert set(MODEL_SPELLINGS) == ModelSettings.model_fields.keys() - ModelOptions.model_fields.keys() - ours
+    assert all(any(flags.find(word) for word in words) for words in MODEL_SPELLINGS.values() for flags in (NEW, OLD))
+    spellings = [word for words in (*SPELLINGS.values(), *MODEL_SPELLINGS.values()) for word in words]
+    assert len(spellings) == len(set(spellings))
+
+
+def test_options_of_drafts_are_found_by_their_old_names() -> None:
+    """A build before --spec-draft-n-max is told --draft-max."""
+    older = FlagSet(
+        [
+            HelpOption(("--draft", "--draft-n", "--draft-max"), (), "N", 1, "number of tokens to draft (default: 16)"),
+            HelpOption(("-md", "--model-draft"), (), "FNAME", 1, "draft model for speculative decoding"),
+            HelpOption(("-ngld", "--gpu-layers-draft"), (), "N", 1, "layers to store in VRAM for the draft model"),
+        ]
+    )
+    table = ModelSettings(draft="/d.gguf", draft_max=4, draft_gpu_layers="all")
+    assert _preset(table, flags=older) == {"draft-max": "4", "model-draft": "/d.gguf", "gpu-layers-draft": "999"}
+    assert _preset(table, ModelSettings(draft=False, args=("--draft", "7")), flags=older) == {
+        "draft-max": "7",
+        "gpu-layers-draft": "999",
+    }
 
 
 def test_each_typed_option_has_one_key() -> None:

@@ -17,6 +17,7 @@ from llamavisor import ini
 from llamavisor.binary import probe
 from llamavisor.errors import OptionError
 from llamavisor.flags import LaunchOptions
+from llamavisor.helptext import FlagSet, HelpOption
 from llamavisor.preset import STOP_TIMEOUT_S, Preset, for_router, lint, write
 
 MODEL = "/srv/models/a.gguf"
@@ -197,6 +198,9 @@ def test_a_model_may_have_aliases_and_its_own_name_among_them() -> None:
         ({"draft-max": "1"}, "draft-max is not an option"),
         ({"ctx-size": "1", "c": "2"}, "ctx-size and c are the same option"),
         ({"no-jinja": "1", "jinja": "1"}, "no-jinja and jinja are the same option"),
+        ({"model-draft": "/a", "md": "/b"}, "model-draft and md are the same option"),
+        ({"jinja": "yes"}, "would be read as off"),
+        ({"gpt-oss-20b-default": "1"}, "downloads a model"),
     ],
 )
 def test_with_a_build_unknown_keys_and_second_names_are_refused(common: Mapping[str, str], message: str) -> None:
@@ -204,6 +208,29 @@ def test_with_a_build_unknown_keys_and_second_names_are_refused(common: Mapping[
     with pytest.raises(OptionError, match=message):
         lint(Preset(common), NEW)
     lint(Preset({"mmap": "1", "stop-timeout": "3"}), OLD)
+
+
+@pytest.mark.parametrize(
+    ("common", "message"),
+    [
+        ({"ctx-size": "1", "c": "2"}, "ctx-size and c are the same option"),
+        ({"no-jinja": "1", "jinja": "1"}, "no-jinja and jinja are the same option"),
+        ({"spec-draft-n-max": "1", "draft-max": "1"}, "spec-draft-n-max and draft-max are the same option"),
+        ({"stop-timeout": "soon"}, "no whole number of seconds"),
+    ],
+)
+def test_second_names_of_typed_options_are_refused_without_a_build(common: Mapping[str, str], message: str) -> None:
+    """What all builds call one option is known without asking one; what are several options in some is not refused."""
+    with pytest.raises(OptionError, match=message):
+        lint(Preset(common))
+    lint(Preset({"mmap": "0", "mlock": "1", "cont-batching": "0", "no-cont-batching": "1", "lora": "a"}))
+
+
+def test_a_name_that_only_the_build_knows_is_reserved_in_a_section_too() -> None:
+    """When a build gives a reserved option one more name, no model gets it by that name."""
+    flags = FlagSet([HelpOption(("--models-dir", "--folder"), (), "PATH", 1, "directory")])
+    with pytest.raises(OptionError, match="folder is refused"):
+        lint(Preset({"folder": "/x"}), flags)
 
 
 def test_a_preset_is_written_for_its_owner_alone_and_replaces_the_old_one(tmp_path: Path) -> None:

@@ -116,6 +116,10 @@ def _add_serve(commands: _Commands) -> None:
 def _add_reading(commands: _Commands) -> None:
     commands.add("status", "show how the daemon, its routers and its models are", talks=True, json=True)
     commands.add("models", "list the models", talks=True, json=True)
+    show = commands.add("show", "show everything that is known of a model", talks=True, json=True)
+    show.add_argument("model", help="name of the model, or an alias")
+    show.add_argument("--router", metavar="NAME", help="only what this router makes of it")
+    show.add_argument("--template", action="store_true", help="only the chat template, as it stands in the file")
     events = commands.add(
         "events", "show what happened", details="With --json, one object on each line.", talks=True, json=True
     )
@@ -170,6 +174,8 @@ def _add_config(commands: _Commands) -> None:
         "check", "tell everything that is wrong with the configuration", details="Exit code 78 if anything is."
     )
     show = verbs.add("show", "show what is in force, and where each value is written", json=True)
+    show.add_argument("--model", metavar="NAME", help="what a model of this name gets, and from which table")
+    show.add_argument("--router", metavar="NAME", help="with --model: only from this router")
     for verb in (check, show):
         verb.add_argument(
             "file", nargs="?", type=Path, help="the file (else LLAMAVISOR_CONFIG, else the default place)"

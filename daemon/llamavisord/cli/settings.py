@@ -6,12 +6,14 @@ import json
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 from llamavisor import binary, flags
 from llamavisor.errors import BinaryError, OptionError
+from llamavisor.sections import try_rule
 from llamavisor.settings import RouterSettings
-from llamavisord.cli.errors import with_hint
+from llamavisord.cli.errors import CommandError, with_hint
 from llamavisord.cli.render import Screen
 from llamavisord.config import Config, Setting
 from llamavisord.exit_codes import ExitCode
@@ -29,13 +31,19 @@ def run(arguments: Namespace) -> int:
         return ExitCode.BAD_CONFIG
     for warning in config.warnings:
         _say(f"warning: {warning}")
-    return _check(config) if arguments.verb == "check" else _show(config, as_json=arguments.json)
+    if arguments.verb == "check":
+        return _check(config)
+    if arguments.model is not None:
+        return _show_model(config, arguments.model, arguments.router, as_json=arguments.json)
+    if arguments.router is not None:
+        raise CommandError("--router goes with --model", exit_code=ExitCode.USAGE)
+    return _show(config, as_json=arguments.json)
 
 
 def _check(config: Config) -> int:
     """Ask the llama-server of each router, too, whether it knows the options."""
     probes = binary.ProbeCache()
-    problems = [problem for router in config.routers if (problem := _resolve(router, probes))]
+    problems = [problem for router in config.routers for problem in _resolve(config, router, probes)]
     for problem in problems:
         print(plain(problem), file=sys.stderr)
     if problems:
@@ -45,20 +53,44 @@ def _check(config: Config) -> int:
     return ExitCode.OK
 
 
-def _resolve(router: RouterSettings, probes: binary.ProbeCache) -> str | None:
-    """What is wrong with a router's options. That no llama-server is there is no fault of the configuration."""
+def _resolve(config: Config, router: RouterSettings, probes: binary.ProbeCache) -> Iterator[str]:
+    """What is wrong with the options of a router and its models.
+
+    That no llama-server is there is no fault of the configuration.
+    """
     if not os.path.isdir(router.models_dir):  # noqa: PTH112 (Path's raises where it may not look)
         _say(f"warning: router {router.name}: {router.models_dir} is no folder yet")
     try:
         found = probes.probe(binary.find(router.llama_server), {**os.environ, **dict(router.env)})
     except BinaryError as error:
         _say(f"warning: router {router.name}: options not checked: {with_hint(str(error), error.hint)}")
-        return None
+        return
+    path = str(found.path)
     try:
-        flags.resolve(router.layers, found.flags, binary=str(found.path))
+        common = flags.resolve(router.layers, found.flags, binary=path)
     except OptionError as error:
-        return f"router {router.name}: {with_hint(str(error), error.hint)}"
-    return None
+        yield f"router {router.name}: {with_hint(str(error), error.hint)}"
+        return
+    for rule in config.rules:
+        if rule.settings.router is not None and router.name not in rule.settings.router:
+            continue
+        try:
+            try_rule(rule, router.layers, common, found.flags, binary=path)
+        except OptionError as error:
+            yield f"router {router.name}: {with_hint(str(error), error.hint)}"
+
+
+def _show_model(config: Config, model: str, router: str | None, *, as_json: bool) -> int:
+    from llamavisord.cli.model_options import settings_of  # noqa: PLC0415 (no other verb pays for the catalog)
+
+    found = settings_of(config, model, router)
+    screen = Screen()
+    if as_json:
+        screen.json([{"router": name, **_as_json(setting)} for name, setting in found])
+        return ExitCode.OK
+    rows = [(f"router.{name}.{each.key}", _toml(each.value), str(each.origin)) for name, each in found]
+    screen.table(("KEY", "VALUE", "FROM"), rows)
+    return ExitCode.OK
 
 
 def _show(config: Config, *, as_json: bool) -> int:

@@ -1,0 +1,294 @@
+"""One model as one router is to serve it, and the section of the router's preset that says so."""
+
+from __future__ import annotations
+
+import functools
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import PurePath
+
+from llamavisor import automatic, ini
+from llamavisor.catalog import Entry, FileId
+from llamavisor.errors import OptionError
+from llamavisor.flags import LaunchOptions, OptionLayer, find_typed, resolve
+from llamavisor.gguf import Kind
+from llamavisor.helptext import FlagSet
+from llamavisor.rules import ModelRule, alias_problem, is_template_file, matching, split_scale
+
+_DRAFT_TYPES = {
+    "mtp-": "draft-mtp",
+    "dflash-": "draft-dflash",
+    "dspark-": "draft-dspark",
+    "eagle3-": "draft-eagle3",
+}
+"""How a draft is used, by how its file's name begins: the names that llama-server's own downloads look for.
+
+Left to itself llama-server takes every draft for a small model of the same kind.
+"""
+_SWITCHED_OFF = {"mmap": "1", "no-mmap": "0"}
+"""Flags that are on by default in builds that have them; all others without a negation are off when they are "0"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model as one router is to serve it. Equal specs mean that nothing has to be loaded anew.
+
+    Attributes:
+        name: what clients call it.
+        path: absolute path of its first file.
+        files: which contents it is made of: its own files, then the projector and the draft that were found and are
+            used. Files that a configuration names are not among them.
+        projector: found beside it and used, None without one.
+        draft: likewise.
+        layers: its own option tables, lowest precedence first: what was found beside it, then the rules.
+        aliases: more names, such as its folder's.
+        tags: words that are shown with it.
+        load_on_start: whether it is loaded when the router is ready.
+        n_ctx_train: tokens of context that it was trained for, None when its file does not say.
+        kind: what it is for.
+        changed_at: Unix seconds at which the last of its files was last changed.
+    """
+
+    name: str
+    path: str
+    files: tuple[FileId, ...]
+    projector: str | None = None
+    draft: str | None = None
+    layers: tuple[OptionLayer, ...] = ()
+    aliases: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    load_on_start: bool = False
+    n_ctx_train: int | None = None
+    kind: Kind = Kind.MODEL
+    changed_at: float = field(default=0.0, compare=False)
+
+
+def specify(entry: Entry, rules: Sequence[ModelRule], *, router: str) -> ModelSpec | None:
+    """What a router is to make of an entry of the catalog; None if the rules keep it from that router. Pure.
+
+    Args:
+        entry: the model, in whatever state.
+        rules: all of them, in the order of the configuration. A tuple is looked up faster.
+        router: name of the router.
+    """
+    own = matching(rules, entry.name)
+    routers = _last(own, "router", default=None)
+    if isinstance(routers, tuple) and router not in routers:
+        return None
+    projector = entry.projector if _last(own, "mmproj", default=True) is True else None
+    draft = entry.draft if _last(own, "draft", default=True) is True else None
+    beside = automatic.for_neighbours(projector.path if projector else None, draft.path if draft else None)
+    wishes = [key for key in ("mmproj", "draft") if _last(own, key, default=None) is True]
+    layers = tuple(_without(rule.layer, wishes) for rule in own)
+    header = entry.header
+    used = (*entry.files, *((projector,) if projector else ()), *((draft,) if draft else ()))
+    return ModelSpec(
+        name=entry.name,
+        path=entry.path,
+        files=tuple(file.id for file in used),
+        projector=projector.path if projector else None,
+        draft=draft.path if draft else None,
+        layers=(beside, *layers) if beside else layers,
+        aliases=tuple(dict.fromkeys((*entry.aliases, *_last_written(own, "aliases")))),
+        tags=tuple(dict.fromkeys(_last_written(own, "tags"))),
+        load_on_start=bool(_last(own, "load_on_start", default=False)),
+        n_ctx_train=header.context_length if header else None,
+        kind=header.kind if header else Kind.MODEL,
+        changed_at=entry.changed_at,
+    )
+
+
+def layers_in_force(spec: ModelSpec, base: Sequence[OptionLayer]) -> tuple[OptionLayer, ...]:
+    """Every table that speaks for a model, lowest precedence first: its router's, the automatic ones, its own."""
+    kind = automatic.for_kind(spec.kind, spec.n_ctx_train, base, spec.layers)
+    return (*base, *((kind,) if kind else ()), *spec.layers)
+
+
+def section(
+    spec: ModelSpec, base: Sequence[OptionLayer], common: LaunchOptions, flags: FlagSet, *, binary: str
+) -> Mapping[str, str]:
+    """The entries of a model's section in the preset: its file, and what it is told other than all models are. Pure.
+
+    Args:
+        spec: the model.
+        base: the tables of its router.
+        common: what they come to, the entries of `[*]`.
+        flags: the options of the build.
+        binary: its path, for messages.
+
+    Raises:
+        OptionError: names the model, the table and the option that cannot be written for this build.
+    """
+    try:
+        _refuse_unfit(spec)
+        layers = layers_in_force(spec, base)
+        if len(layers) == len(base):
+            own: Mapping[str, str] = {}
+        else:
+            own = difference(_resolved(layers, flags, binary), common, flags, source=_sources(layers[len(base) :]))
+    except OptionError as error:
+        raise OptionError(f"model {spec.name}: {error}", hint=error.hint) from error
+    entries = {"model": spec.path}
+    for key, words in (("alias", spec.aliases), ("tags", spec.tags)):
+        if words:
+            entries[key] = ",".join(words)
+    return {**entries, **own}
+
+
+def try_rule(
+    rule: ModelRule, base: Sequence[OptionLayer], common: LaunchOptions, flags: FlagSet, *, binary: str
+) -> None:
+    """Refuses a rule that this build could not follow for any model of a router.
+
+    Raises:
+        OptionError: names the table and the option.
+    """
+    difference(_resolved((*base, rule.layer), flags, binary), common, flags, source=rule.source)
+
+
+def difference(full: LaunchOptions, common: LaunchOptions, flags: FlagSet, *, source: str) -> Mapping[str, str]:
+    """What a section must say so that a model gets `full` although all models get `common`.
+
+    Raises:
+        OptionError: the build has no word for taking back what all models are told.
+    """
+    entries = {key: value for key, value in full.preset.items() if common.preset.get(key) != value}
+    for key in common.preset.keys() - full.preset.keys():
+        entries |= _taken_back(key, common.preset[key], flags, source)
+    draft, kind = find_typed("draft", flags), find_typed("draft_type", flags)
+    if draft and kind and draft.key in entries and kind.key not in full.preset:
+        name = PurePath(entries[draft.key]).name
+        named = next((value for prefix, value in _DRAFT_TYPES.items() if name.startswith(prefix)), None)
+        if named in kind.placeholder.split(","):
+            entries[kind.key] = named
+    return dict(sorted(entries.items()))
+
+
+def without_clashes(specs: Iterable[ModelSpec]) -> tuple[dict[str, ModelSpec], dict[str, str]]:
+    """The models of one router by name, without aliases that would stop it; and what is to be said of whom.
+
+    A name beats an alias; of two models with one alias the one whose name is smaller keeps it: the same models give
+    the same answer in whatever order they come. Pure.
+
+    Args:
+        specs: no two of one name.
+    """
+    by_name = {spec.name: spec for spec in sorted(specs, key=lambda spec: spec.name)}
+    owners: dict[str, str] = {name: name for name in by_name}
+    notes: dict[str, str] = {}
+    for name, spec in by_name.items():
+        kept, lost = [], []
+        for alias in spec.aliases:
+            problem, owner = alias_problem(alias), owners.get(alias)
+            if problem or owner not in (None, name):
+                lost.append(f"the alias {alias!r} {problem or f'is what the model {owner} is called'}")
+            elif owner is None:
+                owners[alias] = name
+                kept.append(alias)
+        if tuple(kept) != spec.aliases:
+            by_name[name] = replace(spec, aliases=tuple(kept))
+        if lost:
+            notes[name] = "; ".join(lost)
+    return by_name, notes
+
+
+def missing_files(spec: ModelSpec) -> str | None:
+    """Why a model cannot be served because of the files that its tables name, None if they are there.
+
+    Blocking: one stat for each. A projector that is missing can keep a whole router from starting, so a model with
+    one is not handed to it.
+    """
+    effective: dict[str, tuple[str, object]] = {}
+    for layer in spec.layers:
+        for key in ("mmproj", "draft", "lora", "chat_template", "grammar_file", "slot_save_path"):
+            value: object = getattr(layer.options, key, None)
+            if value is not None:
+                effective[key] = (layer.source, value)
+    for key, (source, value) in effective.items():
+        for path in _paths(key, value):
+            if problem := _path_problem(path, is_folder=key == "slot_save_path"):
+                return f"{source}: {key} {path} {problem}"
+    return None
+
+
+def _last(rules: Sequence[ModelRule], key: str, *, default: object) -> object:
+    """What the last rule that sets `key` sets it to."""
+    for rule in reversed(rules):
+        value: object = getattr(rule.settings, key)
+        if value is not None:
+            return value
+    return default
+
+
+def _last_written(rules: Sequence[ModelRule], key: str) -> tuple[str, ...]:
+    """The same for lists, which are empty where they are not written."""
+    written = [getattr(rule.settings, key) for rule in rules if key in rule.settings.model_fields_set]
+    return tuple(written[-1]) if written else ()
+
+
+def _without(layer: OptionLayer, keys: Sequence[str]) -> OptionLayer:
+    """A layer that says nothing of `keys`.
+
+    The last word on them is `true`: what was found beside the model, which lies below all rules.
+    """
+    if all(getattr(layer.options, key) is None for key in keys):
+        return layer
+    return OptionLayer(layer.source, layer.options.model_copy(update=dict.fromkeys(keys)))
+
+
+def _refuse_unfit(spec: ModelSpec) -> None:
+    for what, problem in (("name", ini.section_problem(spec.name)), ("path", ini.value_problem(spec.path))):
+        if problem:
+            raise OptionError(f"its {what} {problem}", hint="Rename the file or its folder.")
+
+
+def _sources(layers: Sequence[OptionLayer]) -> str:
+    return " with ".join(dict.fromkeys(layer.source for layer in layers))
+
+
+@functools.lru_cache(maxsize=512)
+def _resolved(layers: tuple[OptionLayer, ...], flags: FlagSet, binary: str) -> LaunchOptions:
+    """Most models of a folder have the same tables: their options are worked out once."""
+    return resolve(layers, flags, binary=binary)
+
+
+def _taken_back(key: str, value: str, flags: FlagSet, source: str) -> Mapping[str, str]:
+    """The entry by which one model does not get what `[*]` says, which is the build's own default then.
+
+    A flag is named with "0", and the router leaves it out. An option with a value has no such word.
+    """
+    option = flags.find_key(key)
+    if option is not None and option.values == 0:
+        return {key: _SWITCHED_OFF.get(key, "0")}
+    raise OptionError(
+        f"{source}: this llama-server has no word for taking back {key} = {value}, which all models are told",
+        hint=f"Write {key} in [model] tables of the models that are to have it, and not in [defaults] or [[router]].",
+    )
+
+
+def _paths(key: str, value: object) -> tuple[str, ...]:
+    if key == "lora" and isinstance(value, tuple):
+        return tuple(split_scale(each)[0] for each in value)
+    if key == "chat_template" and isinstance(value, str):
+        return (value,) if is_template_file(value) else ()
+    return (value,) if isinstance(value, str) else ()
+
+
+def _path_problem(path: str, *, is_folder: bool) -> str | None:
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (a str with a NUL raises ValueError, as Path's does)
+    except FileNotFoundError:
+        return "is not there"
+    except OSError as error:
+        return f"cannot be used: {error.strerror}"
+    except ValueError:
+        return "is no path"
+    if is_folder:
+        if not stat.S_ISDIR(mode):
+            return "is no folder"
+        return None if os.access(path, os.W_OK | os.X_OK) else "cannot be written by this user"
+    if not stat.S_ISREG(mode):
+        return "is no file"
+    return None if os.access(path, os.R_OK) else "cannot be read by this user"
