@@ -36,13 +36,35 @@ TEXT_PATHS = frozenset({"/v1/completions", "/completions", "/completion"})
 _PROGRESS_EVERY_S = 0.2
 _SLOTS = 4
 
-_COUNTERS = (
+_PROMPT_TOKENS = 8
+
+_METRICS = (
     ("prompt_tokens_total", "Number of prompt tokens processed, excluding cached tokens", "counter"),
+    ("prompt_tokens_cached_total", "Number of prompt tokens reused from the cache", "counter"),
+    ("prompt_seconds_total", "Total time spent processing prompts", "counter"),
     ("tokens_predicted_total", "Number of generation tokens processed", "counter"),
-    ("n_decode_total", "Total number of llama_decode() calls", "counter"),
+    ("tokens_predicted_seconds_total", "Total time spent generating tokens", "counter"),
+    (
+        "n_decode_total",
+        "Total number of llama_decode() calls, excluding speculative decoding and multimodal decoding",
+        "counter",
+    ),
+    ("n_tokens_max", "Largest observed sequence length (prompt + generation)", "counter"),
+    ("spec_decode_num_draft_tokens_total", "Speculative: Total draft tokens generated", "counter"),
+    (
+        "spec_decode_num_accepted_tokens_total",
+        "Speculative: Total draft tokens accepted by the target model",
+        "counter",
+    ),
+    ("spec_decode_num_drafts_total", "Speculative: Total speculative decoding verification steps", "counter"),
+    ("prompt_tokens_seconds", "Average prompt throughput in tokens/s", "gauge"),
+    ("predicted_tokens_seconds", "Average generation throughput in tokens/s", "gauge"),
     ("requests_processing", "Number of requests processing", "gauge"),
     ("requests_deferred", "Number of requests deferred", "gauge"),
+    ("n_busy_slots_per_decode", "Average number of busy slots per llama_decode() call", "gauge"),
 )
+_RATES = {"prompt_tokens_seconds": "prompt_tokens_total", "predicted_tokens_seconds": "tokens_predicted_total"}
+"""Gauges that tell how a counter has grown since somebody last asked."""
 
 
 class Child:
@@ -78,7 +100,10 @@ class Child:
         self._busy = 0
         self._last_used = time.monotonic()
         self._requests = 0
-        self._counts = dict.fromkeys((name for name, _, _ in _COUNTERS), 0)
+        self._counts = dict.fromkeys((name for name, _, _ in _METRICS), 0)
+        self._told = dict(self._counts)
+        self._told_at = time.monotonic()
+        self._started = int(time.time())
         self._loaded_at = float("inf")
 
     def run(self) -> None:
@@ -167,7 +192,8 @@ class Child:
         text = "".join(said)
         choice = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         choice |= {"finish_reason": "length" if limit == len(said) else "stop", "index": 0}
-        usage = {"completion_tokens": len(said) + 1, "prompt_tokens": 8, "total_tokens": len(said) + 9}
+        usage = {"completion_tokens": len(said) + 1, "prompt_tokens": _PROMPT_TOKENS}
+        usage["total_tokens"] = usage["completion_tokens"] + usage["prompt_tokens"]
         return json_response({"choices": [choice], **self._envelope("chat.completion"), "usage": usage})
 
     def _stream(self, words: Iterator[str]) -> Iterator[bytes]:
@@ -185,21 +211,22 @@ class Child:
 
     def _words(self, limit: int) -> Iterator[str]:
         """The words of an answer, one per token; none come any more once the process has been told to end."""
+        at = 0
         with self._lock:
             self._busy += 1
+            self._counts["prompt_tokens_total"] += _PROMPT_TOKENS
         try:
-            at = 0
             while at != limit and (self._file.is_endless or at < len(self._file.words)):
                 time.sleep(self._script.token_s)
                 if self._is_ending:
                     threading.Event().wait()
                 yield self._file.words[at % len(self._file.words)]
                 at += 1
-                self._counts["tokens_predicted_total"] += 1
                 self._counts["n_decode_total"] += 1
         finally:
             with self._lock:
                 self._busy -= 1
+                self._counts["tokens_predicted_total"] += at  # a true one counts them when the answer is whole, too
             self._last_used = time.monotonic()
 
     def _envelope(self, kind: str) -> dict[str, object]:
@@ -210,12 +237,20 @@ class Child:
         if not self._has_metrics:
             reason = "This server does not support metrics endpoint. Start it with `--metrics`"
             raise AnswerError(501, reason, "not_supported_error")
-        values = {**self._counts, "requests_processing": self._busy}
+        with self._lock:
+            values = {**self._counts, "requests_processing": self._busy}
+            if not self._is_asleep:  # a true one repeats its last answer then
+                now = time.monotonic()
+                passed_s = max(now - self._told_at, 1e-6)
+                for rate, counter in _RATES.items():
+                    self._counts[rate] = values[rate] = (values[counter] - self._told[counter]) / passed_s
+                self._told, self._told_at = values, now
         lines = [
-            f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {values[name]}\n"
-            for name, what, kind in _COUNTERS
+            f"# HELP llamacpp:{name} {what}\n# TYPE llamacpp:{name} {kind}\nllamacpp:{name} {values[name]:.6g}\n"
+            for name, what, kind in _METRICS
         ]
-        return Response(200, "".join(lines).encode(), content_type="text/plain; version=0.0.4")
+        headers = {"Process-Start-Time-Unix": str(self._started)}
+        return Response(200, "".join(lines).encode(), content_type="text/plain; version=0.0.4", headers=headers)
 
     def _props(self) -> dict[str, object]:
         return {
