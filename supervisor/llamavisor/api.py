@@ -7,6 +7,7 @@ llama.cpp's tools/server/README.md, "Using multiple models"; checked against bui
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 import anyio
+import anyio.lowlevel
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -32,6 +34,12 @@ ANSWER_BYTES = 64 * 1024 * 1024
 """A longer answer is no answer; 3,000 models make 2 MB."""
 HEALTH_BYTES = 64 * 1024
 EVENT_BYTES = 1024 * 1024
+
+_LIST = re.compile(rb'\s*\{\s*"data"\s*:\s*\[\s*')
+_COMMA = re.compile(r"\s*,?\s*")
+_SLICE_BYTES = 256 * 1024
+_SLICE = 64
+"""A list longer than `_SLICE_BYTES` is read in pieces of so many models, a few milliseconds each."""
 
 _STATES = {
     "unloaded": ModelState.UNLOADED,
@@ -218,7 +226,17 @@ class RouterApi:
         """
         path = "/models?reload=1" if reload else "/models"
         body = await self._call("GET", path, timeout_s=RELOAD_TIMEOUT_S if reload else ANSWER_TIMEOUT_S)
-        return [_listed(model) for model in _parse(_Models, body, path).data]
+        return [_listed(model) async for model in _parse_models(body, path)]
+
+    async def command_line(self, name: str) -> tuple[str, ...] | None:
+        """The words by which the router starts, or would start, a model; None if it does not list it.
+
+        Raises:
+            ApiError: no understandable answer.
+        """
+        body = await self._call("GET", "/models")
+        found = [model.status.args async for model in _parse_models(body, "/models") if model.id == name]
+        return found[0] if found else None
 
     async def load(self, name: str) -> None:
         """Have the router start loading a model. It is not loaded when this returns.
@@ -324,6 +342,28 @@ def _listed(model: _Model) -> ListedModel:
         path=Path(path) if path else None,
         n_ctx=model.meta.n_ctx if model.meta else None,
     )
+
+
+async def _parse_models(body: bytes, path: str) -> AsyncIterator[_Model]:
+    """The models of a list. One of thousands is taken apart piece by piece, so that nothing else waits for long."""
+    begin = _LIST.match(body[:100])
+    if len(body) <= _SLICE_BYTES or begin is None:
+        for model in _parse(_Models, body, path).data:
+            yield model
+        return
+    count = 0
+    decoder = json.JSONDecoder()
+    try:
+        text, at = body.decode(), begin.end()
+        while not text.startswith("]", at):
+            piece, at = decoder.raw_decode(text, at)
+            yield _Model.model_validate(piece)
+            at = _COMMA.match(text, at).end()  # type: ignore[union-attr] # it matches the empty text too
+            count += 1
+            if count % _SLICE == 0:
+                await anyio.lowlevel.checkpoint()
+    except (ValueError, RecursionError) as exc:  # a ValidationError and a JSONDecodeError are ValueErrors, too
+        raise ApiError(f"{path}: the answer is not what a llama-server router says: {_excerpt(body)}") from exc
 
 
 def _parse(kind: type[_A], body: bytes, path: str) -> _A:

@@ -26,6 +26,7 @@ class Cause(Enum):
     STATE_DIR = "state_dir"  # our own files cannot be written: a full disk is emptied some day
     DEVICE = "device"  # a device that the configuration names appeared late
     UPGRADE = "upgrade"  # llama-server was replaced on disk
+    UNSOUND = "unsound"  # it went on, but could not be brought up to date, or lost sight of a model's process
 
 
 _PERMANENT = frozenset({Cause.BAD_OPTION, Cause.BAD_BINARY})

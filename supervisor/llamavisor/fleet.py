@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import anyio
 import anyio.abc
 
 from llamavisor.binary import ProbeCache
+from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.events import Bus, StraysKilled, Warned
+from llamavisor.folder import Folder, Watch
 from llamavisor.host import Host
-from llamavisor.launch import Launcher
+from llamavisor.launch import Launcher, ModelSource
 from llamavisor.output import CAP_BYTES
-from llamavisor.process import TERM_GRACE_S, Spawner
+from llamavisor.process import INSTANCE_VARIABLE, TERM_GRACE_S, Spawner
 from llamavisor.router import Router
-from llamavisor.settings import RouterSettings
+from llamavisor.sections import ModelSpec
+from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.states import HAS_CHILD, RouterState
+from llamavisor.supply import Supply
+from llamavisor.watch import FolderWatch
 
 REAP_INTERVAL_S = 1.0
 
@@ -28,7 +33,8 @@ class Fleet:
     """The routers of one configuration, side by side, each with its own port.
 
     Args:
-        make_host: where a router with these settings runs.
+        make_host: where a router with these settings runs, given what knows its models.
+        make_watch: sees what is in a folder, and in those outside of it to which links in it may lead.
         spawner: reaps what is handed to us; None where nothing is spawned.
         bus: where the events go.
         jitter: a source of numbers in [0, 1).
@@ -37,16 +43,21 @@ class Fleet:
     def __init__(
         self,
         *,
-        make_host: Callable[[RouterSettings], Host],
+        make_host: Callable[[RouterSettings, ModelSource], Host],
+        make_watch: Callable[[Path, Sequence[Path]], Watch],
         spawner: Spawner | None = None,
         bus: Bus,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self.bus = bus
+        self.folders: list[Folder] = []
         self._make_host = make_host
+        self._make_watch = make_watch
         self._spawner = spawner
         self._jitter = jitter
         self._routers: dict[str, Router] = {}
+        self._supplies: dict[str, Supply] = {}
+        self._settings = FleetSettings(routers=())
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -72,70 +83,144 @@ class Fleet:
         """Whether at least one router is READY; a DEGRADED one keeps less than it promised."""
         return any(router.state is RouterState.READY for router in self)
 
-    async def run(self, settings: Iterable[RouterSettings]) -> None:
+    async def run(self, settings: FleetSettings) -> None:
         """Supervise routers with these settings until cancelled; when cancelled, end them first."""
         async with anyio.create_task_group() as self._tasks:
             if self._spawner is not None:
                 self._tasks.start_soon(self._reap, self._spawner)
-            for each in settings:
+            self._settings = settings
+            for each in settings.routers:
                 self._add(each)
 
     def _add(self, settings: RouterSettings) -> None:
+        """Begin to supervise a router."""
         assert self._tasks is not None  # noqa: S101 (called from run, or while it runs)
-        router = Router(self._make_host(settings), bus=self.bus, random=self._jitter)
+        folder = self._folder(settings.models_dir, self._settings.link_dirs)
+        supply = self._supply(folder, settings.name)
+        router = Router(self._make_host(settings, supply), bus=self.bus, random=self._jitter)
         self._routers[settings.name] = router
         self._tasks.start_soon(router.run)
+        supply.settle()
         router.start()
+
+    def _supply(self, folder: Folder, name: str) -> Supply:
+        """What the router of that name is to serve from now on, out of this folder."""
+
+        def deliver(specs: Mapping[str, ModelSpec]) -> None:
+            router = self._routers.get(name)
+            if router is not None:
+                router.want(specs, on_overwrite=self._settings.on_overwrite)
+
+        self._drop_supply(name)
+        supply = Supply(folder, name, self._settings.rules, deliver=deliver)
+        self._supplies[name] = supply
+        folder.listeners.append(supply)
+        return supply
+
+    def _drop_supply(self, name: str) -> None:
+        supply = self._supplies.pop(name, None)
+        if supply is not None:
+            supply.folder.listeners.remove(supply)
+
+    def _folder(self, path: Path, link_dirs: Sequence[Path]) -> Folder:
+        """The folder of that path under watch; from now on if it was not yet."""
+        assert self._tasks is not None  # noqa: S101
+        for folder in self.folders:
+            if folder.path == path and folder.link_dirs == tuple(link_dirs):
+                return folder
+        watch = self._make_watch(path, link_dirs)
+        folder = Folder(path, link_dirs, watch=watch, held=self._in_memory, bus=self.bus)
+        self.folders.append(folder)
+        self._tasks.start_soon(folder.run)
+        return folder
+
+    def _drop_unused_folders(self) -> None:
+        for folder in [folder for folder in self.folders if not folder.listeners]:
+            folder.scope.cancel()
+            self.folders.remove(folder)
+
+    def _in_memory(self) -> set[str]:
+        return {model.name for router in self for model in router.table if model.state in HAS_CHILD}
 
     async def _reap(self, spawner: Spawner) -> None:
         while True:
             spawner.reap_orphans()
             await anyio.sleep(REAP_INTERVAL_S)
 
-    async def check(self, settings: Iterable[RouterSettings]) -> list[str]:
-        """What would stand in the way of routers with other settings; nothing is changed.
+    async def check(self, settings: FleetSettings) -> list[str]:
+        """What would stand in the way of other settings; nothing is changed.
 
         A port that one of our own routers holds is no obstacle: it is let go before it is taken again.
 
         Returns:
-            One line for each new or changed router that could not be started, empty if all can.
+            One line for each new or changed router that could not be started and for each option of a model that its
+            llama-server does not take, empty if all is well.
         """
         problems = []
-        for each in settings:
+        for each in settings.routers:
             router = self._routers.get(each.name)
-            if router is not None and router.settings == each:
-                continue
-            found = await self._make_host(each).prepare()
-            is_own_port = any(held.settings.port == each.port for held in self)
-            if isinstance(found, Verdict) and not (found.cause is Cause.PORT_TAKEN and is_own_port):
-                hint = f" ({found.hint})" if found.hint else ""
-                problems.append(f"router {each.name}: {found.reason}{hint}")
+            folder = self._folder(each.models_dir, settings.link_dirs)
+            host = self._make_host(each, Supply(folder, each.name, settings.rules, deliver=lambda _: None))
+            if router is None or router.settings != each:
+                found = await host.prepare()
+                is_own_port = any(held.settings.port == each.port for held in self)
+                if isinstance(found, Verdict) and not (found.cause is Cause.PORT_TAKEN and is_own_port):
+                    hint = f" ({found.hint})" if found.hint else ""
+                    problems.append(f"router {each.name}: {found.reason}{hint}")
+            if settings.rules != self._settings.rules:
+                problems += [f"router {each.name}: {refusal}" for refusal in await host.refusals(settings.rules)]
+        if problems:
+            self._drop_unused_folders()
         return problems
 
-    async def apply(self, settings: Iterable[RouterSettings]) -> tuple[str, ...]:
-        """Go over to other settings: add, end and restart routers; what did not change is only told to look for files.
+    async def apply(self, settings: FleetSettings) -> tuple[str, ...]:
+        """Go over to other settings: add, end and restart routers; what did not change is not touched.
+
+        Routers that go on are told what has changed of their models; models in memory that have changed wait until they
+        are idle.
 
         Returns:
             The names of the routers that were added, ended or restarted.
         """
-        wanted = {each.name: each for each in settings}
+        has_other_policy = settings.on_overwrite != self._settings.on_overwrite
+        self._settings = settings
+        wanted = {each.name: each for each in settings.routers}
         changed = []
         for name in [name for name in self._routers if name not in wanted]:
             changed.append(name)
             # It stays in the table until it is gone: its port may be wanted by another.
             await self._routers[name].shut_down()
+            self._drop_supply(name)
             del self._routers[name]
         for name, each in wanted.items():
             router = self._routers.get(name)
             if router is None:
                 changed.append(name)
                 self._add(each)
-            elif router.settings != each:
+                continue
+            folder = self._folder(each.models_dir, settings.link_dirs)
+            supply = self._supplies[name]
+            if supply.folder is not folder:
+                supply = self._supply(folder, name)
+            else:
+                await supply.follow(settings.rules)
+                if has_other_policy:
+                    supply.deliver()
+            if router.settings != each:
                 changed.append(name)
-                router.reconfigure(self._make_host(each))
-            elif router.is_serving:
-                await self._rescan(router)
+                router.reconfigure(self._make_host(each, supply))
+        self._drop_unused_folders()
         return tuple(changed)
+
+    async def look(self, *, within_s: float) -> None:
+        """Look at all folders now, and have every router that serves told of what is there."""
+        async with anyio.create_task_group() as group:
+            for folder in self.folders:
+                group.start_soon(_look, folder, within_s)
+        with anyio.move_on_after(within_s):
+            for router in self:
+                if router.is_serving:
+                    await self._rescan(router)
 
     async def _rescan(self, router: Router) -> None:
         try:
@@ -155,9 +240,9 @@ class Fleet:
         """
         if router is not None:
             return self[router]
-        listing = [each for each in self if each.table.get(model) is not None]
+        listing = [each for each in self if each.table.get(each.shelf.name_of(model)) is not None]
         for each in listing:
-            known = each.table.get(model)
+            known = each.table.get(each.shelf.name_of(model))
             if known is not None and known.state in HAS_CHILD:
                 return each
         if listing:
@@ -168,9 +253,19 @@ class Fleet:
         routers = list(self)
         if len(routers) == 1 and not routers[0].is_serving:
             return routers[0]  # it knows best why
-        folder = ", ".join(sorted({str(each.settings.models_dir) for each in self}))
-        hint = f"see `llamavisor models`; a new file in {folder} needs `llamavisor reload`"
-        raise ModelNotFoundError(f"no model {model!r}", hint=hint)
+        raise self._not_there(model)
+
+    def _not_there(self, model: str) -> ModelNotFoundError:
+        """Why nobody serves `model`: there is no such thing, or its files cannot be used."""
+        for folder in self.folders:
+            entry = folder.catalog.entries.get(model)
+            if entry is not None and entry.state is not EntryState.READY:
+                return ModelNotFoundError(f"model {model} is {entry.state.value}: {entry.reason}", hint=entry.path)
+        for router in self:
+            withheld = router.shelf.offer.withheld.get(model)
+            if withheld is not None:
+                return ModelNotFoundError(f"model {model} is withheld from router {router.name}: {withheld.reason}")
+        return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""
@@ -182,6 +277,10 @@ class Fleet:
 def _reluctance(router: Router) -> tuple[bool, bool, int]:
     """How little a router is suited for one more model: the least goes first."""
     return router.state is not RouterState.READY, not router.is_serving, len(router.table.residents())
+
+
+async def _look(folder: Folder, within_s: float) -> None:
+    await folder.look(within_s=within_s)
 
 
 async def _shut_down(router: Router, grace_s: float) -> None:
@@ -209,9 +308,10 @@ def open_fleet(
     """
     probes = ProbeCache()
 
-    def make_host(settings: RouterSettings) -> Host:
+    def make_host(settings: RouterSettings, source: ModelSource) -> Host:
         return Launcher(
             settings,
+            source=source,
             spawner=spawner,
             state_dir=state_dir,
             log_dir=log_dir,
@@ -220,7 +320,10 @@ def open_fleet(
             environ=environ,
         )
 
-    return Fleet(make_host=make_host, spawner=spawner, bus=bus)
+    def make_watch(path: Path, link_dirs: Sequence[Path]) -> Watch:
+        return FolderWatch(path, link_dirs=link_dirs, env={INSTANCE_VARIABLE: spawner.instance})
+
+    return Fleet(make_host=make_host, make_watch=make_watch, spawner=spawner, bus=bus)
 
 
 async def sweep(spawner: Spawner, bus: Bus) -> None:

@@ -5,9 +5,9 @@ A generation does and sees; it decides nothing. What it sees it posts as news to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -15,15 +15,17 @@ import anyio.abc
 
 from llamavisor.api import ListedModel, StatusEvent
 from llamavisor.cause import Cause, Verdict, classify
-from llamavisor.errors import ApiError, SpawnError
+from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.host import Api, Host, ModelProcess, RouterProcess
 from llamavisor.launch import Launch
 from llamavisor.process import TERM_GRACE_S, Leftovers
+from llamavisor.shelf import Offer
 from llamavisor.states import HAS_CHILD, ModelState
+from llamavisor.usage import Usage, UsageError
 
 START_DEADLINE_S = 60.0
-START_DEADLINE_PER_ENTRY_S = 0.01
-"""A router opens every file of its folder before it listens."""
+START_DEADLINE_PER_MODEL_S = 0.01
+"""A router opens the file of every model before it listens."""
 DEVICE_DEADLINE_S = 60.0
 """How long a start waits for a device that the options name: drivers load late at boot."""
 DEVICE_POLL_S = 2.0
@@ -31,6 +33,7 @@ DEVICE_POLL_LATE_S = 10.0
 PROBE_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 BINARY_POLL_S = 5.0
+USAGE_INTERVAL_S = 1.0
 RECONNECT_S = 0.25
 POLL_S = 1.0
 """How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
@@ -60,6 +63,7 @@ class Spawned:
 
     process: RouterProcess
     launch: Launch
+    offer: Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +85,32 @@ class Overdue:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The router's whole list, as it was when the table had the revision `asked_at`, and the sizes of its files."""
+    """The router's whole list, as it was when the table had the revision `asked_at`."""
 
     models: list[ListedModel]
     asked_at: int
-    sizes: Mapping[Path, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """The router has read another offer; what it lists now is told besides."""
+
+    offer: Offer
+
+
+@dataclass(frozen=True, slots=True)
+class Unsound:
+    """The router cannot be brought up to date while it runs: a fresh process is wanted once nobody is answered."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """How busy a model is."""
+
+    model: str
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +178,9 @@ News = (
     | CameUp
     | Overdue
     | Listed
+    | Told
+    | Unsound
+    | Used
     | StatusEvent
     | ChildFound
     | ChildEnded
@@ -186,6 +214,7 @@ class Generation:
         self._running: set[str] = set()  # models that the router says have a child
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
+        self._awake: set[str] = set()  # models that the router calls loaded
         self._hint = anyio.Event()  # something was told that is not understood
         self._refusal: Verdict | None = None
         self._stopped = False  # it was asked to end
@@ -245,16 +274,21 @@ class Generation:
         missing = await self._await_devices(launch)
         self._log_mark = self._host.output.size()
         try:
+            offer = await self._host.write_offer(launch, launch.specs, kept={}, before=Offer())
             process = await self._host.spawn(launch, autoload=not missing)
+        except OptionError as error:
+            self._post(Ended(Verdict(Cause.BAD_OPTION, str(error), error.hint), str(error), None))
+            return
+        except OSError as error:
+            reason, hint = f"cannot write the router's files: {error}", "make room, or let this user write to state_dir"
+            self._post(Ended(Verdict(Cause.STATE_DIR, reason, hint), reason, None))
+            return
         except SpawnError as error:
             cause = Cause.BAD_BINARY if error.is_permanent else Cause.SPAWN
             self._post(Ended(Verdict(cause, str(error), error.hint), str(error), None))
             return
-        if isinstance(process, Verdict):
-            self._post(Ended(process, process.reason, None))
-            return
         self.process = process
-        self._post(Spawned(process, launch))
+        self._post(Spawned(process, launch, offer))
         ready = anyio.Event()
         async with self._host.connect() as api, anyio.create_task_group() as workers:
             self._workers, self._api = workers, api
@@ -284,7 +318,7 @@ class Generation:
         """What goes on beside a running process: see it come up, then follow it until it ends."""
         started = anyio.current_time()
         models: list[ListedModel] | None = None
-        deadline_s = START_DEADLINE_S + START_DEADLINE_PER_ENTRY_S * launch.entries
+        deadline_s = START_DEADLINE_S + START_DEADLINE_PER_MODEL_S * len(launch.specs)
         with anyio.move_on_after(deadline_s):
             models = await self._come_up(api)
         if models is None:
@@ -340,6 +374,7 @@ class Generation:
                             continue
                         if event.exit_code:
                             await anyio.sleep(LOG_SETTLE_S)
+                            await self._host.look_again()  # a file that was cut off explains a crash
                         self._see(event.model, event.state)
                         self._post(event)
             except ApiError as error:
@@ -369,8 +404,7 @@ class Generation:
         except ApiError:
             return  # the probe reports a router that does not answer
         self._watch_children(models)
-        sizes = await self._host.file_sizes([model.path for model in models if model.path is not None])
-        self._post(Listed(models, asked_at, sizes))
+        self._post(Listed(models, asked_at))
 
     def _watch_children(self, models: list[ListedModel]) -> None:
         for model in models:
@@ -378,10 +412,11 @@ class Generation:
 
     def _see(self, model: str, state: ModelState) -> None:
         """Take note of a model's state, and watch its process as soon as it has one."""
-        if state is ModelState.LOADING:
-            self._loading.add(model)
-        else:
-            self._loading.discard(model)
+        for states, members in ((ModelState.LOADING, self._loading), (ModelState.LOADED, self._awake)):
+            if state is states:
+                members.add(model)
+            else:
+                members.discard(model)
         if state not in HAS_CHILD:
             self._running.discard(model)
             return
@@ -397,13 +432,33 @@ class Generation:
                 if child is None:
                     return
                 self._post(ChildFound(model, child))
-                await child.wait()
+                await self._until_ended(model, child)
                 self._post(ChildEnded(model, child.pid))
                 await anyio.sleep(AFTERMATH_S)
                 if self._api is not None:
                     await self._relist(self._api)
         finally:
             self._watched.discard(model)
+
+    async def _until_ended(self, model: str, child: ModelProcess) -> None:
+        """Wait until a model's process has ended, and read how busy it is meanwhile."""
+        async with anyio.create_task_group() as group:
+            if child.port is not None:
+                group.start_soon(self._watch_usage, model, child.port)
+            await child.wait()
+            group.cancel_scope.cancel()
+
+    async def _watch_usage(self, model: str, port: int) -> None:
+        gauge = self._host.usage_of(port)
+        try:
+            while True:
+                await anyio.sleep(USAGE_INTERVAL_S)
+                if model not in self._awake:  # one that loads would not answer, one that sleeps does nothing
+                    continue
+                with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
+                    self._post(Used(model, await gauge.read()))
+        finally:
+            await gauge.aclose()
 
     async def _find_child(self, model: str) -> ModelProcess | None:
         with anyio.move_on_after(CHILD_DEADLINE_S):

@@ -1,13 +1,12 @@
 """The outside world of one router as its supervision sees it: small protocols, so that it can be put on virtual time.
 
-The real parts are `launch.Launcher`, `process.Process`, `child.Child` and `api.RouterApi`.
+The real parts are `launch.Launcher`, `process.Process`, `child.Child`, `usage.UsageReader` and `api.RouterApi`.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -16,7 +15,11 @@ from llamavisor.cause import Verdict
 from llamavisor.launch import Launch
 from llamavisor.output import OutputFile
 from llamavisor.process import ExitStatus, Leftovers
+from llamavisor.rules import ModelRule
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import RouterSettings
+from llamavisor.shelf import Offer, Offered
+from llamavisor.usage import Usage
 
 
 class Api(Protocol):
@@ -44,6 +47,13 @@ class ModelProcess(Protocol):
     async def wait(self) -> None: ...
 
 
+class UsageGauge(Protocol):
+    """How busy one model is; `read` raises UsageError."""
+
+    async def read(self) -> Usage: ...
+    async def aclose(self) -> None: ...
+
+
 class RouterProcess(Protocol):
     """The process of a router and all that it starts."""
 
@@ -65,8 +75,14 @@ class Host(Protocol):
     async def prepare(self) -> Launch | Verdict: ...
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]: ...
     async def is_replaced(self, launch: Launch) -> bool: ...
-    async def spawn(self, launch: Launch, *, autoload: bool) -> RouterProcess | Verdict: ...
+    async def write_offer(
+        self, launch: Launch, specs: Mapping[str, ModelSpec], *, kept: Mapping[str, Offered], before: Offer
+    ) -> Offer: ...
+    async def put_back(self, launch: Launch, offer: Offer) -> None: ...
+    async def refusals(self, rules: Sequence[ModelRule]) -> list[str]: ...
+    async def spawn(self, launch: Launch, *, autoload: bool) -> RouterProcess: ...
     async def is_listening(self, router_pid: int, *, log_mark: int) -> bool: ...
     async def find_child(self, router_pid: int, model: str) -> ModelProcess | None: ...
-    async def file_sizes(self, paths: Sequence[Path]) -> dict[Path, int | None]: ...
+    async def look_again(self) -> None: ...
+    def usage_of(self, port: int) -> UsageGauge: ...
     def connect(self) -> Api: ...

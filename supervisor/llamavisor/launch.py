@@ -8,13 +8,12 @@ default.
 from __future__ import annotations
 
 import errno
-import os
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import anyio.to_thread
 import psutil
@@ -26,9 +25,14 @@ from llamavisor.cause import Cause, Verdict
 from llamavisor.child import Child
 from llamavisor.child import find as find_child
 from llamavisor.errors import BinaryError, OptionError
+from llamavisor.offer import link_all, make_offer, to_preset
 from llamavisor.output import OutputFile
 from llamavisor.process import Process, Spawner
+from llamavisor.rules import ModelRule
+from llamavisor.sections import ModelSpec, try_rule
 from llamavisor.settings import RouterSettings
+from llamavisor.shelf import Offer, Offered
+from llamavisor.usage import UsageReader
 
 REQUEST_TIMEOUT_S = 3600
 """llama-server's own read and write timeout, said explicitly: a long prompt is silent for minutes."""
@@ -41,6 +45,17 @@ _START_LINES = 1000
 _SYSTEM_CONFIG = Path("/etc/llama.cpp/config.ini")
 
 
+class ModelSource(Protocol):
+    """Knows the models that there are for a router; `supply.Supply` is the real one. It answers within seconds."""
+
+    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
+        """What there is to be served, by name, or why that is not known."""
+        ...
+
+    async def look_again(self) -> None:
+        """See that what is known is not older than this call."""
+
+
 @dataclass(frozen=True, slots=True)
 class Launch:
     """A router that can be started.
@@ -49,15 +64,15 @@ class Launch:
         found: the llama-server and what it can do.
         options: what its models are told.
         env: the whole environment of the process.
+        specs: the models that it is to serve, by name; llama-server opens the file of every one before it listens.
         warnings: what a person should know although the router can start.
-        entries: how much is in the models folder; llama-server opens every file before it listens.
     """
 
     found: Binary
     options: flags.LaunchOptions
     env: Mapping[str, str]
+    specs: Mapping[str, ModelSpec] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    entries: int = 0
 
 
 class Launcher:
@@ -70,6 +85,7 @@ class Launcher:
         log_dir: folder for its output.
         log_size_bytes: size at which its output file is rotated.
         probes: remembers what each llama-server can do.
+        source: knows which models there are for this router.
         environ: the daemon's own environment, of which a short list is passed on.
     """
 
@@ -82,6 +98,7 @@ class Launcher:
         log_dir: Path,
         log_size_bytes: int,
         probes: ProbeCache,
+        source: ModelSource,
         environ: Mapping[str, str],
     ) -> None:
         self.settings = settings
@@ -89,7 +106,9 @@ class Launcher:
         self._spawner = spawner
         self._dir = state_dir / "routers" / settings.name
         self._preset = self._dir / "preset.ini"
+        self._links = self._dir / "models"
         self._probes = probes
+        self._source = source
         self._environ = environ
 
     def __repr__(self) -> str:
@@ -100,9 +119,12 @@ class Launcher:
 
         Called before every start, and every second while a router is FAILED, so that it recovers by itself.
         """
-        return await anyio.to_thread.run_sync(self._prepare)
+        specs = await self._source.take()
+        if isinstance(specs, Verdict):
+            return specs
+        return await anyio.to_thread.run_sync(self._prepare, specs)
 
-    def _prepare(self) -> Launch | Verdict:
+    def _prepare(self, specs: Mapping[str, ModelSpec]) -> Launch | Verdict:
         env = self._env()
         try:
             found = self._probes.probe(find(self.settings.llama_server), env)
@@ -111,16 +133,13 @@ class Launcher:
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
-        entries = _count_entries(self.settings.models_dir)
-        if isinstance(entries, Verdict):
-            return entries
         obstacle = _port_obstacle(self.settings.host, self.settings.port)
         if obstacle is not None:
             return obstacle
         warnings = []
         if _SYSTEM_CONFIG.exists():
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
-        return Launch(found, options, env, tuple(warnings), entries)
+        return Launch(found, options, env, specs, tuple(warnings))
 
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
         """The devices that the options ask for and llama-server does not show, seen with the router's own environment.
@@ -145,8 +164,76 @@ class Launcher:
         """
         return await anyio.to_thread.run_sync(_is_replaced, launch.found)
 
-    async def spawn(self, launch: Launch, *, autoload: bool) -> Process | Verdict:
-        """Write the router's files and start it.
+    async def write_offer(
+        self, launch: Launch, specs: Mapping[str, ModelSpec], *, kept: Mapping[str, Offered], before: Offer
+    ) -> Offer:
+        """Write down what the router is told of its models: it reads that when it starts, and in a reload.
+
+        Args:
+            launch: what `prepare` returned.
+            specs: what it is to serve, by name.
+            kept: what must stand there as before, because it runs.
+            before: the last offer to the same process.
+
+        Raises:
+            OptionError: what would be written would stop or wedge the router; the old files stay.
+            OSError: it cannot be written; the old files stay.
+        """
+
+        def work() -> Offer:
+            offer = make_offer(
+                specs,
+                kept=kept,
+                before=before,
+                base=self.settings.layers,
+                common=launch.options,
+                flags=launch.found.flags,
+                binary=str(launch.found.path),
+            )
+            self._write(launch, offer)
+            return offer
+
+        return await anyio.to_thread.run_sync(work)
+
+    async def put_back(self, launch: Launch, offer: Offer) -> None:
+        """Write an earlier offer down again, after the router has refused the one that followed it.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        await anyio.to_thread.run_sync(self._write, launch, offer)
+
+    def _write(self, launch: Launch, offer: Offer) -> None:
+        for folder in (self._dir, self._dir / "config", self._dir / "cache", self.output.path.parent):
+            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+        wanted = to_preset(offer, launch.options)
+        preset.lint(wanted, launch.found.flags)
+        preset.write(self._preset, wanted)
+        link_all(self._links, offer)
+
+    async def refusals(self, rules: Sequence[ModelRule]) -> list[str]:
+        """What the found llama-server does not take of what tables of models say, one line for each; empty if all."""
+        return await anyio.to_thread.run_sync(self._refusals, rules)
+
+    def _refusals(self, rules: Sequence[ModelRule]) -> list[str]:
+        try:
+            found = self._probes.probe(find(self.settings.llama_server), self._env())
+        except BinaryError:
+            return []  # nothing can be said without one
+        problems = []
+        try:
+            common = flags.resolve(self.settings.layers, found.flags, binary=str(found.path))
+        except OptionError:
+            return []  # told by `prepare`
+        for rule in rules:
+            try:
+                try_rule(rule, self.settings.layers, common, found.flags, binary=str(found.path))
+            except OptionError as error:
+                problems.append(f"{error} ({error.hint})" if error.hint else str(error))
+        return problems
+
+    async def spawn(self, launch: Launch, *, autoload: bool) -> Process:
+        """Start the router on what `write_offer` wrote.
 
         Args:
             launch: what `prepare` returned.
@@ -155,18 +242,17 @@ class Launcher:
         Raises:
             SpawnError: the process could not be started.
         """
-        try:
-            await anyio.to_thread.run_sync(self._write_files, launch)
-        except OSError as error:
-            hint = f"make room, or let this user write to {self._dir} and {self.output.path.parent}"
-            return Verdict(Cause.STATE_DIR, f"cannot write the router's files: {error}", hint)
         return await self._spawner.spawn(
             self._argv(launch, autoload=autoload), env=launch.env, output=self.output.path, cwd=self._dir
         )
 
-    async def file_sizes(self, paths: Sequence[Path]) -> dict[Path, int | None]:
-        """The sizes of files in bytes, None for one that is not there."""
-        return await anyio.to_thread.run_sync(_file_sizes, paths)
+    async def look_again(self) -> None:
+        """See that what is known of the models' files is not older than this call, or give up soon."""
+        await self._source.look_again()
+
+    def usage_of(self, port: int) -> UsageReader:
+        """A reader of how busy the model behind a child's port is."""
+        return UsageReader(port, api_key=self.settings.api_key)
 
     def connect(self) -> RouterApi:
         """A client of this router."""
@@ -192,7 +278,7 @@ class Launcher:
         settings = self.settings
         argv = [
             *(str(launch.found.path), "--host", settings.host, "--port", str(settings.port)),
-            *("--models-dir", str(settings.models_dir), "--models-preset", str(self._preset)),
+            *("--models-dir", str(self._links), "--models-preset", str(self._preset)),
             *("--models-max", str(settings.models_max)),
             *("--timeout", str(REQUEST_TIMEOUT_S), "--threads-http", str(HTTP_THREADS)),
         ]
@@ -223,42 +309,12 @@ class Launcher:
             env["LLAMA_API_KEY"] = self.settings.api_key
         return env
 
-    def _write_files(self, launch: Launch) -> None:
-        for folder in (self._dir, self._dir / "config", self._dir / "cache", self.output.path.parent):
-            folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        preset.write(self._preset, preset.for_router(launch.options))
-
-
-def _file_sizes(paths: Sequence[Path]) -> dict[Path, int | None]:
-    sizes: dict[Path, int | None] = {}
-    for path in paths:
-        try:
-            sizes[path] = path.stat().st_size
-        except OSError:
-            sizes[path] = None
-    return sizes
-
 
 def _is_replaced(found: Binary) -> bool:
     try:
         return Fingerprint.of(found.path) != found.fingerprint
     except BinaryError:
         return True
-
-
-def _count_entries(folder: Path) -> int | Verdict:
-    """How much is in the models folder, or why it cannot be used."""
-    try:
-        with os.scandir(folder) as entries:
-            return sum(1 for _ in entries)
-    except FileNotFoundError:
-        reason, hint = "does not exist", "create it, or correct models_dir"
-    except NotADirectoryError:
-        reason, hint = "is not a folder", "correct models_dir"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-        hint = f"let uid {os.getuid()} read it, for example with chmod or a group"
-    return Verdict(Cause.MODELS_DIR, f"models_dir {folder} {reason}", hint, is_obstacle=True)
 
 
 def _port_obstacle(host: str, port: int) -> Verdict | None:

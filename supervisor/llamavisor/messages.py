@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llamavisor import generation as gen
 from llamavisor.errors import ApiError
 from llamavisor.host import Host
 from llamavisor.operations import Operation, Ticket
+from llamavisor.sections import ModelSpec
+from llamavisor.settings import OnOverwrite
 from llamavisor.states import RouterInput
 
 
@@ -50,8 +53,16 @@ class Reconfigured:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The models that the router is to serve from now on, by name, and what happens to one that is overwritten."""
+
+    specs: Mapping[str, ModelSpec]
+    on_overwrite: OnOverwrite
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A second has passed."""
 
 
-Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Tick | Ticket
+Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Tick | Ticket

@@ -7,7 +7,7 @@ method returns the events that follow from what it was told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from llamavisor.events import (
     UnloadReason,
 )
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
+from llamavisor.usage import Usage
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,7 +36,6 @@ class Model:
         state: its state as far as we know.
         since: monotonic time in seconds at which it came into this state.
         path: file that it is loaded from.
-        size_bytes: size of that file, None when it is not known or the file is gone.
         pid: its child process, None without one or before it was found.
         port: port of its child on 127.0.0.1.
         n_ctx: context length in tokens that it really got.
@@ -45,6 +45,10 @@ class Model:
         error: why its last load failed or its child ended.
         loaded_at: monotonic time at which it was last loaded.
         recency: grows with every load, but not when we load again what was resident; orders what we load again.
+        in_flight: requests that it is answering or that wait for it, None when that is not known.
+        used_at: monotonic time at which it was last seen to do something.
+        quiet_since: monotonic time since when it has been seen to do nothing, None while that is not known.
+        dead_since: monotonic time at which its process ended while its router goes on calling it loaded.
         log_mark: size of the router's log in bytes when it began to load: what explains a failure stands behind it.
     """
 
@@ -52,7 +56,6 @@ class Model:
     state: ModelState = ModelState.UNLOADED
     since: float
     path: Path | None = None
-    size_bytes: int | None = None
     pid: int | None = None
     port: int | None = None
     n_ctx: int | None = None
@@ -62,6 +65,11 @@ class Model:
     error: str | None = None
     loaded_at: float | None = None
     recency: int = 0
+    in_flight: int | None = None
+    work: float = 0.0  # grows whenever it does something
+    used_at: float | None = None
+    quiet_since: float | None = None
+    dead_since: float | None = None
     log_mark: int = 0
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
@@ -109,7 +117,6 @@ class ModelTable:
         *,
         asked_at: int,
         now: float,
-        sizes: Mapping[Path, int | None] | None = None,
     ) -> list[Event]:
         """Take over a whole list of the router.
 
@@ -117,7 +124,6 @@ class ModelTable:
             listed: what GET /models said.
             asked_at: `revision` when the list was asked for; what changed since then is newer than the list.
             now: monotonic seconds.
-            sizes: bytes of the files, as far as they are known.
         """
         happened: list[Event] = []
         knows_members = asked_at >= self._members_at
@@ -130,8 +136,6 @@ class ModelTable:
                     continue
                 model = self._add(name, now)
             model.path = entry.path or model.path
-            if sizes and model.path is not None and model.path in sizes:
-                model.size_bytes = sizes[model.path]
             model.n_ctx = entry.n_ctx or model.n_ctx
             if is_news:
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
@@ -166,13 +170,28 @@ class ModelTable:
     def child_found(self, name: str, pid: int, port: int | None) -> None:
         """Note which process serves the model."""
         if (model := self._models.get(name)) is not None:
-            model.pid, model.port = pid, port
+            model.pid, model.port, model.dead_since = pid, port, None
 
-    def child_ended(self, name: str, pid: int) -> list[Event]:
+    def used(self, name: str, usage: Usage, *, now: float) -> None:
+        """Note how busy a model is."""
+        model = self._models.get(name)
+        if model is None or model.state is not ModelState.LOADED:
+            return
+        is_busy = usage.in_flight > 0 or usage.work != model.work
+        if is_busy:
+            # The first look at a model finds what its warm-up has counted: that is no use of it.
+            model.used_at = now if usage.in_flight or model.in_flight is not None else model.used_at
+            model.quiet_since = None if usage.in_flight else now
+        elif model.quiet_since is None:
+            model.quiet_since = now
+        model.in_flight, model.work = usage.in_flight, usage.work
+
+    def child_ended(self, name: str, pid: int, *, now: float) -> list[Event]:
         """The kernel says that a model's process has ended. The router's word on why follows within milliseconds."""
         model = self._models.get(name)
         if model is not None and model.pid == pid:
             model.pid = model.port = None
+            model.dead_since = now if model.state in HAS_CHILD else None
         return [ModelChildExited(router=self._router, model=name, pid=pid)]
 
     def begin_load(self, name: str, *, now: float, is_again: bool = False) -> list[Event]:
@@ -277,6 +296,7 @@ class ModelTable:
             load_s = now - model.since if old is ModelState.LOADING else None
             self._enter(model, state, now)
             model.error, model.loaded_at, model.is_wanted = None, now, False
+            model.used_at = model.used_at if model.is_again else now
             if not model.is_again:
                 self._loads += 1
                 model.recency = self._loads
@@ -309,5 +329,10 @@ class ModelTable:
         model.state, model.since = state, now
         if state is not ModelState.LOADING:
             model.stage = model.progress = None
+        if state is not ModelState.LOADED:
+            model.in_flight, model.work = None, 0.0
+            model.quiet_since = now if state is ModelState.SLEEPING else None
+        if state is not ModelState.UNLOADING or model.pid is not None:
+            model.dead_since = None
         if state not in HAS_CHILD:
             model.pid = model.port = model.n_ctx = None

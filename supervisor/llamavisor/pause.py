@@ -1,15 +1,54 @@
-"""What a FAILED router waits for: that whatever stood in its way is no longer the same."""
+"""What a router waits for before it is started again: some time in BACKOFF, in FAILED a change of the cause."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import anyio
 
 from llamavisor.cause import Verdict
+from llamavisor.generation import Generation
 from llamavisor.host import Host
 from llamavisor.launch import Launch
+from llamavisor.messages import Message, RetryDue
 
 POLL_S = 1.0
 """How often is looked; a look costs a few system calls."""
+
+
+class Pause:
+    """Has a router started again after a wait, unless it leaves its state before. Used by the router's owner alone.
+
+    Args:
+        start_soon: begins a task beside the owner.
+        post: a way into the owner's inbox.
+    """
+
+    def __init__(self, *, start_soon: Callable[..., None], post: Callable[[Message], None]) -> None:
+        self._start_soon = start_soon
+        self._post = post
+        self._scope: anyio.CancelScope | None = None
+
+    def __repr__(self) -> str:
+        return f"<Pause {'under way' if self._scope else 'none'}>"
+
+    def begin(self, ended: Generation | None, wait: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        """Wait with `wait`, then say that a retry is due after the generation that has `ended`."""
+
+        async def retry(scope: anyio.CancelScope) -> None:
+            with scope:
+                await wait(*args)
+                self._post(RetryDue(ended))
+
+        self._scope = anyio.CancelScope()
+        self._start_soon(retry, self._scope)
+
+    def end(self) -> None:
+        """Wait no longer."""
+        if self._scope is not None:
+            self._scope.cancel()
+            self._scope = None
 
 
 async def await_change(host: Host, verdict: Verdict, launch: Launch | None) -> None:

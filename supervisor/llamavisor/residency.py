@@ -6,9 +6,9 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import anyio
 
@@ -22,20 +22,32 @@ from llamavisor.errors import (
     ModelLoadError,
     ModelNotFoundError,
     ModelsMaxError,
+    OptionError,
 )
-from llamavisor.host import Api
+from llamavisor.host import Api, Host
+from llamavisor.launch import Launch
 from llamavisor.messages import CallEnded
-from llamavisor.models import Model, ModelTable
+from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.restart import STABLE_AFTER_S
-from llamavisor.settings import RouterSettings
-from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
+from llamavisor.sections import ModelSpec
+from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisor.shelf import Offer, Offered, Shelf
+from llamavisor.states import HAS_CHILD, Change, ModelState
 
 LOAD_DEADLINE_S = 60.0
 LOAD_BYTES_PER_S = 100e6
 LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
+QUIET_S = 2.0
+"""A model that did nothing for so long is taken to be idle, and may be unloaded for a change of its file or options."""
+DEAD_S = 2.0
+"""A router that calls a model loaded for so long after its process has ended has lost sight of it."""
+TOLD_MAX = 20
+"""How many models of one offer are told one by one: thousands would bury everything else that happens."""
+LOOK_AGAIN_S = 30.0
+"""How often what did not work is tried again: a reload that was refused, a model that is withheld."""
 _LOG_LINES = 1000
 _LOG_BEFORE_NEWS_BYTES = 8192
 
@@ -46,6 +58,8 @@ class Line:
 
     api: Api
     generation: gen.Generation
+    host: Host
+    launch: Launch
 
 
 class Residency:
@@ -54,9 +68,8 @@ class Residency:
     Args:
         settings: what the router is told to be.
         log: what it prints.
-        file_sizes: the sizes of files in bytes, None for one that is gone; never waits on the event loop.
         publish: where events go.
-        post: where the news of a finished call, and of a list, go: back to the owner.
+        post: where the news of a finished call, and what it brought, go: back to the owner.
     """
 
     def __init__(
@@ -64,22 +77,26 @@ class Residency:
         settings: RouterSettings,
         log: OutputFile,
         *,
-        file_sizes: Callable[[list[Path]], Awaitable[Mapping[Path, int | None]]],
         publish: Callable[[ev.Event], None],
-        post: Callable[[gen.Generation, gen.Listed | CallEnded], None],
+        post: Callable[[gen.Generation, gen.News | CallEnded], None],
     ) -> None:
         self.settings = settings
         self.table = ModelTable(settings.name)
+        self.shelf = Shelf()
+        self.on_overwrite: OnOverwrite = "reload"
         self.closed: LlamavisorError | None = None  # why no model may be loaded now
         self._log = log
         self._publish_one = publish
-        self._file_sizes = file_sizes
         self._post = post
         self._operations = Operations()
         self._line: Line | None = None  # Invariant: set if and only if the router serves
         self._ended_at: float | None = None  # when the process ended whose models are being loaded again
         self._restoring: list[str] = []  # resident before, still to be loaded again
         self._restored: dict[str, Ticket] = {}
+        self._refreshing: set[str] = set()  # unloaded by us because they were stale, to be loaded again when told anew
+        self._told_stale: dict[str, Change] = {}
+        self._began = time.time()
+        self._look_again_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Residency {self.table!r} {self._operations!r}>"
@@ -91,6 +108,19 @@ class Residency:
         self._line = line
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
+        if self._ended_at is None:
+            self._load_first()
+
+    def _load_first(self) -> None:
+        """Load what is to be loaded on start, as much as there is room for."""
+        names, most = self.shelf.to_load_on_start(), self.settings.models_max
+        if 0 < most < len(names):
+            late = ", ".join(names[most:])
+            text = f"load_on_start names {len(names)} models and models_max is {most}: {late} left out"
+            self._publish([ev.Warned(subject=f"router {self.settings.name}", text=text)])
+            names = names[:most]
+        for name in names:
+            self.accept(Ticket(Operation(Kind.LOAD, name)))
 
     def pause(self) -> None:
         """The router is asked to end: nothing more is begun on it, what is asked for waits for the next."""
@@ -111,6 +141,7 @@ class Residency:
         self._restoring = list(wanted) if keeps else []
         self._restored.clear()
         self._ended_at = (self._ended_at or now) if keeps else None
+        self._refreshing.clear()  # the next start tells it everything
         self._operations.end(None)
         self._operations.drop_reloads()
         self._publish(self.table.router_ended(now=now))
@@ -122,21 +153,116 @@ class Residency:
             self._ended_at = None
         self._operations.refuse_all(error)
 
+    # --- what is to be served -------------------------------------------------------------------------------------
+
+    def want(self, specs: Mapping[str, ModelSpec], on_overwrite: OnOverwrite) -> None:
+        """The router is to serve these models from now on."""
+        self.on_overwrite = on_overwrite
+        self.shelf.want(specs)
+        self._tell_stale()
+
+    def told(self, offer: Offer) -> None:
+        """The router has read this offer: say what it can serve now and what it cannot."""
+        before, router = self.shelf.offer, self.settings.name
+        self.shelf.told(offer)
+        happened: list[ev.Event] = []
+        added = [each.spec for name, each in offer.models.items() if name not in before.models]
+        for spec in added[:TOLD_MAX]:
+            wait_s = time.time() - spec.changed_at if spec.changed_at > self._began else None
+            happened.append(ev.ModelAdded(router=router, model=spec.name, path=spec.path, wait_s=wait_s))
+        removed = [name for name in before.models if name not in offer.models]
+        happened += [ev.ModelRemoved(router=router, model=name) for name in removed[:TOLD_MAX]]
+        if max(len(added), len(removed)) > TOLD_MAX:
+            happened.append(ev.ModelsChanged(router=router, added=len(added), removed=len(removed)))
+        for name, withheld in offer.withheld.items():
+            known = before.withheld.get(name)
+            if known is None or known.reason != withheld.reason:
+                happened.append(ev.ModelWithheld(router=router, model=name, reason=withheld.reason))
+        for name, note in offer.notes.items():
+            if before.notes.get(name) != note:
+                happened.append(ev.Warned(subject=f"model {name}", text=note))
+        self._publish(happened)
+        self._tell_stale()
+
+    def _tell_stale(self) -> None:
+        stale = dict(self.shelf.stale(self.table))
+        for name, change in stale.items():
+            if self._told_stale.get(name) is not change:
+                then = self._remedy(change)
+                self._publish([ev.ModelStale(router=self.settings.name, model=name, change=change, then=then)])
+        self._told_stale = stale
+
+    def _remedy(self, change: Change) -> str:
+        if change is Change.GONE:
+            return "it serves until it is unloaded"
+        policy = self.on_overwrite if change is Change.OVERWRITTEN else "reload"
+        return {
+            "reload": "it is loaded again as soon as it is idle",
+            "unload": "it is unloaded as soon as it is idle",
+            "keep": "it stays as it is until it is unloaded",
+        }[policy]
+
+    def _refresh_next(self) -> None:
+        """Unload what is stale and idle; what was unloaded for that is told anew, and loaded again after that."""
+        now = anyio.current_time()
+        if self.closed is None:
+            for name, change in self.shelf.stale(self.table):
+                policy = self.on_overwrite if change is Change.OVERWRITTEN else "reload"
+                unload = Operation(Kind.UNLOAD, name)
+                if change is Change.GONE or policy == "keep" or self._operations.is_pending(unload):
+                    continue
+                if self.is_idle(name, now):
+                    if policy == "reload":
+                        self._refreshing.add(name)
+                    self.accept(Ticket(unload))
+        for name in sorted(self._refreshing):
+            model = self.table.get(name)
+            if name not in self.shelf.wanted or model is None:
+                self._refreshing.discard(name)
+            elif model.state not in HAS_CHILD and not self.shelf.is_pending(name):
+                self._refreshing.discard(name)
+                self.accept(Ticket(Operation(Kind.LOAD, name)))
+
+    def is_idle(self, name: str, now: float) -> bool:
+        """Whether a loaded model has done nothing for a while. What is not known is not idle."""
+        model = self.table.get(name)
+        return model is not None and model.quiet_since is not None and now - model.quiet_since >= QUIET_S
+
+    def is_all_idle(self) -> bool:
+        """Whether no model is loading, and nobody is being answered by any."""
+        now = anyio.current_time()
+        running = [model for model in self.table if model.state in HAS_CHILD]
+        return self._operations.current is None and all(
+            model.dead_since is not None or self.is_idle(model.name, now) for model in running
+        )
+
+    def corpse(self) -> str | None:
+        """A model whose process has ended while the router goes on calling it loaded; None without one."""
+        now = anyio.current_time()
+        for model in self.table:
+            if model.dead_since is not None and model.state in HAS_CHILD and now - model.dead_since >= DEAD_S:
+                return model.name
+        return None
+
     # --- what is heard --------------------------------------------------------------------------------------------
 
-    def hear(self, news: StatusEvent | gen.Listed | gen.ChildFound | gen.ChildEnded) -> None:
+    def hear(self, news: StatusEvent | gen.Listed | gen.Told | gen.Used | gen.ChildFound | gen.ChildEnded) -> None:
         """The router or the kernel says something of the models."""
         now = anyio.current_time()
         match news:
             case StatusEvent():
                 self._load_crashed_again(self._publish(self.table.apply_event(news, now=now)), now)
-            case gen.Listed(models, asked_at, sizes):
-                happened = self.table.apply_list(models, asked_at=asked_at, now=now, sizes=sizes)
+            case gen.Listed(models, asked_at):
+                happened = self.table.apply_list(models, asked_at=asked_at, now=now)
                 self._load_crashed_again(self._publish(happened), now)
+            case gen.Told(offer):
+                self.told(offer)
+            case gen.Used(model, usage):
+                self.table.used(model, usage, now=now)
             case gen.ChildFound(model, child):
                 self.table.child_found(model, child.pid, child.port)
             case gen.ChildEnded(model, pid):
-                self._publish(self.table.child_ended(model, pid))
+                self._publish(self.table.child_ended(model, pid, now=now))
 
     def _load_crashed_again(self, happened: Iterable[ev.Event], now: float) -> None:
         """A model that had served for a while and crashed is loaded again at once, before most people notice.
@@ -165,17 +291,29 @@ class Residency:
     def advance(self) -> None:
         """Do what can be done now: called by the owner after every message."""
         self._operations.settle(self.table)
+        self._refresh_next()
         self._restore_next()
+        reload = Operation(Kind.RELOAD)
+        if (
+            self._line is not None
+            and self.shelf.is_due(self.table)
+            and not self._operations.is_pending(reload)
+            and self.corpse() is None
+        ):
+            self._operations.ask(Ticket(reload), self.table)
         self._start_operation()
 
     def check_deadlines(self) -> None:
-        """Cancel loads that have made no progress for too long; called every second."""
+        """Cancel loads that have made no progress for too long, try again what did not work; called every second."""
         now = anyio.current_time()
+        if now >= self._look_again_at:
+            self._look_again_at = now + LOOK_AGAIN_S
+            self.shelf.look_again()
         for model in self.table:
             unload = Operation(Kind.UNLOAD, model.name)
             if model.state is not ModelState.LOADING or self._operations.is_pending(unload):
                 continue
-            deadline_s = _deadline_s(model)
+            deadline_s = _deadline_s(self.shelf.size_bytes(model.name))
             if now - model.progressed_at > deadline_s:
                 text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
                 self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
@@ -197,29 +335,54 @@ class Residency:
                 self._publish(self.table.begin_load(operation.model, now=now, is_again=is_again))
             elif operation.kind is Kind.UNLOAD:
                 self.table.unloading(operation.model, now=now)
-            line.generation.start_soon(self._call, operation, line)
+            # What runs now is kept as it is; nothing of ours can begin to run before the call has returned.
+            kept = self.shelf.kept(self.table) if operation.kind is Kind.RELOAD else {}
+            line.generation.start_soon(self._call, operation, line, kept)
 
     def _refusal(self, operation: Operation) -> LlamavisorError | None:
         """Why an operation that was taken in must not be begun after all; None if it can."""
+        if operation.kind is not Kind.LOAD and self.corpse() is not None:
+            return self.closed  # it might need a stop, for which the router would wait for ever
         if operation.kind is Kind.RELOAD:
             return None
         if self.table.get(operation.model) is None:  # asked for before the list was known
             return self._unknown(operation.model)
         return self.closed if operation.kind is Kind.LOAD else None
 
-    async def _reload(self, line: Line) -> None:
-        """Have the router read its folder again, unless that would stop a loaded model whose file is gone."""
-        asked_at = self.table.revision
-        resident = {model.path: model.name for model in self.table if model.path and model.state in RESIDENT}
-        gone = [path for path, size in (await self._file_sizes(list(resident))).items() if size is None]
-        if gone:
-            reason = f"the file of {resident[gone[0]]} is gone and a reload would stop it; unload it first"
-            raise ApiError(f"not reloaded: {reason}")
-        models = await line.api.models(reload=True)
-        sizes = await self._file_sizes([model.path for model in models if model.path is not None])
-        self._post(line.generation, gen.Listed(models, asked_at, sizes))
+    async def _reload(self, line: Line, kept: Mapping[str, Offered]) -> None:
+        """Write down what the router is to serve, and have it read that.
 
-    async def _call(self, operation: Operation, line: Line) -> None:
+        A reload that is refused half-way blocks every later load; one of the last good state releases them.
+
+        Raises:
+            ApiError: it was refused; the router goes on with what it knew.
+        """
+        asked_at, before = self.table.revision, self.shelf.offer
+        try:
+            offer = await line.host.write_offer(line.launch, self.shelf.wanted, kept=kept, before=before)
+        except (OSError, OptionError) as error:
+            raise ApiError(f"not reloaded: {error}") from error
+        try:
+            models = await line.api.models(reload=True)
+        except ApiError as refusal:
+            await self._put_back(line, before, refusal)
+            raise
+        self._post(line.generation, gen.Listed(models, asked_at))
+        self._post(line.generation, gen.Told(offer))
+        listed = {model.name for model in models}
+        if unheard := [name for name in offer.models if name not in listed]:
+            count = f"{unheard[0]} and {len(unheard) - 1} more" if len(unheard) > 1 else unheard[0]
+            self._post(line.generation, gen.Unsound(f"a reload did not make it list {count}"))
+
+    async def _put_back(self, line: Line, before: Offer, refusal: ApiError) -> None:
+        try:
+            await line.host.put_back(line.launch, before)
+            await line.api.models(reload=True)
+        except (OSError, ApiError) as error:
+            reason = f"it refused a reload ({refusal}), and then its own last state ({error})"
+            self._post(line.generation, gen.Unsound(reason))
+
+    async def _call(self, operation: Operation, line: Line, kept: Mapping[str, Offered]) -> None:
         """The worker of one operation: the HTTP call and nothing else."""
         error: ApiError | None = None
         try:
@@ -229,7 +392,7 @@ class Residency:
                 case Kind.UNLOAD:
                     await line.api.unload(operation.model)
                 case Kind.RELOAD:
-                    await self._reload(line)
+                    await self._reload(line, kept)
         except ApiError as failure:
             error = failure
         self._post(line.generation, CallEnded(line.generation, operation, error))
@@ -253,6 +416,9 @@ class Residency:
                 refusal = None
             else:
                 self.table.still_there(name, now=now)
+        elif error is not None:
+            self.shelf.is_blocked = True  # tried again when something changes, or after a while
+            self._publish([ev.Warned(subject=f"router {self.settings.name}", text=str(error))])
         self._operations.end(refusal)
 
     def _load_refusal(self, name: str, error: ApiError) -> LlamavisorError:
@@ -292,8 +458,7 @@ class Residency:
         return 0 < self.settings.models_max <= len(held)
 
     def _unknown(self, name: str) -> ModelNotFoundError:
-        hint = f"see `llamavisor models`; a new file in {self.settings.models_dir} needs `llamavisor reload`"
-        return ModelNotFoundError(f"no model {name!r} on router {self.settings.name}", hint=hint)
+        return ModelNotFoundError(f"no model {name!r} on router {self.settings.name}", hint="see `llamavisor models`")
 
     def _publish(self, events: Iterable[ev.Event]) -> list[ev.Event]:
         explained = [self._explained(event) for event in events]
@@ -314,16 +479,16 @@ class Residency:
             if reason := load_failure(event.model, lines):
                 self.table.explain(event.model, reason)
                 return replace(event, reason=reason)
-        if (
-            isinstance(event, ev.ModelUnloaded)
-            and event.reason is ev.UnloadReason.CRASHED
+        if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
             # A busy model that does not end in time is killed by its router, which looks like a crash from here.
-            and was_told_to_stop(event.model, self._log.tail(_LOG_LINES))
-        ):
-            self.table.forgive(event.model)
-            return replace(event, reason=ev.UnloadReason.EVICTED)
+            if was_told_to_stop(event.model, self._log.tail(_LOG_LINES)):
+                self.table.forgive(event.model)
+                return replace(event, reason=ev.UnloadReason.EVICTED)
+            if self.shelf.was_overwritten(event.model):
+                self.table.explain(event.model, "its file was overwritten or cut off while it was in use")
+                return replace(event, reason=ev.UnloadReason.FILE_CHANGED)
         return event
 
 
-def _deadline_s(model: Model) -> float:
-    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + (model.size_bytes or 0) / LOAD_BYTES_PER_S)
+def _deadline_s(size_bytes: int | None) -> float:
+    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + (size_bytes or 0) / LOAD_BYTES_PER_S)

@@ -7,8 +7,7 @@ workers; it never waits for the outside itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 import anyio
@@ -16,21 +15,25 @@ import anyio.abc
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
-from llamavisor import obstacle, restart
+from llamavisor import restart
 from llamavisor.api import StatusEvent
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded, Heard, Message, Reconfigured, RetryDue, Tick, Wish
+from llamavisor.messages import CallEnded, Heard, Message, Reconfigured, RetryDue, Tick, Wanted, Wish
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
+from llamavisor.pause import Pause, await_change
 from llamavisor.process import TERM_GRACE_S, Leftovers
 from llamavisor.residency import Line, Residency
-from llamavisor.settings import RouterSettings
+from llamavisor.sections import ModelSpec
+from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisor.shelf import Shelf
 from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
+from llamavisor.troubles import Troubles
 
 TICK_S = 1.0
 PROBES_TO_DEGRADE = 2
@@ -63,19 +66,17 @@ class Router:
         self._random = random
         self._inbox = Inbox[Message]()
         self._is_over = False  # it was shut down
-        self._residency = Residency(
-            host.settings, host.output, file_sizes=self._file_sizes, publish=bus.publish, post=self._post_from
-        )
+        self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
         self._why: Cause | None = None  # why the next generation is begun, None for the first
         self._waiting: str | None = None  # what a start waits for
-        self._troubles: dict[str, str] = {}
+        self._troubles = Troubles(self.name, publish=self._publish, signal=self._signal)
         self._probe_failures = 0
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._grace_s = TERM_GRACE_S
-        self._pausing: anyio.CancelScope | None = None  # what BACKOFF and FAILED wait in
+        self._pause = Pause(start_soon=self._start_soon, post=self._post)
 
     def __repr__(self) -> str:
         return f"<Router {self.name} {self.state.value} pid={self.process.pid if self.process else None}>"
@@ -101,6 +102,11 @@ class Router:
         return self._residency.table
 
     @property
+    def shelf(self) -> Shelf:
+        """What it is to serve, and what it has been told of that."""
+        return self._residency.shelf
+
+    @property
     def is_serving(self) -> bool:
         """Whether clients are answered."""
         return self.state in SERVING
@@ -109,7 +115,7 @@ class Router:
     def reason(self) -> str | None:
         """Why it is not simply READY, as a person reads it."""
         if self.state is RouterState.DEGRADED:
-            return "; ".join(self._troubles.values())
+            return self._troubles.text
         if self.state is RouterState.STARTING and self._waiting:
             return self._waiting
         if self.state in {RouterState.READY, RouterState.STOPPED} or self.verdict is None:
@@ -149,6 +155,10 @@ class Router:
         """Go on with other settings; a router that is up, or should be, is restarted with them."""
         self._post(Reconfigured(host))
 
+    def want(self, specs: Mapping[str, ModelSpec], *, on_overwrite: OnOverwrite = "reload") -> None:
+        """Serve these models from now on. What runs is touched only when it is idle, and only if it has changed."""
+        self._post(Wanted(specs, on_overwrite))
+
     async def load(self, model: str) -> bool:
         """Have `model` loaded, and wait until the router says so. A router that is starting is waited for.
 
@@ -162,7 +172,7 @@ class Router:
             DeviceMissingError: the device that it is meant for is not there.
             RouterNotReadyError: the router is stopped or failed.
         """
-        return await self._ask(Operation(Kind.LOAD, model))
+        return await self._ask(Operation(Kind.LOAD, self.shelf.name_of(model)))
 
     async def unload(self, model: str) -> bool:
         """Have `model` unloaded, and wait until it is gone; a load that is under way is cancelled.
@@ -175,15 +185,13 @@ class Router:
             RouterNotReadyError: the router is stopped or failed.
             ApiError: the router refused.
         """
-        return await self._ask(Operation(Kind.UNLOAD, model))
+        return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model)))
 
     async def rescan(self) -> None:
-        """Have the router read its folder and its preset again.
-
-        A reload that would stop a loaded model (its file is gone) is refused: the model goes on serving.
+        """Have the router read what it may serve again, changed or not. Nothing that runs is stopped.
 
         Raises:
-            ApiError: the router refused, or a loaded model's file is gone.
+            ApiError: the router refused.
             RouterNotReadyError: the router is stopped or failed.
         """
         await self._ask(Operation(Kind.RELOAD))
@@ -264,6 +272,8 @@ class Router:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
+            case Wanted(specs, on_overwrite):
+                self._residency.want(specs, on_overwrite)
             case Tick():
                 self._tick()
 
@@ -273,8 +283,7 @@ class Router:
         if self.state is not old:
             self.since = anyio.current_time()
             self.retry_at = None
-            if self._pausing is not None:
-                self._pausing.cancel()
+            self._pause.end()
             self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
             if self.state is RouterState.STOPPING:
                 self._residency.pause()
@@ -297,7 +306,7 @@ class Router:
         before = self._generation
         self.starts += 1
         self._ready_since = self._waiting = self.launch = None
-        self._troubles.clear()
+        self._troubles.forget()
         self._residency.closed = None
         self._probe_failures = 0
 
@@ -326,37 +335,31 @@ class Router:
         )
         if self.history.is_crash_loop and not was_loop:
             self._publish(ev.RouterCrashLoop(router=self.name, failures=self.history.failures))
-        self._pause(anyio.sleep, delay)
+        self._pause.begin(self._generation, anyio.sleep, delay)
 
     def _latch(self) -> None:
         verdict = self.verdict or Verdict(Cause.EXIT, "ended")
         self._why = verdict.cause
         self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
-        self._pause(obstacle.await_change, self._host, verdict, self.launch)
-
-    def _pause(self, wait: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
-        """Have the router started again after `wait`, unless it leaves its state before."""
-
-        async def retry(scope: anyio.CancelScope, generation: gen.Generation | None) -> None:
-            with scope:
-                await wait(*args)
-                self._post(RetryDue(generation))
-
-        self._pausing = anyio.CancelScope()
-        self._start_soon(retry, self._pausing, self._generation)
+        self._pause.begin(self._generation, await_change, self._host, verdict, self.launch)
 
     # --- news of the generation -----------------------------------------------------------------------------------
 
     def _hear(self, news: gen.News) -> None:
         now = anyio.current_time()
         match news:
-            case StatusEvent() | gen.Listed() | gen.ChildFound() | gen.ChildEnded():
+            case StatusEvent() | gen.Listed() | gen.Told() | gen.Used() | gen.ChildFound() | gen.ChildEnded():
                 self._residency.hear(news)
+            case gen.Unsound(reason):
+                self._be_renewed("unsound", reason)
             case gen.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
                 self._probe_failures = self._probe_failures + 1 if error else 0
                 silent = self._probe_failures >= PROBES_TO_DEGRADE
-                self._trouble("probe", f"it does not answer: {error}" if silent else None)
+                if silent:
+                    self._troubles.note("probe", f"it does not answer: {error}")
+                else:
+                    self._troubles.end("probe")
             case gen.DevicesMissing(devices):
                 self._devices_missing(devices)
             case gen.Polling(reason):
@@ -368,14 +371,15 @@ class Router:
                 )
                 hint = f"unload its models, or `llamavisor restart {self.name}`"
                 self._residency.closed = RouterNotReadyError(f"router {self.name}: {reason}", hint=hint)
-                self._trouble("binary", reason)
+                self._troubles.note("binary", reason)
                 self._restart_if_replaced()
             case gen.Waiting(reason, is_news):
                 self._waiting = reason
                 if is_news and reason is not None:
                     self._publish(ev.Warned(subject=f"router {self.name}", text=reason))
-            case gen.Spawned(process, launch):
+            case gen.Spawned(process, launch, offer):
                 self.process, self.launch, self.spawned_at = process, launch, now
+                self._residency.told(offer)
                 self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
                 self.restarts += self._why is not None
                 for warning in launch.warnings:
@@ -395,12 +399,13 @@ class Router:
         assert self._generation is not None  # noqa: S101
         self._ready_since = anyio.current_time()
         self.verdict = None
-        self._residency.came_up(Line(up.api, self._generation), up.models)
+        assert self.launch is not None  # noqa: S101
+        self._residency.came_up(Line(up.api, self._generation, self._host, self.launch), up.models)
         self._signal(RouterInput.READY)
         url = self.settings.url
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=url, start_s=up.start_s))
         if not up.models:
-            text = f"no models: put GGUF files into {self.settings.models_dir}, then `llamavisor reload`"
+            text = f"no models yet: put GGUF files into {self.settings.models_dir}"
             self._publish(ev.Warned(subject=f"router {self.name}", text=text))
         self._devices_missing(up.missing_devices)
 
@@ -427,26 +432,33 @@ class Router:
         if left.killed or left.survivors:
             self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
 
-    def _trouble(self, subject: str, reason: str | None) -> None:
-        """Note a reason to be DEGRADED, or that it has gone (None)."""
-        if reason is None:
-            if self._troubles.pop(subject, None) is not None and not self._troubles:
-                self._signal(RouterInput.CLEARED)
-            return
-        if subject not in self._troubles:
-            self._publish(ev.RouterDegraded(router=self.name, reason=reason))
-        self._troubles[subject] = reason
-        self._signal(RouterInput.TROUBLE)
-
     def _devices_missing(self, devices: tuple[str, ...]) -> None:
         if devices:
             reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
             hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
             self._residency.closed = DeviceMissingError(f"router {self.name}: {reason}", hint=hint)
-            self._trouble("devices", reason)
-        elif self._troubles.pop("devices", None) is not None:
+            self._troubles.note("devices", reason)
+        elif "devices" in self._troubles:
             # It was started without autoload, so that no request could load a model onto the CPU.
             self._why = Cause.DEVICE
+            self._signal(RouterInput.RESTART)
+
+    def _be_renewed(self, subject: str, reason: str) -> None:
+        """Have a fresh process as soon as nobody is being answered; until then nothing is loaded."""
+        reason = f"{reason}; it is restarted as soon as nobody is being answered"
+        self._residency.closed = RouterNotReadyError(
+            f"router {self.name}: {reason}", hint=f"`llamavisor restart {self.name}` does it at once"
+        )
+        self._troubles.note(subject, reason)
+
+    def _restart_if_unsound(self) -> None:
+        corpse = self._residency.corpse()
+        if self.is_serving and corpse is not None and "corpse" not in self._troubles:
+            # Nothing that needs a stop may be sent to it now: it would wait for the dead process for ever.
+            self._be_renewed("corpse", f"the process of {corpse} has ended, and the router goes on calling it loaded")
+        is_unsound = "unsound" in self._troubles or "corpse" in self._troubles
+        if self.is_serving and is_unsound and self._residency.is_all_idle():
+            self._why = Cause.UNSOUND
             self._signal(RouterInput.RESTART)
 
     def _restart_if_replaced(self) -> None:
@@ -484,6 +496,7 @@ class Router:
             self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
         self._residency.check_deadlines()
         self._restart_if_replaced()
+        self._restart_if_unsound()
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         assert self._tasks is not None  # noqa: S101 (the owner runs)
@@ -492,8 +505,5 @@ class Router:
     def _publish(self, event: ev.Event) -> None:
         self._bus.publish(event)
 
-    async def _file_sizes(self, paths: Sequence[Path]) -> Mapping[Path, int | None]:
-        return await self._host.file_sizes(paths)
-
-    def _post_from(self, generation: gen.Generation, news: gen.Listed | CallEnded) -> None:
+    def _post_from(self, generation: gen.Generation, news: gen.News | CallEnded) -> None:
         self._post(news if isinstance(news, CallEnded) else Heard(generation, news))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from llamavisor.flags import OptionLayer
+from llamavisor.rules import ModelRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,27 @@ class RouterSettings:
     def url(self) -> str:
         """Where this machine's own clients reach the router."""
         return base_url(self.host, self.port)
+
+
+OnOverwrite = Literal["reload", "unload", "keep"]
+"""What happens to a loaded model whose file was overwritten in place, once it is idle."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """All that a fleet is told to be.
+
+    Attributes:
+        routers: each with a name of its own.
+        rules: option tables of single models, in the order of the configuration.
+        link_dirs: folders outside of models_dir to which symlinks in it may lead.
+        on_overwrite: what happens to a loaded model whose file was overwritten in place.
+    """
+
+    routers: tuple[RouterSettings, ...]
+    rules: tuple[ModelRule, ...] = ()
+    link_dirs: tuple[Path, ...] = ()
+    on_overwrite: OnOverwrite = "reload"
 
 
 def base_url(host: str, port: int) -> str:

@@ -39,6 +39,15 @@ class ModelState(Enum):
     UNKNOWN = "unknown"  # a word of a future build
 
 
+class Change(Enum):
+    """What has happened to a model since it was loaded."""
+
+    OPTIONS = "options"  # its table in the configuration says something else
+    REPLACED = "replaced"  # another file has its name now; the old one is still mapped, and safe
+    OVERWRITTEN = "overwritten"  # its file was written over in place: it may answer nonsense, or be about to crash
+    GONE = "gone"  # its file is not there any more, or not fit to be served
+
+
 RESIDENT = frozenset({ModelState.LOADED, ModelState.SLEEPING})
 HAS_CHILD = frozenset({ModelState.LOADING, ModelState.LOADED, ModelState.SLEEPING, ModelState.UNLOADING})
 

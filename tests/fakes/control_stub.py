@@ -33,6 +33,8 @@ def router(name: str = "main", **changes: object) -> dict[str, object]:
         "retry_in_s": None,
         "models_max": 4,
         "models_dir": "/srv/models",
+        "model_count": 2,
+        "loaded_count": 1,
         "llama_server": "/usr/bin/llama-server",
         "build": "b11434",
         "log_file": "/var/lib/llamavisor/logs/main.log",
@@ -47,6 +49,21 @@ def model(name: str = "alpha", **changes: object) -> dict[str, object]:
         "name": name,
         "router": "main",
         "state": "loaded",
+        "file_state": "ready",
+        "problem": None,
+        "notes": [],
+        "stale": None,
+        "size_bytes": 1536,
+        "quantization": "Q4_K_M",
+        "architecture": "llama",
+        "kind": "model",
+        "parameter_count": 8_030_261_248,
+        "n_ctx": 4096,
+        "n_ctx_train": 131_072,
+        "aliases": [],
+        "tags": [],
+        "used_unix": None,
+        "in_flight": 0,
         "stage": None,
         "progress": None,
         "pid": 4712,
@@ -54,8 +71,25 @@ def model(name: str = "alpha", **changes: object) -> dict[str, object]:
         "since_unix": 0.0,
         "error": None,
         "path": f"/srv/models/{name}.gguf",
-        "n_ctx": 4096,
-        "size_bytes": 1536,
+        **changes,
+    }
+
+
+def details(*routers: dict[str, object], **changes: object) -> dict[str, object]:
+    """Everything about a model as the control API shows it; loaded on one router if nothing else is said."""
+    items = routers or (model(),)
+    shared = ("name", "state", "problem", "notes", "file_state", "size_bytes", "quantization", "architecture", "kind")
+    shared += ("parameter_count", "n_ctx_train", "aliases", "tags", "path")
+    return {
+        "model": {**{key: items[0][key] for key in shared}, "routers": [each for each in items if each["router"]]},
+        "files": [{"path": items[0]["path"], "size_bytes": 1536, "mtime_unix": 0.0}],
+        "projector": None,
+        "draft": None,
+        "header": None,
+        "effective": {},
+        "origins": {},
+        "layers": {},
+        "command": {},
         **changes,
     }
 
@@ -79,7 +113,9 @@ def status(
         "warnings": [],
         "event_id": 7,
         "routers": list(routers) or [router()],
+        "folders": [],
         "models": list(models),
+        "models_left_out": 0,
         **changes,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +22,16 @@ from fakes.machine import ANSWER_S, KILLED, FakeChild, FakeMachine, FakeModel, F
 from llamavisor.api import ListedModel, Props, StatusEvent
 from llamavisor.binary import Binary, Fingerprint
 from llamavisor.cause import Cause, Verdict
-from llamavisor.errors import ApiError, SpawnError
+from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import parse_help
-from llamavisor.launch import Launch
+from llamavisor.launch import Launch, ModelSource
 from llamavisor.output import OutputFile
+from llamavisor.rules import ModelRule
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import RouterSettings
+from llamavisor.shelf import Offer, Offered, Withheld
+from llamavisor.usage import Usage, UsageError
 
 _PATH = Path("/opt/llama-server")
 
@@ -48,7 +52,11 @@ class FakeHost:
         invisible: devices that llama-server should see and does not.
         has_events: whether this build has an event stream.
         models: the files in its folder and what they do.
-        reload_refusal: HTTP status and message with which a reload is refused.
+        reload_refusals: HTTP status and message with which the next reloads are refused, in order.
+        offer_error: why the router's files cannot be written, None if they can.
+        withholds: models that are withheld, and why.
+        source: knows the models, where they are not scripted with `models`.
+        deliver: who is told of what is in the folder, before every start and by `look`.
         has_stranger: whether somebody else answers on the port, and as a router.
     """
 
@@ -66,7 +74,12 @@ class FakeHost:
         self.prepare_s = 0.01
         self.invisible: tuple[str, ...] = ()
         self.models: dict[str, FakeModel] = {}
-        self.reload_refusal: tuple[int, str] | None = None
+        self.reload_refusals: deque[tuple[int, str]] = deque()
+        self.offer_error: OSError | OptionError | None = None
+        self.withholds: dict[str, str] = {}
+        self.deliver: Callable[[Mapping[str, ModelSpec]], None] = lambda _: None
+        self.written = Offer()
+        self.source: ModelSource | None = None
         self.has_stranger = False
         self.prepared_at: list[float] = []
 
@@ -80,6 +93,14 @@ class FakeHost:
         assert found is not None, "no router runs"
         return found
 
+    def specs(self) -> dict[str, ModelSpec]:
+        """What is in the folder."""
+        return {name: model.spec(name) for name, model in self.models.items()}
+
+    def look(self) -> None:
+        """Look into the folder, and tell what is there."""
+        self.deliver(self.specs())
+
     async def prepare(self) -> Launch | Verdict:
         """What can be started, or what stands in the way."""
         self.prepared_at.append(anyio.current_time())
@@ -91,7 +112,11 @@ class FakeHost:
             reason = f"port {self.settings.port} is taken by {holder.host.settings.name}"
             return Verdict(Cause.PORT_TAKEN, reason, is_obstacle=True)
         binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
-        return Launch(binary, LaunchOptions({}), {})
+        if self.source is not None:
+            specs = await self.source.take()
+            return specs if isinstance(specs, Verdict) else Launch(binary, LaunchOptions({}), {}, specs)
+        self.look()
+        return Launch(binary, LaunchOptions({}), {}, self.specs())
 
     def _fingerprint(self) -> Fingerprint:
         return Fingerprint(_PATH, (("llama-server", self.build, 0, 0),))
@@ -106,14 +131,47 @@ class FakeHost:
         await anyio.sleep(ANSWER_S)
         return launch.found.fingerprint != self._fingerprint()
 
-    async def spawn(self, launch: Launch, *, autoload: bool) -> FakeProcess | Verdict:
+    async def write_offer(
+        self, launch: Launch, specs: Mapping[str, ModelSpec], *, kept: Mapping[str, Offered], before: Offer
+    ) -> Offer:
+        """Take note of what the router will read."""
+        await anyio.sleep(ANSWER_S)
+        if self.offer_error is not None:
+            raise self.offer_error
+        models = dict(kept)
+        for name, spec in specs.items():
+            if name not in kept and name not in self.withholds:
+                options = ",".join(layer.source for layer in spec.layers)
+                models[name] = Offered(spec, {"model": spec.path, "options": options})
+        withheld = {name: Withheld(specs[name], why) for name, why in self.withholds.items() if name in specs}
+        self.written = Offer(models, withheld)
+        return self.written
+
+    async def put_back(self, launch: Launch, offer: Offer) -> None:
+        """Take note that the router will read an earlier offer again."""
+        await anyio.sleep(ANSWER_S)
+        self.written = offer
+
+    async def refusals(self, rules: Sequence[ModelRule]) -> list[str]:
+        """Nothing is refused."""
+        return []
+
+    async def look_again(self) -> None:
+        """Look into the folder again."""
+        await anyio.sleep(ANSWER_S)
+        if self.source is None:
+            self.look()
+
+    def usage_of(self, port: int) -> FakeUsage:
+        """A gauge of the model behind a child's port."""
+        return FakeUsage(self, port)
+
+    async def spawn(self, launch: Launch, *, autoload: bool) -> FakeProcess:
         """Start the next process of the script."""
         script = self.starts.popleft() if self.starts else self.usual
         await anyio.sleep(ANSWER_S)
         if isinstance(script.error, SpawnError):
             raise script.error
-        if script.error is not None:
-            return script.error
         process = FakeProcess(self, script, autoload=autoload)
         try:
             await anyio.sleep(ANSWER_S)
@@ -129,10 +187,6 @@ class FakeHost:
         process = self.machine.at(self.settings.port)
         return process is not None and process.pid == router_pid and process.is_listening
 
-    async def file_sizes(self, paths: Sequence[Path]) -> dict[Path, int | None]:
-        """Real files, looked at without a thread."""
-        return {path: path.stat().st_size if path.exists() else None for path in paths}
-
     async def find_child(self, router_pid: int, model: str) -> FakeChild | None:
         """The process that serves the model, None when there is none."""
         await anyio.sleep(ANSWER_S)
@@ -143,6 +197,26 @@ class FakeHost:
     def connect(self) -> FakeApi:
         """A client of whatever answers on the port."""
         return FakeApi(self)
+
+
+class FakeUsage:
+    """How busy a fake model is; `llamavisor.host.UsageGauge` for a test."""
+
+    def __init__(self, host: FakeHost, port: int) -> None:
+        self._host = host
+        self._port = port
+
+    async def read(self) -> Usage:
+        """GET /metrics of the child."""
+        await anyio.sleep(ANSWER_S)
+        process = self._host.machine.at(self._host.settings.port)
+        for name, child in process.children.items() if process is not None else ():
+            if child.port == self._port and not child.ended.is_set():
+                return Usage(in_flight=int(name in process.busy), work=process.work.get(name, 0.0))
+        raise UsageError("nobody answers")
+
+    async def aclose(self) -> None:
+        """Nothing to close."""
 
 
 class FakeApi:

@@ -13,9 +13,11 @@ import anyio.abc
 from anyio.streams.memory import MemoryObjectSendStream
 
 from llamavisor.api import ListedModel, StatusEvent
-from llamavisor.cause import Verdict
+from llamavisor.catalog import FileId
 from llamavisor.errors import ApiError, SpawnError
+from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import KILL_GRACE_S, ExitStatus, Leftovers
+from llamavisor.sections import ModelSpec
 from llamavisor.states import HAS_CHILD, ModelState
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class FakeStart:
     clear_s: float = 0.01
     leftovers: Leftovers = field(default_factory=Leftovers)
     is_unkillable: bool = False
-    error: SpawnError | Verdict | None = None
+    error: SpawnError | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,6 +71,10 @@ class FakeModel:
         unload_s: how long its child takes to go.
         unload_refusal: HTTP status and message with which the router refuses to unload it.
         path: file that it is loaded from.
+        inode: which file that is.
+        content: which content it has.
+        options: its tables in the configuration.
+        load_on_start: whether it is to be loaded when the router starts.
     """
 
     load_s: float = 1.0
@@ -80,6 +86,22 @@ class FakeModel:
     unload_s: float = 0.1
     unload_refusal: tuple[int, str] | None = None
     path: Path | None = None
+    inode: int = 1
+    content: int = 1
+    options: tuple[str, ...] = ()
+    load_on_start: bool = False
+
+    def spec(self, name: str) -> ModelSpec:
+        """What the catalog and the configuration say of it."""
+        path = self.path or Path(f"/models/{name}.gguf")
+        size = path.stat().st_size if path.exists() else 1000
+        return ModelSpec(
+            name=name,
+            path=str(path),
+            files=(FileId(1, self.inode, size, self.content),),
+            layers=tuple(OptionLayer(source, ModelOptions()) for source in self.options),
+            load_on_start=self.load_on_start,
+        )
 
 
 class FakeMachine:
@@ -162,7 +184,11 @@ class FakeProcess:
         self.children: dict[str, FakeChild] = {}
         self.states: dict[str, ModelState] = {}
         self.failed: set[str] = set()
-        self.listed = dict(host.models)
+        self.busy: set[str] = set()  # models that are answering somebody
+        self.work: dict[str, float] = {}
+        self.is_deaf = False  # it reads nothing again, as builds before reloads
+        self._sections = self._written()
+        self.listed = self._listed()
         self.listeners: set[MemoryObjectSendStream[StatusEvent | None]] = set()
         self._ended = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -254,6 +280,10 @@ class FakeProcess:
         self.children[model].ended.set()
         self._has_ended(model, exit_code)
 
+    def lose_sight_of(self, model: str) -> None:
+        """End the process of a loaded model without the router's hearing of it."""
+        self.children[model].ended.set()
+
     def evict(self, model: str) -> None:
         """Let a loaded model go, by the router's own choice."""
         self.crash(model, exit_code=0)
@@ -295,10 +325,22 @@ class FakeProcess:
         """Answer GET /models?reload=1, but for the list."""
         self.reloads += 1
         await self._one_call(ANSWER_S)
-        if self.host.reload_refusal is not None:
-            raise _refusal("GET /models?reload=1", *self.host.reload_refusal)
-        self.listed = dict(self.host.models)
+        if self.host.reload_refusals:
+            raise _refusal("GET /models?reload=1", *self.host.reload_refusals.popleft())
+        if self.is_deaf:
+            return
+        sections = self._written()
+        for name, state in self.states.items():
+            changed = sections.get(name) != self._sections.get(name)
+            assert not (changed and state in HAS_CHILD), f"a reload would have stopped {name}"
+        self._sections, self.listed = sections, self._listed()
         self.say_something_new()  # "models_reload"
+
+    def _written(self) -> dict[str, object]:
+        return {name: dict(offered.section) for name, offered in self.host.written.models.items()}
+
+    def _listed(self) -> dict[str, FakeModel]:
+        return {name: self.host.models.get(name) or FakeModel() for name in self.host.written.models}
 
     def models(self) -> list[ListedModel]:
         """The list."""

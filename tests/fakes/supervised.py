@@ -119,6 +119,7 @@ async def supervised(host: FakeHost, *, jitter: float = 0.0) -> AsyncIterator[Su
     """Supervise a router on `host`, not started yet; at the end nothing of it may be left."""
     bus = Bus()
     router = Router(host, bus=bus, random=lambda: jitter)
+    host.deliver = router.want
     it = Supervised(router, host, Story(bus))
     async with anyio.create_task_group() as group:
         group.start_soon(it.run)

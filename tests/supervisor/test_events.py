@@ -9,9 +9,10 @@ import anyio
 import pytest
 
 from llamavisor import events
+from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause
 from llamavisor.events import KEPT, Bus, Event, ModelProgress, Published, UnloadReason, Warned
-from llamavisor.states import RouterState
+from llamavisor.states import Change, RouterState
 
 pytestmark = pytest.mark.anyio
 
@@ -27,6 +28,8 @@ EXAMPLES = {
     "RouterState": RouterState.READY,
     "Cause": Cause.EXIT,
     "Cause | None": Cause.EXIT,
+    "Change": Change.REPLACED,
+    "EntryState": EntryState.INVALID,
     "UnloadReason": UnloadReason.EVICTED,
 }
 KINDS = [

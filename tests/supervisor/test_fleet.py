@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,15 @@ import pytest
 from fakes.host import FakeHost
 from fakes.machine import KILLED, FakeMachine, FakeModel, FakeStart, fake_models
 from fakes.supervised import PATIENCE_S, Story
+from fakes.watch import FakeWatch
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ModelNotFoundError, RouterNotFoundError, RouterNotReadyError
 from llamavisor.events import Bus, RouterExited, RouterProbed, RouterRecovered, RouterSpawned, StraysKilled, Warned
 from llamavisor.fleet import Fleet, sweep
+from llamavisor.launch import ModelSource
 from llamavisor.process import Leftovers
 from llamavisor.router import Router
-from llamavisor.settings import RouterSettings
+from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.states import ModelState, RouterState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
@@ -37,7 +39,8 @@ class FakeFleet:
         self.prepare: Callable[[FakeHost], None] = lambda host: None
         self.bus = Bus()
         self.story = Story(self.bus)
-        self.fleet = Fleet(make_host=self._make_host, bus=self.bus, jitter=lambda: 0.0)
+        self.watches: list[FakeWatch] = []
+        self.fleet = Fleet(make_host=self._make_host, make_watch=self._make_watch, bus=self.bus, jitter=lambda: 0.0)
         self._folder = folder
 
     def __repr__(self) -> str:
@@ -47,9 +50,14 @@ class FakeFleet:
         """Settings of one router."""
         return RouterSettings(name=name, port=port, models_dir=self._folder, **how)
 
-    def _make_host(self, settings: RouterSettings) -> FakeHost:
+    def _make_watch(self, path: Path, link_dirs: Sequence[Path]) -> FakeWatch:
+        self.watches.append(FakeWatch(path, link_dirs=link_dirs))
+        return self.watches[-1]
+
+    def _make_host(self, settings: RouterSettings, _: ModelSource) -> FakeHost:
         host = FakeHost(settings, folder=self._folder, machine=self.machine)
         host.models = fake_models(["alpha", "beta"])
+        host.deliver = lambda specs: self.fleet[settings.name].want(specs)  # noqa: PLW0108 (it does not exist yet)
         self.prepare(host)
         self.hosts[settings.name] = host
         return host
@@ -60,7 +68,7 @@ class FakeFleet:
 
     @property
     def tasks(self) -> int:
-        """How many tasks the fleet has under it, one for each router."""
+        """How many tasks the fleet has under it, one for each router and each folder."""
         return len(self.fleet._tasks._nursery.child_tasks)
 
     async def all_ready(self) -> None:
@@ -77,7 +85,7 @@ class FakeFleet:
     async def running(self, *settings: RouterSettings) -> AsyncIterator[None]:
         """Supervise these; at the end nothing may be left."""
         async with anyio.create_task_group() as group:
-            group.start_soon(self.fleet.run, settings)
+            group.start_soon(self.fleet.run, FleetSettings(routers=settings))
             await anyio.sleep(1e-6)  # until it waits for something: the routers are there, and on their way up
             yield
             group.cancel_scope.cancel()
@@ -97,6 +105,11 @@ def two(it: FakeFleet) -> tuple[RouterSettings, RouterSettings]:
 
 
 Two = tuple[RouterSettings, RouterSettings]
+
+
+def told(routers: Sequence[RouterSettings]) -> FleetSettings:
+    """Settings of a fleet of these routers."""
+    return FleetSettings(routers=tuple(routers))
 
 
 # --- side by side -----------------------------------------------------------------------------------------------------
@@ -205,7 +218,8 @@ async def test_models_of_different_folders(it: FakeFleet, two: Two) -> None:
     async with it.running(*two):
         await it.all_ready()
         it.hosts["gpu1"].models["delta"] = FakeModel()
-        await it["gpu1"].rescan()
+        it.hosts["gpu1"].look()
+        await it["gpu1"].wait_until(lambda: it["gpu1"].table.get("delta") is not None)
         assert it.fleet.holder_of("delta") is it["gpu1"]
         with pytest.raises(ModelNotFoundError, match="no model 'epsilon'"):
             it.fleet.holder_of("epsilon")
@@ -242,12 +256,12 @@ async def test_what_did_not_change_is_not_touched(it: FakeFleet, two: Two) -> No
         await it.all_ready()
         await it["gpu0"].load("alpha")
         before = list(it.machine.alive)
-        it.hosts["gpu0"].models["delta"] = FakeModel()
-        assert await it.fleet.apply(two) == ()
+        assert await it.fleet.apply(told(two)) == ()
+        await it.fleet.look(within_s=10)
         assert it.machine.alive == before
         assert it["gpu0"].table.residents() == ["alpha"]
-        assert it["gpu0"].table.get("delta") is not None
         assert [process.reloads for process in it.machine.alive] == [1, 1]
+        assert it.watches[0].looks > 1
 
 
 async def test_a_changed_router_is_restarted(it: FakeFleet, two: Two) -> None:
@@ -257,7 +271,7 @@ async def test_a_changed_router_is_restarted(it: FakeFleet, two: Two) -> None:
         await it.all_ready()
         await it["gpu0"].load("alpha")
         await it["gpu1"].load("beta")
-        assert await it.fleet.apply([replace(first, models_max=2), second]) == ("gpu0",)
+        assert await it.fleet.apply(told([replace(first, models_max=2), second])) == ("gpu0",)
         await it.reaches("gpu0", RouterState.STOPPING)
         with anyio.fail_after(PATIENCE_S):
             await it["gpu0"].wait_until(lambda: it.story.of(RouterRecovered) != [])
@@ -272,11 +286,12 @@ async def test_a_removed_router_is_gone(it: FakeFleet, two: Two) -> None:
     async with it.running(*two):
         await it.all_ready()
         gone = it["gpu0"]
-        assert await it.fleet.apply(two[1:]) == ("gpu0",)
+        assert await it.fleet.apply(told(two[1:])) == ("gpu0",)
         assert [router.name for router in it.fleet] == ["gpu1"]
         assert [process.host.settings.name for process in it.machine.alive] == ["gpu1"]
         said = len(it.story.all)
-        assert it.tasks == 1
+        await anyio.sleep(1)
+        assert it.tasks == 2  # the other router, and the folder
         gone.start()
         await anyio.sleep(HOUR_S)
         assert len(it.machine.alive) == 1
@@ -288,7 +303,7 @@ async def test_a_router_is_replaced_by_one_on_its_port(it: FakeFleet, two: Two) 
     it.prepare = lambda host: setattr(host, "usual", FakeStart(term_s=3.0))
     async with it.running(*two):
         await it.all_ready()
-        assert set(await it.fleet.apply([it.settings("big", 8081), two[1]])) == {"gpu0", "big"}
+        assert set(await it.fleet.apply(told([it.settings("big", 8081), two[1]]))) == {"gpu0", "big"}
         await it.reaches("big", RouterState.READY)
         assert len(it.story.of(RouterExited)) == 1
 
@@ -298,7 +313,7 @@ async def test_two_routers_exchange_their_ports(it: FakeFleet, two: Two) -> None
     first, second = two
     async with it.running(*two):
         await it.all_ready()
-        await it.fleet.apply([replace(first, port=8082), replace(second, port=8081)])
+        await it.fleet.apply(told([replace(first, port=8082), replace(second, port=8081)]))
         await anyio.sleep(60.0)
         assert [router.state for router in it.fleet] == [RouterState.READY] * 2
         assert {process.host.settings.name: process.host.settings.port for process in it.machine.alive} == {
@@ -318,7 +333,7 @@ async def test_a_reload_during_a_backoff(it: FakeFleet, two: Two) -> None:
         it.hosts["gpu0"].process.end(KILLED)
         await anyio.sleep(20.0)
         assert it["gpu0"].state is RouterState.BACKOFF
-        await it.fleet.apply([replace(first, models_max=1), replace(second, models_max=1)])
+        await it.fleet.apply(told([replace(first, models_max=1), replace(second, models_max=1)]))
         await it.reaches("gpu0", RouterState.READY)
         await anyio.sleep(HOUR_S)
         assert it["gpu1"].state is RouterState.STOPPED
@@ -333,12 +348,12 @@ async def test_a_configuration_that_could_not_start_is_told_before_it_is_applied
         said = len(it.story.all)
         it.prepare = lambda host: setattr(host, "obstacle", NO_BINARY if host.settings.llama_server else None)
         bad = it.settings("big", 8083, llama_server="/no")
-        assert await it.fleet.check([replace(first, llama_server="/no"), second, bad]) == [
+        assert await it.fleet.check(told([replace(first, llama_server="/no"), second, bad])) == [
             "router gpu0: no llama-server was found",
             "router big: no llama-server was found",
         ]
-        assert await it.fleet.check([replace(first, port=8082), replace(second, port=8081)]) == []
-        assert await it.fleet.check(two) == []
+        assert await it.fleet.check(told([replace(first, port=8082), replace(second, port=8081)])) == []
+        assert await it.fleet.check(told(two)) == []
         assert (len(it.machine.processes), [router.name for router in it.fleet]) == (2, ["gpu0", "gpu1"])
         assert [event for _, event in it.story.all[said:] if not isinstance(event, RouterProbed)] == []
 
@@ -347,9 +362,9 @@ async def test_a_rescan_that_fails_is_a_warning(it: FakeFleet, two: Two) -> None
     """A reload goes on when a router will not look for new files, and says so."""
     async with it.running(*two):
         await it.all_ready()
-        it.hosts["gpu0"].reload_refusal = (500, "option 'x' not recognized")
-        assert await it.fleet.apply(two) == ()
-        assert [warned.subject for warned in it.story.of(Warned)] == ["router gpu0"]
+        it.hosts["gpu0"].reload_refusals.append((500, "option 'x' not recognized"))
+        await it.fleet.look(within_s=10)
+        assert {warned.subject for warned in it.story.of(Warned)} == {"router gpu0"}
         assert it.machine.at(8082).reloads == 1
 
 
@@ -360,13 +375,13 @@ async def test_a_hundred_reloads(it: FakeFleet, two: Two) -> None:
         await it.all_ready()
         tasks = it.tasks
         for count in range(100):
-            await it.fleet.apply([replace(first, models_max=count), it.settings(f"r{count}", 9000)])
+            await it.fleet.apply(told([replace(first, models_max=count), it.settings(f"r{count}", 9000)]))
             if count % 10 == 0:
                 await anyio.sleep(30.0)
         await it.all_ready()
         assert it.tasks == tasks
         assert len(it.machine.alive) == 2
-        await it.fleet.apply(two)
+        await it.fleet.apply(told(two))
         await it.all_ready()
         await it["gpu1"].load("alpha")
         assert it["gpu1"].table.get("alpha").state is ModelState.LOADED
@@ -395,9 +410,14 @@ class FakeSpawner:
 async def test_orphans_are_reaped_every_second() -> None:
     """P12: while the fleet runs, what was handed to it is reaped once a second."""
     spawner = FakeSpawner()
-    fleet = Fleet(make_host=lambda settings: pytest.fail("no router"), spawner=spawner, bus=Bus())
+    fleet = Fleet(
+        make_host=lambda settings, source: pytest.fail("no router"),
+        make_watch=lambda path, link_dirs: pytest.fail("no folder"),
+        spawner=spawner,
+        bus=Bus(),
+    )
     with anyio.move_on_after(10.5):
-        await fleet.run([])
+        await fleet.run(told([]))
     assert spawner.reaped == 11
 
 

@@ -4,25 +4,45 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from fakes import FakeLlamaServer
 from llamavisor.binary import ProbeCache
+from llamavisor.catalog import FileId
 from llamavisor.cause import Cause, Verdict
-from llamavisor.launch import Launch, Launcher
+from llamavisor.launch import Launch, Launcher, ModelSource
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import Spawner
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import RouterSettings
+from llamavisor.shelf import Offer
 
 pytestmark = pytest.mark.anyio
 
-NOBODY = 65534
 Make = Callable[..., Launcher]
+FOLDER_MISSING = Verdict(Cause.MODELS_DIR, "models_dir /srv/models does not exist", "create it", is_obstacle=True)
+
+
+class Known:
+    """Models that are known without a folder, or why they are not."""
+
+    def __init__(self, known: Mapping[str, ModelSpec] | Verdict) -> None:
+        self.known = known
+
+    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
+        """What is known."""
+        return self.known
+
+    async def look_again(self) -> None:
+        """Nothing changes."""
+
+
+def spec(name: str, path: Path, **how: object) -> ModelSpec:
+    """A model of one file."""
+    return ModelSpec(name=name, path=str(path), files=(FileId(1, 1, path.stat().st_size, 1),), **how)
 
 
 @pytest.fixture
@@ -31,7 +51,9 @@ def launcher(
 ) -> Make:
     """Makes a launcher of a fake llama-server; what is not said is in order."""
 
-    def make(*, environ: dict[str, str] | None = None, **settings: object) -> Launcher:
+    def make(
+        *, environ: dict[str, str] | None = None, source: ModelSource | None = None, **settings: object
+    ) -> Launcher:
         told = {"port": free_port, "models_dir": models_dir, "llama_server": str(fake_llama_server()), **settings}
         return Launcher(
             RouterSettings(name="main", **told),
@@ -40,6 +62,7 @@ def launcher(
             log_dir=tmp_path / "logs",
             log_size_bytes=1_000_000,
             probes=ProbeCache(),
+            source=source or Known({path.stem: spec(path.stem, path) for path in models_dir.iterdir()}),
             environ=environ or {"PATH": os.environ["PATH"]},
         )
 
@@ -63,9 +86,9 @@ async def obstacle_of(launcher: Launcher) -> Verdict:
     return found
 
 
-async def test_size_of_the_folder_is_told(launcher: Make) -> None:
-    """What is in the models folder is counted: the deadline of a start grows with it."""
-    assert (await launch_of(launcher())).entries == 3
+async def test_the_models_are_told(launcher: Make) -> None:
+    """What there is to serve is known before the start: its deadline grows with it."""
+    assert sorted((await launch_of(launcher())).specs) == ["alpha", "beta", "gamma"]
 
 
 async def test_prepare_changes_nothing(launcher: Make, tmp_path: Path) -> None:
@@ -123,36 +146,16 @@ async def test_models_options_are_in_the_preset_alone(launcher: Make, tmp_path: 
     argv = " ".join(told._argv(launch, autoload=True))
     assert "512" not in argv.replace(str(told.settings.port), "")
     assert "--temp" not in argv
-    told._write_files(launch)
+    await told.write_offer(launch, launch.specs, kept={}, before=Offer())
     preset = (tmp_path / "state/routers/main/preset.ini").read_text()
     assert "ctx-size = 512" in preset
     assert "temperature = 0.5" in preset
     assert "stop-timeout = 3" in preset
 
 
-@pytest.mark.parametrize("kind", ["missing", "file"])
-async def test_models_folder(launcher: Make, tmp_path: Path, kind: str) -> None:
-    """A models folder that is missing or a file is told by its name."""
-    folder = tmp_path / "nothing"
-    if kind == "file":
-        folder.write_text("")
-    told = await obstacle_of(launcher(models_dir=folder))
-    assert told.cause is Cause.MODELS_DIR
-    assert str(folder) in told.reason
-
-
-def test_unreadable_models_folder(tmp_path: Path) -> None:
-    """A models folder that our user may not read is told with the user who may not."""
-    folder = tmp_path / "models"
-    folder.mkdir(mode=0o700)
-    code = (
-        "import os, sys; from pathlib import Path; from llamavisor.launch import _count_entries\n"
-        f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY})\n"
-        "told = _count_entries(Path(sys.argv[1])); print(told.reason, told.hint)\n"
-    )
-    told = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True).stdout
-    assert "cannot be read: Permission denied" in told
-    assert f"uid {NOBODY}" in told
+async def test_unknown_models(launcher: Make) -> None:
+    """Why it is not known what there is to serve is told before anything else is looked at."""
+    assert await obstacle_of(launcher(source=Known(FOLDER_MISSING), llama_server="/no")) == FOLDER_MISSING
 
 
 async def test_taken_port(launcher: Make) -> None:
@@ -191,14 +194,13 @@ async def test_option_that_the_build_does_not_know(
     assert str(old) in told.reason
 
 
-async def test_unwritable_state_is_worth_another_try(launcher: Make, tmp_path: Path) -> None:
-    """R1: a state folder that cannot be written is told with what to do, and is not given up: disks get room again."""
+async def test_unwritable_state(launcher: Make, tmp_path: Path) -> None:
+    """R1: a state folder that cannot be written is an OSError with its name."""
     (tmp_path / "state").write_text("a file where the folder should be")
     told = launcher()
-    verdict = await told.spawn(await launch_of(told), autoload=True)
-    assert isinstance(verdict, Verdict)
-    assert verdict.cause is Cause.STATE_DIR
-    assert not verdict.is_permanent
+    launch = await launch_of(told)
+    with pytest.raises(OSError, match="state"):
+        await told.write_offer(launch, launch.specs, kept={}, before=Offer())
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ async def test_a_load_of_an_unknown_model(host: FakeHost) -> None:
         await it.comes_up()
         with pytest.raises(ModelNotFoundError, match="no model 'delta' on router main") as refused:
             await it.router.load("delta")
-        assert "llamavisor reload" in refused.value.hint
+        assert "llamavisor models" in refused.value.hint
         with pytest.raises(ModelNotFoundError):
             await it.router.unload("delta")
         assert it.process.loads == it.process.unloads == []

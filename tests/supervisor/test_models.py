@@ -307,9 +307,9 @@ def test_the_process_of_a_model(it: Table) -> None:
     it.loads("a")
     it.table.child_found("a", 77, 40000)
     assert (it["a"].pid, it["a"].port) == (77, 40000)
-    assert it.table.child_ended("a", 66) == [ModelChildExited(router="main", model="a", pid=66)]
+    assert it.table.child_ended("a", 66, now=1.0) == [ModelChildExited(router="main", model="a", pid=66)]
     assert it["a"].pid == 77
-    it.table.child_ended("a", 77)
+    it.table.child_ended("a", 77, now=1.0)
     assert (it["a"].pid, it["a"].port, it["a"].state) == (None, None, S.LOADED)
     it.table.child_found("gone", 1, 2)
     assert it.table.get("gone") is None
@@ -391,7 +391,7 @@ def _tell(it: Table, word: tuple[object, ...]) -> list[Event]:
         case ("found", str(name)):
             it.table.child_found(name, 77, 40000)
         case ("ended", str(name)):
-            return it.table.child_ended(name, 77)
+            return it.table.child_ended(name, 77, now=1.0)
         case ("dies",):
             return it.dies()
     return []

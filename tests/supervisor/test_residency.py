@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 
 import anyio
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from fakes.host import FakeHost
 from fakes.machine import KILLED, FakeModel
 from fakes.supervised import supervised
-from llamavisor.errors import ApiError, ModelLoadError, ModelNotFoundError
+from llamavisor.errors import ModelLoadError
 from llamavisor.events import ModelLoaded, ModelLoadFailed, ModelLoading, Warned
 from llamavisor.states import ModelState, RouterState
 
@@ -93,50 +92,6 @@ async def test_a_build_without_a_stream_is_told_once(host: FakeHost) -> None:
         await anyio.sleep(HOUR_S)
         assert [warned.subject for warned in it.story.of(Warned)] == ["router main"]
         assert "its list is read every second" in it.story.of(Warned)[0].text
-
-
-# --- new files --------------------------------------------------------------------------------------------------------
-
-
-async def test_a_rescan_finds_new_files(host: FakeHost) -> None:
-    """After a rescan a new model can be loaded, and a removed one is no longer listed."""
-    async with supervised(host) as it:
-        await it.comes_up()
-        host.models["delta"] = FakeModel()
-        del host.models["gamma"]
-        with pytest.raises(ModelNotFoundError):
-            await it.router.load("delta")
-        await it.router.rescan()
-        assert [model.name for model in it.router.table] == ["alpha", "beta", "delta"]
-        assert await it.router.load("delta")
-
-
-async def test_a_rescan_that_would_stop_a_model_is_refused(host: FakeHost, tmp_path: Path) -> None:
-    """A reload stops a loaded model whose file has gone: it is not asked for, and the model goes on serving."""
-    path = tmp_path / "alpha.gguf"
-    path.touch()
-    host.models["alpha"].path = path
-    async with supervised(host) as it:
-        await it.comes_up()
-        await it.router.load("alpha")
-        path.unlink()
-        with pytest.raises(ApiError, match="the file of alpha is gone"):
-            await it.router.rescan()
-        assert (it.process.reloads, it.model("alpha")) == (0, ModelState.LOADED)
-        await it.router.unload("alpha")
-        await it.router.rescan()
-        assert it.process.reloads == 1
-
-
-async def test_a_rescan_that_the_router_refuses(host: FakeHost) -> None:
-    """The router's own words on a refused reload reach the one who asked."""
-    host.reload_refusal = (500, "alias 'x' conflicts with existing model name")
-    async with supervised(host) as it:
-        await it.comes_up()
-        with pytest.raises(ApiError, match="alias 'x' conflicts"):
-            await it.router.rescan()
-        host.reload_refusal = None
-        await it.router.rescan()
 
 
 async def test_a_rescan_during_a_start_and_through_a_crash(host: FakeHost) -> None:

@@ -255,9 +255,9 @@ def test_a_client_cancelled_at_any_step_disturbs_nobody(folder: Path) -> None:
             async with supervised(_host(folder)) as it:
                 with anyio.CancelScope() as instrument.scope:
                     await _a_full_life(it)
+                await it.settle()  # a load on a router that was just killed may fail with it
                 if it.has_ended:
                     return
-                await it.settle()  # a load on a router that was just killed may fail with it
                 it.router.start()
                 with anyio.fail_after(QUIET_S):
                     await it.router.load("gamma")

@@ -140,12 +140,13 @@ async def test_a_binary_that_cannot_be_executed_is_permanent(host: FakeHost) -> 
 
 async def test_a_full_disk_is_waited_for(host: FakeHost) -> None:
     """R1: files that cannot be written keep a router in BACKOFF, and it comes up once they can."""
-    verdict = Verdict(Cause.STATE_DIR, "cannot write the router's files: No space left on device")
-    host.starts.extend([FakeStart(error=verdict)] * 3)
+    host.offer_error = OSError("No space left on device")
     async with supervised(host) as it:
         it.router.start()
         await it.reaches(RouterState.BACKOFF)
-        assert it.router.reason == verdict.reason
+        assert it.router.reason == "cannot write the router's files: No space left on device"
+        await anyio.sleep(10)
+        host.offer_error = None
         await it.reaches(RouterState.READY)
         assert it.spawns == 1
 

@@ -1,0 +1,31 @@
+"""What every event is."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import ClassVar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Something notable that happened; every subclass adds what it happened to.
+
+    Class attributes:
+        level: the level of its log line.
+        is_kept: whether it is worth a place among the events that can be replayed.
+    """
+
+    level: ClassVar[int] = logging.INFO
+    is_kept: ClassVar[bool] = True
+
+    def message(self) -> str:
+        """One line for a person."""
+        raise AssertionError(f"{type(self).__name__} does not say what it means")
+
+    def as_dict(self) -> dict[str, object]:
+        """Its name, its fields and its message, as JSON knows them."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+        return {"event": type(self).__name__, **plain, "message": self.message()}

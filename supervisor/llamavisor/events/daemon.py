@@ -1,0 +1,82 @@
+"""What happens to the daemon itself, its configuration, and those who speak to it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import ClassVar
+
+from llamavisor.events.base import Event
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStarted(Event):
+    """The daemon answers on its control socket."""
+
+    version: str
+    pid: int
+    socket: str
+    config: str | None
+
+    def message(self) -> str:
+        config = self.config or "no configuration file"
+        return f"llamavisor {self.version} is up, pid {self.pid}, {config}, commands on {self.socket}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DaemonStopping(Event):
+    """The daemon was asked to end."""
+
+    reason: str
+
+    def message(self) -> str:
+        return f"stopping: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigReloaded(Event):
+    """A new configuration is in force; `changed` names the routers that it touched."""
+
+    changed: tuple[str, ...]
+
+    def message(self) -> str:
+        return f"configuration reloaded, changed: {', '.join(self.changed) or 'nothing'}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigRejected(Event):
+    """A new configuration was refused; the old one stays in force."""
+
+    level: ClassVar[int] = logging.ERROR
+
+    error: str
+
+    def message(self) -> str:
+        return f"configuration not reloaded, the old one stays: {self.error}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRefused(Event):
+    """A process without permission spoke to the control socket."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    uid: int
+    pid: int
+    request: str
+
+    def message(self) -> str:
+        return f"refused {self.request} from uid {self.uid}, pid {self.pid}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned(Event):
+    """Something is not as it should be, and work goes on."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    subject: str
+    text: str
+
+    def message(self) -> str:
+        return f"{self.subject}: {self.text}"

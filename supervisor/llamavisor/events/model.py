@@ -1,0 +1,190 @@
+"""What happens to models on routers."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from llamavisor.events.base import Event
+from llamavisor.states import Change
+
+
+class UnloadReason(Enum):
+    """Why a model left memory."""
+
+    REQUESTED = "requested"  # somebody asked us
+    EVICTED = "evicted"  # the router made room, or a client asked the router itself
+    CRASHED = "crashed"  # its child ended unasked
+    FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
+    ROUTER = "router"  # its router ended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoading(Event):
+    """A model began to load. `is_requested` tells whether we asked for it, or a client by a request to the router."""
+
+    router: str
+    model: str
+    is_requested: bool
+
+    def message(self) -> str:
+        return f"model {self.model}: loading on {self.router}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProgress(Event):
+    """A model has loaded the fraction `progress`, 0 to 1, of `stage`."""
+
+    level: ClassVar[int] = logging.DEBUG
+    is_kept: ClassVar[bool] = False
+
+    router: str
+    model: str
+    stage: str
+    progress: float
+
+    def message(self) -> str:
+        return f"model {self.model}: {self.stage} {self.progress:.0%}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoaded(Event):
+    """A model can answer. `load_s` is None when its loading began before we looked."""
+
+    router: str
+    model: str
+    load_s: float | None
+
+    def message(self) -> str:
+        after = "" if self.load_s is None else f" after {self.load_s:.2f} s"
+        return f"model {self.model}: loaded on {self.router}{after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelLoadFailed(Event):
+    """A model that was loading did not become loaded."""
+
+    level: ClassVar[int] = logging.ERROR
+
+    router: str
+    model: str
+    reason: str
+
+    def message(self) -> str:
+        return f"model {self.model}: load failed on {self.router}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSleeping(Event):
+    """A model gave its memory back but kept its process (--sleep-idle-seconds)."""
+
+    router: str
+    model: str
+
+    def message(self) -> str:
+        return f"model {self.model}: asleep on {self.router}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUnloaded(Event):
+    """A model left memory."""
+
+    router: str
+    model: str
+    reason: UnloadReason
+
+    def message(self) -> str:
+        return f"model {self.model}: unloaded from {self.router} ({self.reason.value})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChildExited(Event):
+    """The child process of a model ended; why follows when the router has said it."""
+
+    level: ClassVar[int] = logging.DEBUG
+
+    router: str
+    model: str
+    pid: int
+
+    def message(self) -> str:
+        return f"model {self.model}: its process {self.pid} on {self.router} ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAdded(Event):
+    """A router can serve a model that it could not before.
+
+    `wait_s` is the time since the model's files were last changed, None if that was before the daemon began.
+    """
+
+    router: str
+    model: str
+    path: str
+    wait_s: float | None = None
+
+    def message(self) -> str:
+        after = "" if self.wait_s is None else f", {self.wait_s:.2f} s after its file was complete"
+        return f"model {self.model}: can be served by {self.router}{after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRemoved(Event):
+    """A router cannot serve a model any more."""
+
+    router: str
+    model: str
+
+    def message(self) -> str:
+        return f"model {self.model}: not served by {self.router} any more"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsChanged(Event):
+    """So many models at once that only the first are told one by one."""
+
+    router: str
+    added: int
+    removed: int
+
+    def message(self) -> str:
+        return f"router {self.router}: {self.added} models more, {self.removed} fewer; see `llamavisor models`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWithheld(Event):
+    """A router is not told of a model, because it would not take it."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    router: str
+    model: str
+    reason: str
+
+    def message(self) -> str:
+        return f"model {self.model}: withheld from {self.router}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelStale(Event):
+    """A model in memory is no longer what its file and its options say; `change` is what has happened to it."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    router: str
+    model: str
+    change: Change
+    then: str
+
+    def message(self) -> str:
+        return f"model {self.model}: on {self.router} {_CHANGES[self.change]}; {self.then}"
+
+
+_CHANGES = {
+    Change.OPTIONS: "its options have changed",
+    Change.REPLACED: "its file was replaced",
+    Change.OVERWRITTEN: "its file was overwritten in place while it is in use, and it may answer nonsense or crash",
+    Change.GONE: "its file is gone, or not fit to be served",
+}

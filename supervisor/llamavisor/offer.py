@@ -1,0 +1,106 @@
+"""From what a router is to serve to what it is told: a preset's sections, and the folder of links that it scans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from llamavisor import preset
+from llamavisor.errors import OptionError
+from llamavisor.flags import LaunchOptions, OptionLayer
+from llamavisor.helptext import FlagSet
+from llamavisor.sections import ModelSpec, missing_files, section, without_clashes
+from llamavisor.shelf import Offer, Offered, Withheld, names_of
+
+NAME_BYTES = 255
+"""The longest name of a file."""
+
+
+def make_offer(
+    specs: Mapping[str, ModelSpec],
+    *,
+    kept: Mapping[str, Offered],
+    before: Offer,
+    base: Sequence[OptionLayer],
+    common: LaunchOptions,
+    flags: FlagSet,
+    binary: str,
+) -> Offer:
+    """What a router is told of `specs`. Blocking: it looks whether files that tables name are there.
+
+    A model whose options this llama-server does not take is withheld, with the reason: one bad section would keep the
+    whole router from starting.
+
+    Args:
+        specs: what it is to serve, by name.
+        kept: what must stay as it is, because it runs.
+        before: the last offer to the same process; its sections are used again where nothing has changed.
+        base: the option tables of the router, lowest precedence first.
+        common: what these come to, for the preset's `[*]`.
+        flags: the options that the found build knows.
+        binary: its path, for messages.
+    """
+    taken = names_of(each.spec for each in kept.values())
+    others = [spec for name, spec in specs.items() if name not in kept]
+    cleared, notes = without_clashes(others)
+    models: dict[str, Offered] = dict(kept)
+    withheld: dict[str, Withheld] = {}
+    for name, spec in cleared.items():
+        known = before.models.get(name)
+        is_same = known is not None and known.spec is spec is specs[name] and name not in before.notes
+        if known is not None and is_same and taken.isdisjoint(names_of([spec])):
+            models[name] = known
+            continue
+        if name in taken:  # an alias of a model that runs; its own table took it away, and it will be free
+            withheld[name] = Withheld(specs[name], "its name is still an alias of a model that is loaded")
+            continue
+        reason = missing_files(spec)
+        if reason is not None:
+            withheld[name] = Withheld(specs[name], reason)
+            continue
+        try:
+            entries = section(spec, base, common, flags, binary=binary)
+        except OptionError as error:
+            withheld[name] = Withheld(specs[name], f"{error}. {error.hint}" if error.hint else str(error))
+            continue
+        if not taken.isdisjoint(spec.aliases):
+            free = [alias for alias in spec.aliases if alias not in taken]
+            entries = {key: value for key, value in entries.items() if key != "alias"}
+            entries |= {"alias": ",".join(free)} if free else {}
+            notes[name] = "an alias of it is still that of a model that is loaded"
+        models[name] = Offered(specs[name], entries)
+    return Offer(dict(sorted(models.items())), withheld, notes)
+
+
+def to_preset(offer: Offer, common: LaunchOptions) -> preset.Preset:
+    """The preset that says so."""
+    return preset.for_router(common, {name: each.section for name, each in offer.models.items()})
+
+
+def link_all(folder: Path, offer: Offer) -> None:
+    """Make `folder` hold one symlink for each model of `offer`, called as the router calls the model, and nothing else.
+
+    The router scans this folder instead of the user's, and so lists neither junk nor what is half copied. The preset's
+    section says the same with the true path; a model whose name no file can have is known by its section alone.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    wanted = {f"{name}.gguf": each.spec.path for name, each in offer.models.items() if _fits(name)}
+    with os.scandir(folder) as entries:
+        there = {entry.name: str(Path(entry.path).readlink()) if entry.is_symlink() else "" for entry in entries}
+    for name, target in there.items():
+        if name not in wanted or wanted[name] != target:
+            with suppress(IsADirectoryError, PermissionError):  # nothing of ours: a person's folder stays
+                (folder / name).unlink()
+    for name, target in wanted.items():
+        if there.get(name) != target:
+            with suppress(FileExistsError):
+                (folder / name).symlink_to(target)
+
+
+def _fits(name: str) -> bool:
+    return "/" not in name and len(os.fsencode(name)) + len(".gguf") <= NAME_BYTES

@@ -1,0 +1,102 @@
+"""What one router is to serve: the models of its folder, as the rules of the configuration make them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import anyio
+import anyio.lowlevel
+
+from llamavisor.catalog import Entry, EntryState
+from llamavisor.cause import Cause, Verdict
+from llamavisor.folder import Folder
+from llamavisor.rules import ModelRule
+from llamavisor.sections import ModelSpec, specify
+
+FIRST_LOOK_S = 10.0
+"""How long a start waits for the first look at its folder; ten thousand headers take five seconds."""
+LOOK_AGAIN_S = 1.0
+"""How long the end of a model waits for a look at its file."""
+_BATCH = 256
+
+
+class Supply:
+    """The models of one folder for one router. Written by the fleet alone.
+
+    Args:
+        folder: where the models are.
+        router: name of the router.
+        rules: tables of options of models, in the order of the configuration.
+        deliver: told of all that is to be served whenever it has changed.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        router: str,
+        rules: Sequence[ModelRule],
+        *,
+        deliver: Callable[[Mapping[str, ModelSpec]], None],
+    ) -> None:
+        self.folder = folder
+        self._router = router
+        self._rules = tuple(rules)
+        self._deliver = deliver
+        self._specs: dict[str, ModelSpec] = {}
+        self._settled: Mapping[str, ModelSpec] = {}  # as it was when the last look had ended: never half of one
+        self.update(folder.catalog)
+        self.settle()
+
+    def __repr__(self) -> str:
+        return f"<Supply of {self._router}: {len(self._specs)} models>"
+
+    def update(self, changed: Iterable[Entry], removed: Iterable[str] = ()) -> None:
+        """Take over what has changed in the folder."""
+        for name in removed:
+            self._specs.pop(name, None)
+        for entry in changed:
+            spec = specify(entry, self._rules, router=self._router) if entry.state is EntryState.READY else None
+            if spec is None:
+                self._specs.pop(entry.name, None)
+            elif self._specs.get(entry.name) != spec:
+                self._specs[entry.name] = spec
+
+    def settle(self) -> None:
+        """A look at the folder has ended."""
+        if self._settled != self._specs or not self._specs:
+            self._settled = dict(self._specs)
+            self.deliver()
+
+    def deliver(self) -> None:
+        """Tell what is to be served."""
+        self._deliver(self._settled)
+
+    async def follow(self, rules: Sequence[ModelRule]) -> None:
+        """Go over to other rules."""
+        if tuple(rules) == self._rules:
+            return
+        self._rules = tuple(rules)
+        entries = list(self.folder.catalog)
+        for at in range(0, len(entries), _BATCH):
+            self.update(entries[at : at + _BATCH])
+            await anyio.lowlevel.checkpoint()
+        self.settle()
+
+    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
+        """What is to be served now, or why that is not known: the folder was never seen.
+
+        A folder that was seen once and cannot be looked at now is served as it was.
+        """
+        catalog = self.folder.catalog
+        if not catalog.has_looked and not catalog.stale:
+            with anyio.move_on_after(FIRST_LOOK_S):
+                await self.folder.answered.wait()
+        if catalog.has_looked:
+            return self._settled
+        reason = catalog.stale or f"does not answer for {FIRST_LOOK_S:.0f} s"
+        hint = "create it, correct models_dir, or let this user read it"
+        return Verdict(Cause.MODELS_DIR, f"models_dir {self.folder.path} {reason}", hint, is_obstacle=True)
+
+    async def look_again(self) -> None:
+        """See that what is known of the files is not older than this call, or give up soon."""
+        await self.folder.look(within_s=LOOK_AGAIN_S)

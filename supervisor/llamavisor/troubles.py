@@ -1,0 +1,51 @@
+"""Why a router that serves keeps less than it promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llamavisor.events import Event, RouterDegraded
+from llamavisor.states import RouterInput
+
+
+class Troubles:
+    """The reasons for which a router is DEGRADED, one for each subject. Written by its owner alone.
+
+    Args:
+        router: name of the router, for the events.
+        publish: where events go.
+        signal: told of every trouble, and when the last one has gone.
+    """
+
+    def __init__(self, router: str, *, publish: Callable[[Event], None], signal: Callable[[RouterInput], None]) -> None:
+        self._router = router
+        self._publish = publish
+        self._signal = signal
+        self._reasons: dict[str, str] = {}
+
+    def __repr__(self) -> str:
+        return f"<Troubles {list(self._reasons)}>"
+
+    def __contains__(self, subject: str) -> bool:
+        return subject in self._reasons
+
+    @property
+    def text(self) -> str:
+        """All of them in one line."""
+        return "; ".join(self._reasons.values())
+
+    def note(self, subject: str, reason: str) -> None:
+        """There is this trouble."""
+        if subject not in self._reasons:
+            self._publish(RouterDegraded(router=self._router, reason=reason))
+        self._reasons[subject] = reason
+        self._signal(RouterInput.TROUBLE)
+
+    def end(self, subject: str) -> None:
+        """This trouble has gone, if it was there."""
+        if self._reasons.pop(subject, None) is not None and not self._reasons:
+            self._signal(RouterInput.CLEARED)
+
+    def forget(self) -> None:
+        """A fresh process has none of them; that is no news."""
+        self._reasons.clear()
