@@ -67,6 +67,7 @@ class RunningDaemon:
         self.port = free_port()
         self.metrics_port = free_port()
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), **(env or {})}
+        self.launcher: list[str] = []  # what runs before the program and becomes it
         self.program = [sys.executable, "-m", "llamavisord"]
         self._argv = ["serve", "--socket", str(self.socket)]
         self._argv += ["--state-dir", str(self.state_dir)]
@@ -112,7 +113,11 @@ class RunningDaemon:
         with self.log.open("ab") as file:
             log = file if output is None else output
             self._popen = subprocess.Popen(
-                [*self.program, *self._argv], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env
+                [*self.launcher, *self.program, *self._argv],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=self.env,
             )
 
     def signal(self, number: signal.Signals) -> None:
@@ -184,9 +189,15 @@ class RunningDaemon:
         """One router as `status` shows it."""
         return next(router for router in self.status()["routers"] if router["name"] == name)
 
+    def models(self) -> dict[str, dict[str, Any]]:
+        """All models by name, as the list of models shows them."""
+        status, body = self.call("GET", "/control/v1/models")
+        assert status == 200, body
+        return {model["name"]: model for model in body["models"]}
+
     def model(self, name: str) -> dict[str, Any]:
-        """One model as `status` shows it."""
-        return next(model for model in self.status()["models"] if model["name"] == name)
+        """One model as the list of models shows it."""
+        return self.models()[name]
 
     def wait_for_router(self, state: str, name: str = "main") -> dict[str, Any]:
         """Wait until a router is in `state`."""
@@ -195,7 +206,7 @@ class RunningDaemon:
 
     def wait_for_model(self, name: str, state: str) -> dict[str, Any]:
         """Wait until a model is in `state`."""
-        eventually(lambda: self.model(name)["state"] == state, what=f"model {name} {state}")
+        eventually(lambda: self.models().get(name, {}).get("state") == state, what=f"model {name} {state}")
         return self.model(name)
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -56,6 +57,7 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
         The exit code of the process.
     """
     faulthandler.enable()
+    gc.freeze()  # what was imported lives for ever: walking it again and again would hold the event loop
     # They wait for the receiver in _main: what comes before it is neither lost nor fatal.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     _log_to_stderr(config.log_level)
@@ -140,7 +142,7 @@ async def _live(
     try:
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(fleet.run, config.router_settings())
+            tasks.start_soon(fleet.run, config.fleet_settings())
             tasks.start_soon(_measure_lag, daemon)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)

@@ -22,9 +22,11 @@ from llamavisor.router import Router
 from llamavisor.states import SERVING, RouterState
 from llamavisord.control_socket import ControlSocket, peer_of
 from llamavisord.daemon import Daemon
+from llamavisord.details import describe
+from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
-from llamavisord.view import model_view, models_view, router_view
+from llamavisord.view import router_view
 
 BODY_BYTES = 64 * 1024
 WAIT_MAX_S = 3600.0
@@ -34,6 +36,8 @@ HEARTBEAT_S = 15.0
 LEFT_S = 0.5
 """Between two looks whether the reader of a stream is still there."""
 LOG_LINES_MAX = 10_000
+STATUS_MODELS_MAX = 200
+"""Of more models than these `status` leaves those out that are merely not loaded; `models` has them all."""
 EVENT_ID_MAX = 10**18
 
 _log = logging.getLogger(__name__)
@@ -80,6 +84,7 @@ def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Applicatio
         [
             web.get(f"{base}/status", api.status),
             web.get(f"{base}/models", api.models),
+            web.get(base + r"/models/{name:[\s\S]+}", api.model),
             web.get(f"{base}/routers", api.routers),
             web.post(base + r"/models/{name:[\s\S]+}/load", api.load),
             web.post(base + r"/models/{name:[\s\S]+}/unload", api.unload),
@@ -118,18 +123,33 @@ class _Api:
         self._bus = daemon.bus
 
     async def status(self, _: web.Request) -> web.Response:
+        inventory = self._daemon.inventory()
+        known = inventory.known()
+        shown = known
+        if len(known) > STATUS_MODELS_MAX:
+            shown = [each for each in known if each.router is not None and not each.is_plain]
         return _json(
             {
                 **self._daemon.view(),
                 "ready": self._fleet.is_ready,
                 "event_id": self._bus.last_id,
                 "routers": [router_view(router) for router in self._fleet],
-                "models": models_view(self._fleet),
+                "folders": folders_view(self._fleet),
+                "models": await in_steps(inventory, shown),
+                "models_left_out": len(known) - len(shown),
             }
         )
 
-    async def models(self, _: web.Request) -> web.Response:
-        return _json({"models": models_view(self._fleet)})
+    async def models(self, request: web.Request) -> web.Response:
+        inventory, name = self._daemon.inventory(), request.query.get("name")
+        models = await to_json(inventory, inventory.known() if name is None else inventory.called(name))
+        return web.Response(body=b'{"models": ' + models + b"}", content_type="application/json")
+
+    async def model(self, request: web.Request) -> web.Response:
+        router = request.query.get("router")
+        if router is not None:
+            router = self._fleet[router].name  # or there is no such router
+        return _json(await describe(self._daemon.inventory(), request.match_info["name"], router=router))
 
     async def routers(self, _: web.Request) -> web.Response:
         return _json({"routers": [router_view(router) for router in self._fleet]})
@@ -148,8 +168,10 @@ class _Api:
         with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
             changed = await move(router, name)
         status = _outcome(scope, wait_s, f"model {name}")
-        model = router.table.get(name)
-        body = {"model": model_view(router, model) if model else None, "changed": changed, "event_id": event_id}
+        inventory = self._daemon.inventory()
+        known = next((each for each in inventory.called(router.shelf.name_of(name)) if each.router is router), None)
+        model = inventory.item(known) if known is not None else None
+        body = {"model": model, "changed": changed, "event_id": event_id}
         return _json(body, status=status)
 
     async def restart(self, request: web.Request) -> web.Response:

@@ -6,11 +6,13 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.to_thread
 
+from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
 from llamavisor.fleet import Fleet
@@ -18,7 +20,11 @@ from llamavisor.settings import base_url
 from llamavisor.states import RouterState
 from llamavisord import __version__
 from llamavisord.config import Config
+from llamavisord.inventory import Inventory
 from llamavisord.problems import ConfigError, Problem
+
+RELOAD_LOOK_S = 10.0
+"""How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
 
 
 class Daemon:
@@ -48,7 +54,9 @@ class Daemon:
         return f"<Daemon {self.fleet!r}>"
 
     async def reload(self) -> tuple[str, ...]:
-        """Read the configuration again and go over to it, all or nothing.
+        """Read the configuration again and go over to it, all or nothing; then look at the models folders.
+
+        What is whole in them can be served when this returns, unless they take longer than `RELOAD_LOOK_S`.
 
         Returns:
             The names of the routers that changed.
@@ -60,15 +68,16 @@ class Daemon:
             try:
                 config = await anyio.to_thread.run_sync(self._load_config)
                 self._refuse_fixed(config)
-                if problems := await self.fleet.check(config.router_settings()):
+                if problems := await self.fleet.check(config.fleet_settings()):
                     raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
             except ConfigError as error:
                 self.config_error = str(error)
                 self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
                 raise
             self.config, self.config_error, self.config_loaded_at = config, None, time.time()
-            changed = await self.fleet.apply(config.router_settings())
+            changed = await self.fleet.apply(config.fleet_settings())
             self.bus.publish(ConfigReloaded(changed=changed))
+            await self.fleet.look(within_s=RELOAD_LOOK_S)
             return changed
 
     def _refuse_fixed(self, config: Config) -> None:
@@ -89,12 +98,29 @@ class Daemon:
         found = list(self.config.warnings)
         if self.metrics_error:
             found.append(self.metrics_error)
+        for folder in self.fleet.folders:
+            catalog = folder.catalog
+            if catalog.stale:
+                found.append(f"folder {folder.path}: {catalog.stale}; what was known of it stays")
+            elif catalog.mode == "polling":
+                found.append(f"folder {folder.path}: watched by polling: {catalog.mode_reason}")
         for router in self.fleet:
             if router.state is RouterState.READY and not len(router.table):
-                found.append(f"no models: put GGUF files into {router.settings.models_dir}, then `llamavisor reload`")
+                found.append(self._why_empty(router.settings.models_dir))
             if router.launch is not None:
                 found += router.launch.warnings
         return list(dict.fromkeys(found))
+
+    def _why_empty(self, models_dir: Path) -> str:
+        """Why a router on that folder has no models."""
+        entries = [entry for folder in self.fleet.folders if folder.path == models_dir for entry in folder.catalog]
+        if any(entry.state is not EntryState.GONE for entry in entries):
+            return f"no model in {models_dir} can be served: see `llamavisor models`"
+        return f"no models: put GGUF files into {models_dir}"
+
+    def inventory(self) -> Inventory:
+        """All models as they are now."""
+        return Inventory(self.fleet, on_overwrite=self.config.on_overwrite)
 
     def view(self) -> dict[str, Any]:
         """The daemon itself as `status` shows it."""

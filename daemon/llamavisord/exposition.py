@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Count
 from collections.abc import Iterator
 
 from aiohttp import web
@@ -15,10 +16,12 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from llamavisor import events as ev
+from llamavisor.catalog import EntryState
+from llamavisor.fleet import Fleet
 from llamavisor.states import ModelState, RouterState
 from llamavisord import __version__
 from llamavisord.control import health_routes
@@ -29,6 +32,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _START_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _LOAD_BUCKETS_S = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _PROBE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 10)
+_SCAN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_SERVABLE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_MODES = ("inotify", "polling")
 
 
 class Exposition:
@@ -94,22 +100,40 @@ class Exposition:
             "Left-over processes that were killed because the one that started them had ended.",
             registry=registry,
         )
+        self._scan_seconds = Histogram(
+            "llamavisor_catalog_scan_duration_seconds",
+            "Time that a look at a models folder took.",
+            ["folder"],
+            buckets=_SCAN_BUCKETS_S,
+            registry=registry,
+        )
+        self._servable_seconds = Histogram(
+            "llamavisor_model_servable_seconds",
+            "Time from the last change of a model's files until a router could serve it.",
+            ["router"],
+            buckets=_SERVABLE_BUCKETS_S,
+            registry=registry,
+        )
         self._of_models = (self._loads, self._load_seconds, self._unloads)
         self._of_routers = (
             self._restarts,
             self._start_seconds,
             self._probe_seconds,
             self._probe_failures,
+            self._servable_seconds,
             *self._of_models,
         )
         self._counted: set[tuple[str, str]] = set()  # router and model; a router's own with an empty model
+        self._folders: set[str] = set()
         daemon.bus.listen(self._count)
 
     def _count(self, published: ev.Published) -> None:
-        router = getattr(published.event, "router", None)
-        if router is not None:
-            self._counted |= {(router, ""), (router, getattr(published.event, "model", ""))}
-        match published.event:
+        event = published.event
+        if (router := getattr(event, "router", None)) is not None:
+            self._counted.add((router, ""))
+        if isinstance(event, ev.ModelLoaded | ev.ModelLoadFailed | ev.ModelUnloaded):
+            self._counted.add((event.router, event.model))
+        match event:
             case ev.RouterSpawned(router=router, cause=cause) if cause is not None:
                 self._restarts.labels(router, cause.value).inc()
             case ev.RouterReady(router=router, start_s=start_s):
@@ -125,18 +149,28 @@ class Exposition:
                 self._loads.labels(router, model, "failed").inc()
             case ev.ModelUnloaded(router=router, model=model, reason=reason):
                 self._unloads.labels(router, model, reason.value).inc()
+            case ev.ModelAdded(router=router, wait_s=wait_s) if wait_s is not None:
+                self._servable_seconds.labels(router).observe(wait_s)
+            case ev.FolderLooked(folder=folder, duration_s=duration_s):
+                self._folders.add(folder)
+                self._scan_seconds.labels(_label(folder)).observe(duration_s)
             case ev.StraysKilled(pids=pids):
                 self._strays.inc(len(pids))
 
     def _forget_vanished(self) -> None:
-        """Drop the series of routers and models that are not there any more: they would stay for ever."""
-        there = {(router.name, "") for router in self._daemon.fleet}
-        there |= {(router.name, model.name) for router in self._daemon.fleet for model in router.table}
-        for router, model in self._counted - there:
+        """Drop the series of routers, models and folders that are not there any more: they would stay for ever."""
+        routers = {router.name: router for router in self._daemon.fleet}
+        for router, model in list(self._counted):
+            there = routers.get(router)
+            if there is not None and (not model or there.table.get(model) is not None):
+                continue
+            self._counted.discard((router, model))
             labels = {"router": router, "model": model} if model else {"router": router}
             for metric in self._of_models if model else self._of_routers:
                 metric.remove_by_labels(labels)
-        self._counted &= there
+        for folder in self._folders - {str(each.path) for each in self._daemon.fleet.folders}:
+            self._folders.discard(folder)
+            self._scan_seconds.remove_by_labels({"folder": _label(folder)})
 
     def app(self) -> web.Application:
         """The web application behind the metrics port: /metrics, /livez, /readyz."""
@@ -166,9 +200,6 @@ class _Snapshot(Collector):
         failures = _gauge("router_consecutive_failures", "Failures to stay up, in a row.", "router")
         crash_loop = _gauge("router_crash_loop", "1 while a router fails again and again.", "router")
         started = _gauge("router_start_timestamp_seconds", "When a router's process was started.", "router")
-        model_state = _gauge(
-            "model_state", "1 for the state that a model is in, 0 for the others.", "router", "model", "state"
-        )
         for router in daemon.fleet:
             for each in RouterState:
                 state.add_metric([router.name, each.value], float(router.state is each))
@@ -176,10 +207,9 @@ class _Snapshot(Collector):
             crash_loop.add_metric([router.name], float(router.history.is_crash_loop))
             if router.spawned_at is not None:
                 started.add_metric([router.name], unix_time(router.spawned_at))
-            for model in router.table:
-                for known in ModelState:
-                    model_state.add_metric([router.name, model.name, known.value], float(model.state is known))
-        yield from (state, failures, crash_loop, started, model_state)
+        yield from (state, failures, crash_loop, started)
+        yield from _of_models(daemon.fleet)
+        yield from _of_folders(daemon.fleet)
 
         lag = _gauge("event_loop_lag_seconds", "The longest that the event loop was late in the last ten seconds.")
         lag.add_metric([], daemon.loop_lag_s)
@@ -188,6 +218,51 @@ class _Snapshot(Collector):
         when = _gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
         when.add_metric([], daemon.config_loaded_at)
         yield from (lag, good, when)
+
+
+def _of_models(fleet: Fleet) -> Iterator[Metric]:
+    """What is true of the models that are in memory or were; ten thousand that never were would bury them."""
+    state = _gauge("model_state", "1 for the state that a model is in, 0 for the others.", "router", "model", "state")
+    stale = _gauge("model_stale", "1 for a model in memory whose file or options have changed.", "router", "model")
+    last_use = _gauge("model_last_use_timestamp_seconds", "When a model was last seen to work.", "router", "model")
+    in_flight = _gauge("model_requests_in_flight", "Requests that a model is answering.", "router", "model")
+    for router in fleet:
+        for model in router.table:
+            if model.state is ModelState.UNLOADED and model.loaded_at is None:
+                continue
+            labels = [router.name, model.name]
+            for known in ModelState:
+                state.add_metric([*labels, known.value], float(model.state is known))
+            if model.used_at is not None:
+                last_use.add_metric(labels, unix_time(model.used_at))
+            if model.in_flight is not None:
+                in_flight.add_metric(labels, model.in_flight)
+        for name, _ in router.shelf.stale(router.table):
+            stale.add_metric([router.name, name], 1.0)
+    yield from (state, stale, last_use, in_flight)
+
+
+def _of_folders(fleet: Fleet) -> Iterator[Metric]:
+    """What is true of the models folders."""
+    models = _gauge("catalog_models", "Models of a folder by the state of their files.", "folder", "state")
+    stale = _gauge("catalog_stale", "1 while what is known of a folder may not be what is there.", "folder")
+    mode = _gauge("watcher_mode", "1 for the way in which changes of a folder are noticed.", "folder", "mode")
+    errors = CounterMetricFamily("llamavisor_watcher_errors", "Failures of what looks at a folder.", labels=["folder"])
+    for path, folder in {folder.path: folder for folder in fleet.folders}.items():  # a reload may have two for a moment
+        catalog, label = folder.catalog, _label(str(path))
+        counted = Count(entry.state for entry in catalog)
+        for each in EntryState:
+            models.add_metric([label, each.value], counted[each])
+        stale.add_metric([label], float(bool(catalog.stale)))
+        for known in _MODES:
+            mode.add_metric([label, known], float(catalog.mode == known))
+        errors.add_metric([label], catalog.watcher_errors)
+    yield from (models, stale, mode, errors)
+
+
+def _label(path: str) -> str:
+    """A path as the value of a label, which must be UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:

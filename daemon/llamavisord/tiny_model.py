@@ -11,7 +11,9 @@ The format is described in ggml's docs/gguf.md; checked against llama-server b11
 
 from __future__ import annotations
 
+import os
 import struct
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -40,8 +42,9 @@ def write_tiny_model(
     n_layer: int = 1,
     n_ctx: int = 4096,
     pad_bytes: int = 0,
+    pooling: int | None = None,
 ) -> None:
-    """Write a model of about 100 KB to `path`; it takes a few milliseconds.
+    """Put a model of about 100 KB at `path`, whole from the first moment on; it takes a few milliseconds.
 
     Args:
         path: file to write; an existing one is replaced.
@@ -51,6 +54,7 @@ def write_tiny_model(
         n_ctx: context length in tokens.
         pad_bytes: zero bytes after the end, a hole in the file that needs no room on disk. llama-server reads through
             it when it maps the file.
+        pooling: llama.cpp's number of how vectors of tokens become one; 1 (mean) makes an embedding model of it.
 
     Raises:
         ValueError: no words, or a word twice (the table has one successor per token).
@@ -85,6 +89,8 @@ def write_tiny_model(
         _entry("tokenizer.ggml.unknown_token_id", _UINT32, struct.pack("<I", _UNK)),
         _entry("tokenizer.ggml.add_bos_token", _BOOL, b"\x01"),
     ]
+    if pooling is not None:
+        metadata.append(_entry("llama.pooling_type", _UINT32, struct.pack("<I", pooling)))
     ones, zeros = struct.pack("<f", 1.0) * width, bytes(4 * width * width)
     tensors = [
         ("token_embd.weight", (width, len(tokens)), _embedding(width, first, len(words))),
@@ -97,10 +103,16 @@ def write_tiny_model(
             (f"blk.{layer}.{matrix}.weight", (width, width), zeros)
             for matrix in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
         ]
-    with path.open("wb") as file:
+    draft = path.with_name(f".{path.name}.tmp")
+    with draft.open("wb") as file:
         file.write(_header(metadata, tensors))
         file.writelines(data for _, _, data in tensors)
         file.truncate(file.tell() + pad_bytes)
+    # The kernel's clock for files ticks every few milliseconds, and a rename in the same tick as the last write could
+    # not be told from a write.
+    now = time.time()
+    os.utime(draft, (now, now - 0.1))
+    draft.replace(path)
 
 
 def _embedding(width: int, first: int, n_words: int) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeLlamaServer
-from fakes.control_stub import ControlStub, event, model, router, status
+from fakes.control_stub import ControlStub, details, event, model, router, status
 from llamavisord import __version__
 from llamavisord.cli import main
 from llamavisord.cli.client import Client, find_socket, model_path
@@ -104,7 +104,11 @@ def test_status_shows_routers_and_what_is_wrong_with_them(
 
 @pytest.mark.parametrize(
     ("words", "path"),
-    [(["status"], "/control/v1/status"), (["models"], "/control/v1/models")],
+    [
+        (["status"], "/control/v1/status"),
+        (["models"], "/control/v1/models"),
+        (["show", "a"], "/control/v1/models/a"),
+    ],
 )
 def test_json_is_what_the_daemon_said(
     stub: ControlStub, capsys: pytest.CaptureFixture[str], words: list[str], path: str
@@ -120,14 +124,138 @@ def test_models_are_a_table(stub: ControlStub, capsys: pytest.CaptureFixture[str
     stub.answer(
         "GET",
         "/control/v1/models",
-        {"models": [model(), model("b", state="failed", pid=None, n_ctx=None, size_bytes=None, error="out of memory")]},
+        {
+            "models": [
+                model(in_flight=2),
+                model("b", state="failed", n_ctx=None, size_bytes=None, used_unix=0.0, problem="out of memory"),
+                model("c", state="invalid", router=None, quantization=None, n_ctx=None, n_ctx_train=None, kind=None),
+            ]
+        },
     )
     assert main(["models"]) == ExitCode.OK
-    header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split() == ["MODEL", "STATE", "ROUTER", "SIZE", "CONTEXT", "PID", "FOR", "ERROR"]
-    assert first.split()[:7] == ["alpha", "loaded", "main", "1.5", "KiB", "4096", "4712"]
-    assert second.split()[:6] == ["b", "failed", "main", "-", "-", "-"]
+    header, first, second, third = capsys.readouterr().out.splitlines()
+    assert header.split() == ["NAME", "STATE", "SIZE", "QUANT", "CONTEXT", "ARCH", "KIND", "LAST", "USE", "PROBLEM"]
+    assert first.split() == ["alpha", "loaded", "1.5", "KiB", "Q4_K_M", "4096", "llama", "model", "now"]
+    assert second.split()[:7] == ["b", "failed", "-", "Q4_K_M", "131072", "llama", "model"]
     assert second.endswith("out of memory")
+    assert third.split() == ["c", "invalid", "1.5", "KiB", "-", "-", "llama", "-", "-"]
+
+
+def test_of_several_routers_each_model_names_its_own(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """A column that would say the same of all is left out."""
+    found = [model(), model(router="b", state="unloaded"), model("z", router=None, state="settling")]
+    stub.answer("GET", "/control/v1/models", {"models": found})
+    assert main(["models"]) == ExitCode.OK
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["NAME", "STATE", "ROUTER"],
+        ["alpha", "loaded", "main"],
+        ["alpha", "unloaded", "b"],
+        ["z", "settling", "-"],
+    ]
+
+
+def test_a_long_problem_is_cut_on_a_terminal(stub: ControlStub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of a model with a usual name has no more than 100 columns there, and is whole everywhere else."""
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    found = model("qwen3-30b-a3b-q4_k_m", problem="its file was replaced; " * 20, architecture="qwen3moe")
+    stub.answer("GET", "/control/v1/models", {"models": [found]})
+    assert main(["models"]) == ExitCode.OK
+    line = terminal.text.splitlines()[1]
+    assert len(line) == 100
+    assert line.endswith("...")
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["models"]) == ExitCode.OK
+    assert len(terminal.text.splitlines()[-1]) == 120
+
+
+HEADER: dict[str, object] = {
+    "kind": "model",
+    "architecture": "llama",
+    "name": "Llama\x1b[2J",
+    "size_label": "",
+    "parameter_count": 8_030_261_248,
+    "type_mix": [{"type": "Q4_K", "tensors": 193, "elements": 10, "size_bytes": 1024}],
+    "context_length": 131_072,
+    "head_count_kv": [8, 8, 0],
+    "expert_count": None,
+    "is_causal": True,
+    "chat_template": "{{ a }}\n\t\x1b[2J",
+    "split": {"number": 0, "count": 3, "tensor_count": None},
+    "file_bytes": 2048,
+    "of_a_later_version": 7,
+}
+
+
+def test_show_tells_everything(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """Header, files, options with their tables, the command line as a shell takes it; nothing commands a terminal."""
+    answer = details(
+        model(aliases=["a", "b"], used_unix=0.0, problem="its file was replaced"),
+        header=HEADER,
+        projector={"path": "/srv/models/mmproj.gguf", "size_bytes": 2048, "mtime_unix": 0.0},
+        effective={"main": {"ctx-size": "4096", "metrics": "1"}},
+        origins={"main": {"ctx-size": '[model."a*"]', "metrics": "always"}},
+        layers={"main": ["[defaults]", '[model."a*"]']},
+        command={"main": ["/usr/bin/llama-server", "--alias", "a b\x1b"]},
+    )
+    stub.answer("GET", "/control/v1/models/org%2Falpha", answer)
+    assert main(["show", "org/alpha", "--router", "main"]) == ExitCode.OK
+    assert stub.requests[-1][2] == {"router": "main"}
+    out = capsys.readouterr().out
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    for told in (
+        "aliases a, b",
+        "problem its file was replaced",
+        "name Llama\\x1b[2J",
+        "parameter count 8,030,261,248",
+        "type mix Q4_K 1.0 KiB in 193 tensors",
+        "head count kv 8 8 0",
+        "causal yes",
+        "chat template 13 characters, see --template",
+        "split part 1 of 3",
+        "file bytes 2.0 KiB (2,048 bytes)",
+        "of a later version 7",
+        'ctx-size 4096 [model."a*"]',
+        "/usr/bin/llama-server --alias 'a b\\x1b'",
+    ):
+        assert told in lines
+    assert any(line.startswith("/srv/models/mmproj.gguf 2.0 KiB") and line.endswith("projector") for line in lines)
+    assert not any(line.startswith(("expert", "size label", "layers")) for line in lines)
+    assert "\x1b" not in out
+
+
+def test_show_of_what_cannot_be_used_says_why(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without a header has a problem, and no router."""
+    broken = model(state="invalid", router=None, problem="not a GGUF file")
+    stub.answer("GET", "/control/v1/models/alpha", details(broken))
+    assert main(["show", "alpha"]) == ExitCode.OK
+    out = capsys.readouterr().out
+    assert "not a GGUF file" in out
+    assert "invalid, served by no router" in out
+    assert main(["show", "alpha", "--template"]) == ExitCode.FAILED
+    assert "header of its file cannot be read; not a GGUF file" in capsys.readouterr().err
+
+
+def test_the_template_is_as_it_stands_in_the_file(
+    stub: ControlStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte by byte for a pipe; on a terminal it cannot command it. Without one there is a message and a failure."""
+    stub.answer("GET", "/control/v1/models/alpha", details(header=HEADER))
+    assert main(["show", "alpha", "--template"]) == ExitCode.OK
+    assert capsys.readouterr().out == "{{ a }}\n\t\x1b[2J"
+    assert main(["show", "alpha", "--template", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == "{{ a }}\n\t\x1b[2J"
+    with monkeypatch.context() as patched:
+        terminal = _Terminal()
+        patched.setattr(sys, "stdout", terminal)
+        assert main(["show", "alpha", "--template"]) == ExitCode.OK
+        assert terminal.text == "{{ a }}\n\t\\x1b[2J"
+    stub.answer("GET", "/control/v1/models/alpha", details(header={**HEADER, "chat_template": None}))
+    assert main(["show", "alpha", "--template"]) == ExitCode.FAILED
+    assert capsys.readouterr() == ("", "llamavisor: model alpha has no chat template, or one of more than 256 KiB\n")
 
 
 def test_without_models_a_person_is_told_where_to_put_them(
@@ -138,7 +266,7 @@ def test_without_models_a_person_is_told_where_to_put_them(
     assert main(["models"]) == ExitCode.OK
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
-    assert err == "llamavisor: no models; put GGUF files into /srv/models, then `llamavisor reload`\n"
+    assert err == "llamavisor: no models; put GGUF files into /srv/models\n"
 
 
 def test_a_name_cannot_command_the_terminal(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,6 +407,7 @@ def test_load_shows_its_progress_on_a_terminal(
     assert "\r\x1b[Kloading alpha [############............] 50% text_model 0." in terminal.text
     assert terminal.text.endswith("\r\x1b[K")
     assert capsys.readouterr().out == "alpha: loaded (router main)\n"
+    assert ("GET", "/control/v1/models", {"name": "alpha"}) in stub.requests  # not all of ten thousand
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -689,10 +818,13 @@ def test_text_that_is_plain_stays_as_it_is() -> None:
 # As a process of its own
 
 
-def test_a_quick_command_imports_nothing_heavy(stub: ControlStub) -> None:
+@pytest.mark.parametrize("words", [["status"], ["models"], ["show", "alpha"]])
+def test_a_quick_command_imports_nothing_heavy(stub: ControlStub, words: list[str]) -> None:
     """What the daemon needs would cost `status` ten times its own time."""
+    stub.answer("GET", "/control/v1/models", {"models": [model()]})
+    stub.answer("GET", "/control/v1/models/alpha", details(header=HEADER, command={"main": ["a", "b c"]}))
     script = (
-        "import sys\nfrom llamavisord.cli import main\ncode = main(['status'])\n"
+        f"import sys\nfrom llamavisord.cli import main\ncode = main({words!r})\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\nsys.exit(code)"
     )
     done = subprocess.run(
@@ -714,7 +846,7 @@ def test_a_reader_who_has_seen_enough_is_no_failure(stub: ControlStub) -> None:
         timeout=TIMEOUT_S,
         check=False,
     )
-    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "MODEL", "")
+    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "NAME", "")
 
 
 def test_a_follower_whose_reader_leaves_ends(stub: ControlStub) -> None:

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,6 +25,7 @@ from fakes import FakeLlamaServer
 from fakes.bare_router import free_port
 from fakes.builder import OLD_BUILD
 from fakes.waiting import PATIENCE_S, eventually
+from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon, UnixConnection
 
 Fake = Callable[..., FakeLlamaServer]
@@ -71,6 +72,13 @@ def raw_answer(daemon: RunningDaemon, request: bytes) -> bytes:
             while piece := connection.recv(65536):
                 pieces.append(piece)
         return b"".join(pieces)
+
+
+def is_watcher(pid: int) -> bool:
+    """Whether a process looks at a models folder; such a one is there as long as the daemon is."""
+    with suppress(psutil.Error):
+        return "llamavisor.watch.worker" in psutil.Process(pid).cmdline()
+    return False
 
 
 # --- faults of the router ---------------------------------------------------------------------------------------------
@@ -142,7 +150,10 @@ def test_single_model_server_is_refused(start: Start, role: str, reason: str) ->
     """What comes up but is not a router is not ours to use: it is ended and the router is FAILED."""
     with start(role=role) as daemon:
         assert reason in daemon.wait_for_router("failed")["reason"]
-        eventually(lambda: not list(daemon.processes()), what="the end of the wrong server")
+        watchers = {pid for pid in psutil.pids() if is_watcher(pid)}
+        eventually(
+            lambda: {process.pid for process in daemon.processes()} <= watchers, what="the end of the wrong server"
+        )
 
 
 def test_program_that_is_no_llama_server(tmp_path: Path, models_dir: Path) -> None:
@@ -315,15 +326,82 @@ def test_model_that_had_served_comes_back(start: Start) -> None:
         assert daemon.events("ModelUnloaded")[0]["reason"] == "crashed"
 
 
-def test_reload_by_a_client_is_noticed(start: Start, models_dir: Path) -> None:
-    """A client that has the router read its folder again does not leave us with an old list."""
+def test_a_new_file_is_served_without_anybody_asking(start: Start, models_dir: Path) -> None:
+    """A file that is put into the folder can be loaded soon after, and what is loaded stays where it is."""
     with start() as daemon:
         daemon.wait_for_router("ready")
-        shutil.copy(models_dir / "alpha.gguf", models_dir / "delta.gguf")
-        with closing(HTTPConnection("127.0.0.1", daemon.port)) as connection:
-            connection.request("GET", "/models?reload=1")
-            assert connection.getresponse().status == 200
-        eventually(lambda: any(model["name"] == "delta" for model in daemon.status()["models"]), what="delta")
+        assert daemon.cli("load", "alpha").returncode == 0
+        child = daemon.model("alpha")["pid"]
+        write_tiny_model(models_dir / "delta.gguf", ["I", "am", "delta"])
+        added = daemon.wait_for_event("ModelAdded", lambda event: event["model"] == "delta")
+        assert 0 < added["wait_s"] < PATIENCE_S
+        assert daemon.cli("load", "delta").returncode == 0
+        assert daemon.model("alpha")["pid"] == child
+        assert 'llamavisor_model_servable_seconds_count{router="main"} 1.0' in daemon.metrics()
+
+
+def test_after_a_reload_what_is_new_is_listed(start: Start, models_dir: Path) -> None:
+    """`llamavisor reload` looks at the folder itself, and comes back when its routers know what is there."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        for name in ("delta", "epsilon"):
+            write_tiny_model(models_dir / f"{name}.gguf", ["I", "am", name])
+            assert daemon.cli("reload").returncode == 0
+            assert daemon.model(name)["router"] == "main"
+
+
+def test_a_broken_file_is_told_and_harms_nobody(start: Start, models_dir: Path) -> None:
+    """It is listed with what is wrong with it, cannot be loaded for that reason, and goes with its file."""
+    (models_dir / "junk.gguf").write_bytes(b"junk" * 1000)
+    old = time.time() - 100
+    os.utime(models_dir / "junk.gguf", (old, old))
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        junk = daemon.model("junk")
+        assert (junk["state"], junk["router"], junk["file_state"]) == ("invalid", None, "invalid")
+        assert junk["problem"]
+        status, problem = daemon.call("POST", "/control/v1/models/junk/load")
+        assert (status, problem["code"]) == (404, "model_not_found")
+        assert junk["problem"] in problem["detail"]
+        row = next(line for line in daemon.cli("models").stdout.splitlines() if line.startswith("junk"))
+        assert row.endswith(junk["problem"])
+        assert daemon.cli("show", "junk").returncode == 0
+        (models_dir / "junk.gguf").unlink()
+        eventually(
+            lambda: (
+                not any(model["name"] == "junk" and model["state"] != "gone" for model in daemon.status()["models"])
+            ),
+            what="the end of it",
+        )
+
+
+def test_everything_about_a_model(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """Header, file, options with their tables, and the command line that the router tells."""
+    extra = '[defaults]\nctx_size = 1024\n[model."al*"]\nctx_size = 512\n[model.alpha]\naliases = ["first/one"]\n'
+    config = config_of(models_dir, free_port(), extra)
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config) as daemon:
+        daemon.wait_for_router("ready")
+        status, told = daemon.call("GET", "/control/v1/models/first%2Fone")
+        assert (status, told["model"]["name"], told["model"]["aliases"]) == (200, "alpha", ["first/one"])
+        assert told["files"][0]["path"] == str(models_dir / "alpha.gguf")
+        assert told["files"][0]["size_bytes"] == (models_dir / "alpha.gguf").stat().st_size
+        assert told["header"]["architecture"] == told["model"]["architecture"] == "llama"
+        assert told["effective"]["main"]["ctx-size"] == "512"
+        assert told["origins"]["main"]["ctx-size"] == '[model."al*"]'
+        assert told["origins"]["main"]["alias"] == '[model."alpha"]'
+        assert told["layers"]["main"] == ["[defaults]", '[model."al*"]', '[model."alpha"]']
+        assert daemon.cli("load", "alpha").returncode == 0
+        command = daemon.call("GET", "/control/v1/models/alpha?router=main")[1]["command"]["main"]
+        assert command[command.index("--ctx-size") + 1] == "512"
+        shown = daemon.cli("show", "alpha").stdout
+        assert "--ctx-size 512" in shown
+        assert daemon.cli("show", "alpha", "--template").returncode == 1  # our models have none
+        assert daemon.call("GET", "/control/v1/models/beta")[1]["origins"]["main"]["ctx-size"] == "[defaults]"
+        status, problem = daemon.call("GET", "/control/v1/models/alpa")
+        assert (status, problem["code"], problem["hint"]) == (404, "model_not_found", "did you mean alpha?")
+        assert daemon.call("GET", "/control/v1/models/alpha?router=x")[1]["code"] == "router_not_found"
+        assert daemon.cli("stop").returncode == 0
+        assert daemon.call("GET", "/control/v1/models/alpha")[1]["command"] == {"main": None}
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -792,12 +870,14 @@ def test_signals_that_mean_nothing(start: Start) -> None:
 
 def test_name_cannot_forge_a_line_of_the_log(start: Start, models_dir: Path) -> None:
     """One event is one line of the log, without a character that commands a terminal, whatever a file is called."""
-    shutil.copy(models_dir / "alpha.gguf", models_dir / "a\n2030-01-01 ERROR forged\x1b[2J.gguf")
+    for name in ("a\n2030-01-01 ERROR forged\x1b[2J", "b\x1b[2J"):
+        write_tiny_model(models_dir / f"{name}.gguf", ["I", "am"])
     with start() as daemon:
         daemon.wait_for_router("ready")
-        name = next(model["name"] for model in daemon.status()["models"] if "forged" in model["name"])
-        assert daemon.call("POST", f"/control/v1/models/{quote(name, safe='')}/load?wait=true")[0] == 200
-        daemon.wait_for_event("ModelLoaded")
+        odd = [model for model in daemon.status()["models"] if "[2J" in model["name"]]
+        assert [(model["state"], model["name"].isprintable()) for model in odd] == [("invalid", True)] * 2
+        for model in odd:
+            assert daemon.call("POST", f"/control/v1/models/{quote(model['name'], safe='')}/load")[0] == 404
         log = daemon.log.read_text()
     assert "forged" in log
     assert not any(line.startswith("2030") for line in log.splitlines())
@@ -963,6 +1043,8 @@ def test_status_of_everything_is_json(start: Start) -> None:
         told: dict[str, Any] = {
             name: json.loads(daemon.cli(name, "--json").stdout) for name in ("status", "models", "version")
         }
+        told["show"] = json.loads(daemon.cli("show", "alpha", "--json").stdout)
+        assert told["show"]["model"]["name"] == "alpha"
         assert told["status"]["routers"][0]["state"] == "ready"
         lines = daemon.cli("events", "--json").stdout.splitlines()
         assert json.loads(lines[0])["event"]

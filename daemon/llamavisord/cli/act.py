@@ -91,7 +91,7 @@ def _model_query(arguments: Namespace) -> dict[str, object]:
 
 
 def _find_model(client: Client, arguments: Namespace) -> dict[str, Any]:
-    for model in client.get("/control/v1/models")["models"]:
+    for model in client.get("/control/v1/models", name=arguments.model)["models"]:
         if model["name"] == arguments.model and arguments.router in (None, model["router"]):
             found: dict[str, Any] = model
             return found

@@ -1,10 +1,9 @@
-"""Commands that only look: status, models, events, logs."""
+"""Commands that only look: status, events, logs."""
 
 from __future__ import annotations
 
 import os
 import re
-import sys
 import time
 from argparse import Namespace
 from collections import deque
@@ -16,13 +15,12 @@ from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
+from llamavisord.units import format_duration
 
 RETRY_S = 1.0
 """Between two tries to get an event stream back."""
 _TAIL_LINES = 5
 """How many of the last lines of a router that is down `status` shows; `logs` has them all."""
-_IN_MEMORY = frozenset({"loaded", "sleeping"})
 _ROUTER_PREFIX = re.compile(r"\[([A-Za-z0-9_-]+)\] (.*)", re.DOTALL)
 
 
@@ -47,7 +45,7 @@ def status(arguments: Namespace) -> int:
     screen.line(f"socket   {plain(answer['socket'])}")
     screen.line(f"metrics  {plain(answer['metrics_url'] or 'off')}")
     screen.line()
-    _show_routers(screen, answer["routers"], answer["models"])
+    _show_routers(screen, answer["routers"])
     for router in answer["routers"]:
         _explain(screen, router)
     if answer["config_error"]:
@@ -59,35 +57,6 @@ def status(arguments: Namespace) -> int:
         screen.line()
     for warning in answer["warnings"]:
         screen.line(f"{screen.paint('warning:', 'yellow')} {plain(warning)}")
-    return ExitCode.OK
-
-
-def models(arguments: Namespace) -> int:
-    """List the models."""
-    client = client_of(arguments)
-    answer = client.get("/control/v1/models")
-    screen = Screen()
-    if arguments.json:
-        screen.json(answer)
-        return ExitCode.OK
-    rows = [
-        (
-            model["name"],
-            model["state"],
-            model["router"],
-            "-" if model["size_bytes"] is None else format_size(model["size_bytes"]),
-            model["n_ctx"],
-            model["pid"],
-            _since(model["since_unix"]),
-            model["error"] or "",
-        )
-        for model in answer["models"]
-    ]
-    screen.table(("MODEL", "STATE", "ROUTER", "SIZE", "CONTEXT", "PID", "FOR", "ERROR"), rows)
-    if not rows:
-        folders = sorted({router["models_dir"] for router in client.get("/control/v1/routers")["routers"]})
-        hint = f"put GGUF files into {plain(' or '.join(folders))}, then `llamavisor reload`"
-        print(f"llamavisor: no models; {hint}", file=sys.stderr)
     return ExitCode.OK
 
 
@@ -141,11 +110,9 @@ def logs(arguments: Namespace) -> int:
     return ExitCode.OK
 
 
-def _show_routers(screen: Screen, routers: list[dict[str, Any]], everything: list[dict[str, Any]]) -> None:
+def _show_routers(screen: Screen, routers: list[dict[str, Any]]) -> None:
     rows = []
     for router in routers:
-        own = [model for model in everything if model["router"] == router["name"]]
-        loaded = sum(model["state"] in _IN_MEMORY for model in own)
         cap = f" (at most {router['models_max']})" if router["models_max"] else ""
         rows.append(
             (
@@ -153,7 +120,7 @@ def _show_routers(screen: Screen, routers: list[dict[str, Any]], everything: lis
                 router["state"],
                 router["url"],
                 router["pid"],
-                f"{loaded} of {len(own)} loaded{cap}",
+                f"{router['loaded_count']} of {router['model_count']} loaded{cap}",
                 router["restarts"],
                 _since(router["since_unix"]),
             )

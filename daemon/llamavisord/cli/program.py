@@ -18,7 +18,8 @@ from llamavisord.plain import plain
 _COMMANDS: Mapping[str, str] = {
     "serve": "serve:run",
     "status": "look:status",
-    "models": "look:models",
+    "models": "models:models",
+    "show": "models:show",
     "events": "look:events",
     "logs": "look:logs",
     "load": "act:load",

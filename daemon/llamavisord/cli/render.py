@@ -27,8 +27,18 @@ _STATE_COLOURS: Mapping[str, str] = {
     "failed": "red",
     "stopped": "dim",
     "unloaded": "dim",
+    "settling": "yellow",
+    "incomplete": "red",
+    "invalid": "red",
+    "withheld": "red",
+    "gone": "dim",
 }
 _BAR_WIDTH = 24
+_GAP = "  "
+_WIDTH = 100
+"""Of a terminal that does not tell how wide it is."""
+_NARROWEST = 12
+"""A last column is not cut shorter than this."""
 
 
 class Screen:
@@ -53,6 +63,10 @@ class Screen:
         """Write a line."""
         print(text, file=self._stream)
 
+    def raw(self, text: str) -> None:
+        """Write text that is not to be read by people but by programs, as it is; on a terminal escaped all the same."""
+        print(plain(text, keep="\n\t") if self.is_terminal else text, end="", file=self._stream)
+
     def flush(self) -> None:
         """Have everything seen that was written."""
         if self._stream is not None:
@@ -62,10 +76,30 @@ class Screen:
         """Put `text` in the place of the line that the cursor is on."""
         print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
 
-    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Write a table. A cell that is the name of a state has its colour; control characters are escaped."""
+    @property
+    def width(self) -> int:
+        """Columns of the terminal."""
+        if (told := os.environ.get("COLUMNS", "")).isdecimal():
+            return int(told) or _WIDTH
+        try:
+            return os.get_terminal_size(self._stream.fileno()).columns or _WIDTH
+        except (OSError, ValueError, AttributeError):
+            return _WIDTH
+
+    def table(self, headers: Sequence[str], rows: Sequence[Sequence[object]], *, cuts_last: bool = False) -> None:
+        """Write a table. A cell that is the name of a state has its colour; control characters are escaped.
+
+        Args:
+            headers: one for each column.
+            rows: one cell for each column.
+            cuts_last: whether the last column is cut on a terminal that is too narrow for it.
+        """
         cells = [[plain(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(headers, *cells, strict=True)]
+        if cuts_last and self.is_terminal:
+            room = max(self.width - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1), _NARROWEST)
+            cells = [[*row[:-1], _cut(row[-1], room)] for row in cells]
+            widths[-1] = min(widths[-1], room)
         self.line(self.paint(_row(headers, widths), "bold"))
         for row in cells:
             painted = [self.paint(cell, _STATE_COLOURS.get(cell, "")) for cell in row]
@@ -112,5 +146,9 @@ class Progress:
             self._screen.rewrite("")
 
 
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 3]}..."
+
+
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+    return _GAP.join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
