@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-import statistics
 import string
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf as package
+from report import Row, fastest_s, median_s
 
 from ggufs import ARRAY, I32, STRING, U32, GgufFile, Tensor, Typed
 from llamavisor import gguf
@@ -23,16 +21,6 @@ FASTER = 100
 SMALL_S = 0.0005
 """10,000 small files are to be scanned in 5 s: this is one file's share."""
 MEMORY_BYTES = 1_000_000
-
-
-class Row(NamedTuple):
-    """A line of the table: what, measured, its yardstick, what is allowed, and whether it is."""
-
-    what: str
-    measured: str
-    yardstick: str
-    allowed: str
-    is_good: bool
 
 
 def measure(folder: Path) -> list[Row]:
@@ -88,24 +76,6 @@ def large_model() -> GgufFile:
     parts = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
     tensors = [Tensor(f"blk.{layer}.{part}.weight", (256,), 12, 144) for layer in range(LAYERS) for part in parts]
     return GgufFile(values, tensors)
-
-
-def median_s(work: Callable[[], object], runs: int = 21) -> float:
-    """The median wall time in seconds, after one run to warm up."""
-    work()
-    return statistics.median(timed_s(work) for _ in range(runs))
-
-
-def fastest_s(work: Callable[[], object], runs: int = 2) -> float:
-    """The shortest wall time in seconds: of what takes long, and in its favour."""
-    return min(timed_s(work) for _ in range(runs))
-
-
-def timed_s(work: Callable[[], object]) -> float:
-    """The wall time of one run in seconds."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
