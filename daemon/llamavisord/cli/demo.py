@@ -65,7 +65,7 @@ def _run(folder: Path, llama_server: str | None) -> int:
         # --threads 1: on a small busy machine llama.cpp's spinning threads stand in each other's way.
         daemon = subprocess.Popen([*command, "--", "--threads", "1"], stdout=log, stderr=log, env=kept)
         try:
-            return _story(Client(folder / "control.sock"), daemon, port)
+            return _story(Client(folder / "control.sock"), daemon, port, models_dir)
         except (CommandError, OSError, RuntimeError, LookupError) as error:
             log.seek(0)
             why = with_hint(str(error), getattr(error, "hint", ""))
@@ -84,7 +84,7 @@ def _is_kept(name: str) -> bool:
     return not name.startswith("LLAMAVISOR_") or name == "LLAMAVISOR_LLAMA_SERVER"
 
 
-def _story(client: Client, daemon: subprocess.Popen[bytes], port: int) -> int:
+def _story(client: Client, daemon: subprocess.Popen[bytes], port: int, models_dir: Path) -> int:
     began = time.monotonic()
     router = _wait_for("the router to be ready", daemon, lambda: _ready_router(client))
     _say(f"llamavisor serves them at {router['url']} with {router['llama_server']}")
@@ -94,11 +94,17 @@ def _story(client: Client, daemon: subprocess.Popen[bytes], port: int) -> int:
     _show_models(client)
     _say(f"alpha says: {_chat(port, 'alpha')!r}")
 
+    write_tiny_model(models_dir / "delta.gguf", ["I", "am", "new"])
+    dropped = time.monotonic()
+    _say("delta.gguf is put into the folder")
+    _wait_for("delta to be servable", daemon, lambda: _state(client, "delta") == "unloaded")
+    _say(f"it can be used after {time.monotonic() - dropped:.1f} s; delta says: {_chat(port, 'delta')!r}")
+
     _say(f"now the router is killed: kill -9 {router['pid']}")
     killed = time.monotonic()
     os.kill(router["pid"], signal.SIGKILL)
     _wait_for("the router to be another process", daemon, lambda: _another(client, router["pid"]))
-    _wait_for("alpha to be loaded again", daemon, lambda: _is_loaded(client, "alpha"))
+    _wait_for("alpha to be loaded again", daemon, lambda: _state(client, "alpha") == "loaded")
     router = _ready_router(client) or router
     _say(f"it is back after {time.monotonic() - killed:.1f} s with pid {router['pid']} and alpha loaded again")
     _say(f"alpha says: {_chat(port, 'alpha')!r}")
@@ -154,9 +160,9 @@ def _another(client: Client, pid: int) -> bool:
     return router is not None and router["pid"] != pid
 
 
-def _is_loaded(client: Client, name: str) -> bool:
+def _state(client: Client, name: str) -> str | None:
     models = client.get("/control/v1/models")["models"]
-    return any(model["name"] == name and model["state"] == "loaded" for model in models)
+    return next((model["state"] for model in models if model["name"] == name), None)
 
 
 def _chat(port: int, model: str) -> str:
