@@ -329,5 +329,5 @@ def open_fleet(
 async def sweep(spawner: Spawner, bus: Bus) -> None:
     """Kill what an earlier daemon of this installation left running; before any port is bound."""
     leftovers = await spawner.sweep()
-    if leftovers.killed or leftovers.survivors:
+    if leftovers:
         bus.publish(StraysKilled(router=None, pids=leftovers.killed, survivors=leftovers.survivors))

@@ -199,6 +199,9 @@ class Leftovers:
     killed: tuple[int, ...] = ()
     survivors: tuple[int, ...] = ()
 
+    def __bool__(self) -> bool:
+        return bool(self.killed or self.survivors)
+
 
 class Spawner:
     """Starts processes that carry the marker of one daemon, and keeps their account.

@@ -27,7 +27,7 @@ from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.pause import Pause, await_change
-from llamavisor.process import TERM_GRACE_S, Leftovers
+from llamavisor.process import TERM_GRACE_S
 from llamavisor.residency import Line, Residency
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite, RouterSettings
@@ -62,9 +62,10 @@ class Router:
         self.spawned_at: float | None = None  # monotonic time of the start of its process
         self.launch: Launch | None = None
         self._host = host
-        self._bus = bus
+        self._publish = bus.publish
         self._random = random
         self._inbox = Inbox[Message]()
+        self._post = self._inbox.post
         self._is_over = False  # it was shut down
         self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
         self._generation: gen.Generation | None = None
@@ -225,9 +226,6 @@ class Router:
         finally:
             ticket.finish()  # nobody waits for it any longer; what it asked for goes on
 
-    def _post(self, message: Message) -> None:
-        self._inbox.post(message)
-
     # --- the owner ------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -248,8 +246,8 @@ class Router:
     def _handle(self, message: Message) -> None:
         match message:
             case Heard(generation, news):
-                if isinstance(news, gen.Gone):  # the next generation may have begun already
-                    self._tell_strays(news.leftovers)
+                if isinstance(news, gen.Gone) and (left := news.leftovers):  # the next may have begun already
+                    self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
                 if generation is self._generation:
                     self._hear(news)
             case CallEnded(generation, operation, error):
@@ -428,10 +426,6 @@ class Router:
             self.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
 
-    def _tell_strays(self, left: Leftovers) -> None:
-        if left.killed or left.survivors:
-            self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
-
     def _devices_missing(self, devices: tuple[str, ...]) -> None:
         if devices:
             reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
@@ -501,9 +495,6 @@ class Router:
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         assert self._tasks is not None  # noqa: S101 (the owner runs)
         self._tasks.start_soon(work, *args)
-
-    def _publish(self, event: ev.Event) -> None:
-        self._bus.publish(event)
 
     def _post_from(self, generation: gen.Generation, news: gen.News | CallEnded) -> None:
         self._post(news if isinstance(news, CallEnded) else Heard(generation, news))
