@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import gguf_header
 import models_folder
+import residency_simulation
 from report import Row, ms, show
 
 from conftest import find_llama_server
@@ -54,7 +55,11 @@ def main() -> None:
         measure_restart(Path(folder), models_dir, llama_server)
         measure_status(Path(folder), models_dir, llama_server)
         measure_idle(Path(folder), models_dir, llama_server)
-        for each in chain(gguf_header.measure(Path(folder)), models_folder.measure(Path(folder), llama_server)):
+        for each in chain(
+            gguf_header.measure(Path(folder)),
+            models_folder.measure(Path(folder), llama_server),
+            residency_simulation.measure(),
+        ):
             show(each)
 
 
