@@ -12,7 +12,7 @@ import pytest
 from ggufs import ARRAY, BOOL, F32, I32, STRING, U8, U16, U32, GgufFile, Tensor, Typed, small_model
 from llamavisor import gguf
 from llamavisor.errors import LlamavisorError
-from llamavisor.gguf import GgufError, Header, Kind, Projector, Split, TypeShare
+from llamavisor.gguf import GgufError, Header, Kind, Places, Projector, Recurrence, Split, TypeShare
 from llamavisor.gguf.chatfamily import find_family
 
 
@@ -87,6 +87,45 @@ def test_what_varies_from_layer_to_layer_is_kept() -> None:
     )
     assert (header.head_count, header.head_count_kv) == (8, (2, 0, 2))
     assert (header.sliding_window, header.sliding_window_pattern) == (512, (1, 1, 0))
+
+
+def test_what_decides_about_memory_is_laid_out() -> None:
+    """Recurrent layers, latent attention, windows of another size and networks per layer are told apart."""
+    said = {"attention.key_length_swa": 128, "attention.value_length_swa": 64, "attention.key_length_mla": 192}
+    said |= {"attention.indexer.key_length": 32, "attention.shared_kv_layers": 3, "full_attention_interval": 4}
+    said |= {"ssm.conv_kernel": 4, "ssm.inner_size": 512, "ssm.state_size": 16, "ssm.group_count": 2}
+    said |= {"wkv.head_size": 8, "token_shift_count": 1, "shortconv.l_cache": 5, "kda.head_dim": 6}
+    said |= {"expert_feed_forward_length": 99}
+    values = [(f"llama.{key}", (U32, number)) for key, number in said.items()]
+    arrays = {
+        "feed_forward_length": (ARRAY, (I32, [7, 0])),
+        "attention.recurrent_layers": (ARRAY, (BOOL, [False, True])),
+    }
+    layout = model(*values, *((f"llama.{key}", typed) for key, typed in arrays.items())).layout
+    assert (layout.key_length_swa, layout.value_length_swa, layout.key_length_mla) == (128, 64, 192)
+    assert (layout.indexer_key_length, layout.shared_kv_layer_count, layout.full_attention_interval) == (32, 3, 4)
+    assert layout.recurrence == Recurrence(4, 512, 16, 2, 8, 1, 5, 6)
+    assert (layout.feed_forward_length, layout.expert_feed_forward_length) == ((7, 0), 99)
+    assert layout.recurrent_layers == (0, 1)
+    plain = model().layout
+    assert plain.recurrence is plain.key_length_mla is plain.feed_forward_length is None
+
+
+def test_every_byte_of_a_tensor_has_its_place() -> None:
+    """Input, layers, their experts and the rest are summed up by the tensors' names."""
+    tensors = [
+        Tensor("token_embd.weight", (32,), 0, 128),
+        Tensor("blk.0.attn_q.weight", (64,), 0, 256),
+        Tensor("blk.2.ffn_up_exps.weight", (96,), 0, 384),
+        Tensor("blk.2.ffn_norm.weight", (32,), 0, 128),
+        Tensor("blk.x.odd", (8,), 0, 32),
+        Tensor("output.weight", (16,), 0, 64),
+    ]
+    assert model(tensors=tensors).layout.places == Places(128, (256, 0, 512), (0, 0, 384), 96)
+    far = [Tensor("blk.99999.a", (8,), 0, 32), Tensor("blk.123456.a", (8,), 0, 32)]
+    assert model(tensors=far).layout.places == Places(0, (), (), 64)
+    newer = [Tensor("blk.1.a", (8,), 900, 64), Tensor("output.weight", (8,), 0, 32, offset=64)]
+    assert model(tensors=newer).layout.places == Places(0, (0, 64), (0, 0), 32)
 
 
 def test_a_value_of_another_type_is_as_good_as_none() -> None:

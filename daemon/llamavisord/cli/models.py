@@ -7,12 +7,13 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import quote
 
 from llamavisord.cli.errors import CommandError
 from llamavisord.cli.look import client_of
-from llamavisord.cli.render import Screen
+from llamavisord.cli.render import Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
 from llamavisord.units import format_duration, format_size
@@ -33,36 +34,68 @@ _GROUPS: Mapping[str, tuple[str, ...]] = {
     "File": ("version", "split", "tensor_count", "data_offset", "data_bytes", "last_tensor_bytes", "file_bytes"),
 }
 """What a header says, in the order in which it is shown; whatever a later daemon says besides comes last."""
-_ALL_NAMES = frozenset(name for names in _GROUPS.values() for name in names)
+_NOT_SHOWN = frozenset({"layout"})
+"""What a header says for estimates of memory alone; `--json` has it."""
+_ALL_NAMES = _NOT_SHOWN.union(*_GROUPS.values())
 _INDENT = "  "
+_NAME_WIDTH = 48
+"""Columns of a name on a terminal, with its aliases; of a longer one the middle is left out."""
+_ALIASES_WIDTH = 12
+"""So many columns aliases have on a terminal behind whatever name."""
 
 
 def models(arguments: Namespace) -> int:
-    """List the models."""
+    """List the models: all, or those that are named."""
     client = client_of(arguments)
     answer = client.get("/control/v1/models")
+    found = answer["models"] = _named(answer["models"], arguments.names)
     screen = Screen()
     if arguments.json:
         screen.json(answer)
+    else:
+        _show_table(screen, found)
+        for folder in answer.get("folders", ()):
+            if folder["stale"]:
+                _say(f"folder {folder['path']}: {folder['stale']}; what was known of it stays")
+    if found:
         return ExitCode.OK
-    found = answer["models"]
+    if arguments.names:
+        raise CommandError(
+            f"no model is called {' or '.join(arguments.names)}",
+            hint="see `llamavisor models`",
+            exit_code=ExitCode.NOT_FOUND,
+        )
+    if not arguments.json:
+        folders = sorted({router["models_dir"] for router in client.get("/control/v1/routers")["routers"]})
+        _say(f"no models; put GGUF files into {' or '.join(folders)}")
+    return ExitCode.OK
+
+
+def _named(found: list[dict[str, Any]], wanted: Sequence[str]) -> list[dict[str, Any]]:
+    """The models of which a name or an alias is one of `wanted`, or fits one that is a glob; all if none is wanted."""
+    if not wanted:
+        return found
+
+    def is_wanted(name: str) -> bool:  # a name may hold the brackets of a glob
+        return any(name == word or fnmatchcase(name, word) for word in wanted)
+
+    return [model for model in found if any(map(is_wanted, (model["name"], *model["aliases"])))]
+
+
+def _show_table(screen: Screen, found: Sequence[dict[str, Any]]) -> None:
     shows_router = len({model["router"] for model in found} - {None}) > 1
-    headers = ["NAME", "STATE", "SIZE", "QUANT", "CONTEXT", "ARCH", "KIND", "LAST USE", "PROBLEM"]
-    rows = [_row(model) for model in found]
+    headers = ["NAME", "STATE", "SIZE", "QUANT", "CONTEXT", "ARCH", "KIND", "LAST USE", "NOTE/PROBLEM"]
+    rows = [_row(model, is_short=screen.is_terminal) for model in found]
     if shows_router:
         headers.insert(2, "ROUTER")
         for model, row in zip(found, rows, strict=True):
             row.insert(2, model["router"])
     screen.table(headers, rows, cuts_last=True)
-    if not rows:
-        folders = sorted({router["models_dir"] for router in client.get("/control/v1/routers")["routers"]})
-        print(f"llamavisor: no models; put GGUF files into {plain(' or '.join(folders))}", file=sys.stderr)
-    return ExitCode.OK
 
 
-def _row(model: dict[str, Any]) -> list[object]:
+def _row(model: dict[str, Any], *, is_short: bool) -> list[object]:
     return [
-        model["name"],
+        _names(model, is_short=is_short),
         model["state"],
         _size(model["size_bytes"]),
         model["quantization"],
@@ -70,8 +103,17 @@ def _row(model: dict[str, Any]) -> list[object]:
         model["architecture"],
         model["kind"],
         _last_use(model),
-        model["problem"] or "",
+        model["problem"] or "; ".join(model["notes"]),
     ]
+
+
+def _names(model: dict[str, Any], *, is_short: bool) -> str:
+    """The name, and the aliases in parentheses. What is piped on is whole."""
+    name, aliases = plain(model["name"]), plain(", ".join(model["aliases"]))
+    if is_short:
+        name = shortened(name, _NAME_WIDTH)
+        aliases = shortened(aliases, max(_ALIASES_WIDTH, _NAME_WIDTH - len(f"{name} ()")))
+    return f"{name} ({aliases})" if aliases else name
 
 
 def _last_use(model: dict[str, Any]) -> str | None:
@@ -146,7 +188,7 @@ def _on_router(model: dict[str, Any]) -> str:
     if model["n_ctx"]:
         parts.append(f"{model['n_ctx']} tokens of context")
     if model["in_flight"]:
-        parts.append(f"{model['in_flight']} requests")
+        parts.append(f"{model['in_flight']} request{'s' if model['in_flight'] > 1 else ''}")
     elif model["used_unix"] is not None:
         parts.append(f"last used {format_duration(time.time() - model['used_unix'])} ago")
     return ", ".join(parts)
@@ -214,6 +256,10 @@ def _show_lines(screen: Screen, lines: Sequence[tuple[str, object]]) -> None:
     width = max((len(label) for label, _ in told), default=0)
     for label, value in told:
         screen.line(f"{_INDENT}{label.ljust(width)}  {value}")
+
+
+def _say(text: str) -> None:
+    print(f"llamavisor: {plain(text)}", file=sys.stderr)
 
 
 def _size(size_bytes: int | None) -> str | None:

@@ -8,7 +8,7 @@ llama-server in use may know it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -29,6 +29,12 @@ MAX_TEXT_BYTES = 256 * 1024
 """A longer chat template is left out. Those in use have up to 40 KB."""
 MAX_LAYERS = 1024
 """Longer arrays are not kept; llama.cpp takes 512 layers (LLAMA_MAX_LAYERS)."""
+
+_INPUTS = (b"token_embd.", b"position_embd.", b"token_types.", b"per_layer_token_embd.")
+"""How tensors of the input layer begin: LLM_TENSOR_LAYER_INPUT in llama.cpp's src/llama-arch.cpp."""
+_LAYER = b"blk."
+_EXPERTS = b"exps."
+"""In the names of experts: those that --cpu-moe keeps on the CPU (LLM_FFN_EXPS_REGEX in common/common.h)."""
 
 _MAGIC = b"GGUF"
 _OTHER_FORMATS: tuple[tuple[tuple[bytes, ...], str, str], ...] = (
@@ -87,6 +93,23 @@ class TypeShare:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """How many bytes of a file's tensors belong where, by their names. Padding is not counted.
+
+    Attributes:
+        input_bytes: what a token is looked up in, which llama.cpp keeps on the CPU.
+        layer_bytes: layers, from 0 on; empty when no tensor is named after one, or when there are too many.
+        expert_bytes: of `layer_bytes`, what are experts of a mixture.
+        other_bytes: the output layer, and whatever else is named otherwise.
+    """
+
+    input_bytes: int
+    layer_bytes: tuple[int, ...]
+    expert_bytes: tuple[int, ...]
+    other_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tensors:
     """The tensors of a file.
 
@@ -96,6 +119,7 @@ class Tensors:
         data_offset: where the first one begins in the file.
         end_offset: where the last one ends in the file, without padding: llama.cpp needs so many bytes.
         last_bytes: the size of the last one.
+        places: what belongs where.
     """
 
     names: AbstractSet[bytes]
@@ -103,6 +127,7 @@ class Tensors:
     data_offset: int
     end_offset: int
     last_bytes: int
+    places: Places
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +301,9 @@ def _read_array(cursor: Cursor, *, is_wanted: bool) -> tuple[int, tuple[bool | i
 def _walk_tensors(cursor: Cursor, count: int, alignment: int) -> Tensors:
     names: set[bytes] = set()
     totals: dict[int, list[int]] = {}
+    placed: dict[int, list[int]] = {}
     begin = end = 0
+    last = b""
     unsized: list[int] | None = None
     """Totals of a tensor of unknown type, whose size is where the next one begins."""
     for number in range(count):
@@ -298,6 +325,7 @@ def _walk_tensors(cursor: Cursor, count: int, alignment: int) -> Tensors:
         expected = end + (-end % alignment)
         if unsized is not None and offset >= expected and offset % alignment == 0 and offset <= _MAX_SIZE:
             unsized[2] += offset - begin
+            _place(placed, last, offset - begin)
             expected = offset
             unsized = None
         if offset != expected:
@@ -309,11 +337,40 @@ def _walk_tensors(cursor: Cursor, count: int, alignment: int) -> Tensors:
         total[0] += 1
         total[1] += elements
         total[2] += size or 0
-        unsized = total if size is None else None
+        _place(placed, name, size or 0)
+        unsized, last = (total if size is None else None), name
     data_offset = cursor.offset + (-cursor.offset % alignment if count else 0)
     shares = (TypeShare(type_name(code), *total) for code, total in totals.items())
     mix = tuple(sorted(shares, key=lambda share: (-share.size_bytes, -share.tensors, share.type)))
-    return Tensors(names, mix, data_offset, data_offset + end, end - begin)
+    return Tensors(names, mix, data_offset, data_offset + end, end - begin, _places(placed))
+
+
+def _place(placed: dict[int, list[int]], name: bytes, size: int) -> None:
+    """Adds a tensor to what was seen of its layer: all of it, and its experts. -1 is the input, -2 is all else."""
+    at = -2
+    if name.startswith(_LAYER):
+        number = name[len(_LAYER) :].partition(b".")[0]
+        if number.isdigit() and len(number) < 6:
+            at = int(number)
+    elif name.startswith(_INPUTS):
+        at = -1
+    both = placed.setdefault(at, [0, 0])
+    both[0] += size
+    if at >= 0 and _EXPERTS in name:
+        both[1] += size
+
+
+def _places(placed: Mapping[int, Sequence[int]]) -> Places:
+    layers = max(placed, default=-1) + 1
+    if layers > MAX_LAYERS:
+        return Places(placed.get(-1, (0,))[0], (), (), sum(both[0] for at, both in placed.items() if at != -1))
+    of_layers = [placed.get(at, (0, 0)) for at in range(layers)]
+    return Places(
+        input_bytes=placed.get(-1, (0,))[0],
+        layer_bytes=tuple(both[0] for both in of_layers),
+        expert_bytes=tuple(both[1] for both in of_layers),
+        other_bytes=placed.get(-2, (0,))[0],
+    )
 
 
 def _count_elements(sizes: list[int], name: bytes, offset: int) -> int:

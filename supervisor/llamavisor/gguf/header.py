@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from llamavisor.gguf.chatfamily import find_family
 from llamavisor.gguf.container import Container, TypeShare
 from llamavisor.gguf.kind import Kind, find_kind
+from llamavisor.gguf.layout import KEYS as LAYOUT_KEYS
+from llamavisor.gguf.layout import Layout, lay_out
 from llamavisor.gguf.tensortypes import FILE_TYPES, GUESSED
 from llamavisor.gguf.values import PerLayer, Values
 
@@ -89,6 +91,7 @@ class Header:
         projector: what it adds, of a projector only.
         split: which part it is, None when the file is not split.
         tensor_count: tensors in this file.
+        layout: what decides how much memory it takes, besides the above.
         data_offset: where their data begins.
         data_bytes: their size with the padding between them.
         last_tensor_bytes: size of the one that ends last: its tail is zeros while a copy of full size is under way.
@@ -130,6 +133,7 @@ class Header:
     projector: Projector | None
     split: Split | None
     tensor_count: int
+    layout: Layout
     data_offset: int
     data_bytes: int
     last_tensor_bytes: int
@@ -150,50 +154,54 @@ _TEMPLATE = "tokenizer.chat_template"
 _TOKENS = "tokenizer.ggml.tokens"
 TEXTS = frozenset({_TEMPLATE.encode()})
 """Keys of long strings."""
-WANTED = TEXTS | {
-    key.encode()
-    for key in (
-        "general.type",
-        "general.architecture",
-        "general.name",
-        "general.size_label",
-        "general.file_type",
-        "split.no",
-        "split.count",
-        "split.tensors.count",
-        "adapter.type",
-        "controlvector.model_hint",
-        "clip.projector_type",
-        "clip.has_vision_encoder",
-        "clip.has_audio_encoder",
-        "clip.vision.projector_type",
-        "clip.vision.projection_dim",
-        "clip.audio.projector_type",
-        "clip.audio.projection_dim",
-        "tokenizer.ggml.model",
-        "tokenizer.ggml.pre",
-        _TOKENS,
-        "*.vocab_size",
-        "*.context_length",
-        "*.embedding_length",
-        "*.block_count",
-        "*.nextn_predict_layers",
-        "*.attention.head_count",
-        "*.attention.head_count_kv",
-        "*.attention.key_length",
-        "*.attention.value_length",
-        "*.attention.sliding_window",
-        "*.attention.sliding_window_pattern",
-        "*.attention.causal",
-        "*.expert_count",
-        "*.expert_used_count",
-        "*.rope.dimension_count",
-        "*.rope.freq_base",
-        "*.rope.scaling.type",
-        "*.rope.scaling.factor",
-        "*.pooling_type",
-    )
-}
+WANTED = (
+    TEXTS
+    | LAYOUT_KEYS
+    | {
+        key.encode()
+        for key in (
+            "general.type",
+            "general.architecture",
+            "general.name",
+            "general.size_label",
+            "general.file_type",
+            "split.no",
+            "split.count",
+            "split.tensors.count",
+            "adapter.type",
+            "controlvector.model_hint",
+            "clip.projector_type",
+            "clip.has_vision_encoder",
+            "clip.has_audio_encoder",
+            "clip.vision.projector_type",
+            "clip.vision.projection_dim",
+            "clip.audio.projector_type",
+            "clip.audio.projection_dim",
+            "tokenizer.ggml.model",
+            "tokenizer.ggml.pre",
+            _TOKENS,
+            "*.vocab_size",
+            "*.context_length",
+            "*.embedding_length",
+            "*.block_count",
+            "*.nextn_predict_layers",
+            "*.attention.head_count",
+            "*.attention.head_count_kv",
+            "*.attention.key_length",
+            "*.attention.value_length",
+            "*.attention.sliding_window",
+            "*.attention.sliding_window_pattern",
+            "*.attention.causal",
+            "*.expert_count",
+            "*.expert_used_count",
+            "*.rope.dimension_count",
+            "*.rope.freq_base",
+            "*.rope.scaling.type",
+            "*.rope.scaling.factor",
+            "*.pooling_type",
+        )
+    }
+)
 """Keys of all values that a header is made of."""
 
 _POOLING = ("none", "mean", "cls", "last", "rank")
@@ -251,6 +259,7 @@ def describe(container: Container, file_bytes: int) -> Header:
         projector=_projector(values) if kind is Kind.PROJECTOR else None,
         split=split,
         tensor_count=len(tensors.names),
+        layout=lay_out(values, tensors.places),
         data_offset=tensors.data_offset,
         data_bytes=tensors.end_offset - tensors.data_offset,
         last_tensor_bytes=tensors.last_bytes,

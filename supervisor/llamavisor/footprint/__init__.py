@@ -1,0 +1,36 @@
+"""How much memory a model will take, before it is loaded."""
+
+from __future__ import annotations
+
+from llamavisor.footprint.estimate import (
+    Footprint,
+    Source,
+    cache_ram_bytes,
+    default_ctx_size,
+    estimate,
+    fit_target,
+)
+from llamavisor.footprint.fitparams import Fit, FitParams, FitRow, find_tool
+from llamavisor.footprint.formula import RAM, Device, Plan, Weights, context_size, work_out
+from llamavisor.footprint.options import MemoryOptions, read_options
+
+__all__ = [
+    "RAM",
+    "Device",
+    "Fit",
+    "FitParams",
+    "FitRow",
+    "Footprint",
+    "MemoryOptions",
+    "Plan",
+    "Source",
+    "Weights",
+    "cache_ram_bytes",
+    "context_size",
+    "default_ctx_size",
+    "estimate",
+    "find_tool",
+    "fit_target",
+    "read_options",
+    "work_out",
+]
