@@ -12,7 +12,7 @@ import pytest
 
 from llamavisor.catalog.walk import MAX_DEPTH
 from llamavisor.watch import hints as hints_module
-from llamavisor.watch.hints import STEP_MS, Hint, Hints, find_folders
+from llamavisor.watch.hints import STEP_MS, Hint, Hints, add_linked, find_folders, is_about_name
 
 PATIENCE_MS = 15_000
 QUIET_MS = 10 * STEP_MS
@@ -75,7 +75,7 @@ def test_a_name_that_is_not_utf8(root: Path, hints: Hints) -> None:
     Path(os.fsdecode(os.fsencode(root) + b"/\xff")).write_bytes(b"")
     hint, failure = hear(hints)
     assert hint is Hint.NAMES
-    assert "decode" in failure
+    assert is_about_name(failure)
     assert not hints.is_listening
     hints.listen(find_folders(str(root)))
     (root / "new").write_bytes(b"")
@@ -117,6 +117,26 @@ def test_which_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(found) == MAX_DEPTH + 1
     monkeypatch.setattr(hints_module, "MAX_FOLDERS", 2)
     assert list(find_folders(str(root))) == found[:2]
+
+
+def test_folders_behind_links(root: Path, hints: Hints, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes into one is heard, and that it is deleted; the same folder is not taken twice."""
+    out = root.with_name("out")
+    (out / "deep").mkdir(parents=True)
+    (root / "link").symlink_to(out)
+    folders = find_folders(str(root))
+    found = add_linked(folders, [str(root / "link"), str(root / "link" / "deep"), str(out), str(root / "gone")])
+    assert list(found) == [*folders, str(root / "link"), str(root / "link" / "deep")]
+    hints.listen(found)
+    (out / "deep" / "new").write_bytes(b"")
+    assert hear(hints) == (Hint.NAMES, "")
+    shutil.rmtree(out)
+    heard = Hint.NOTHING
+    while heard is not Hint.FOLDERS:
+        heard = hear(hints)[0]
+        assert heard is not Hint.NOTHING
+    monkeypatch.setattr(hints_module, "MAX_FOLDERS", len(folders))
+    assert add_linked(folders, [str(root.parent)]) == folders
 
 
 def test_no_folder(tmp_path: Path) -> None:

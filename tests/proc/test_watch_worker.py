@@ -174,19 +174,42 @@ async def test_a_folder_that_comes_late(root: Path) -> None:
     """A folder that is not there yet is found when it comes."""
     root.rename(root.with_name("away"))
     async with watching(FolderWatch(root, interval_s=NEVER_S)) as listener:
-        assert listener.all(Looked)[0].problem
+        assert listener.all(Looked)[0].problem == "does not exist"
+        assert [news.mode for news in listener.all(ModeChanged)] == ["polling"]
         root.with_name("away").rename(root)
         await listener.until(lambda: listener.ready() == ["first"])
 
 
 async def test_a_name_that_is_not_utf8(root: Path) -> None:
-    """It ends what watchfiles does, which is counted, and what comes after is noticed all the same."""
+    """It ends what watchfiles does, of which nobody is told, and what comes after is noticed all the same."""
     async with watching(FolderWatch(root, interval_s=NEVER_S)) as listener:
         Path(os.fsdecode(os.fsencode(root) + b"/\xff\xfe.gguf")).write_bytes(MODEL)
-        await listener.until(lambda: listener.all(ModeChanged)[-1].errors)
+        await listener.until(lambda: "\\udcff\\udcfe" in listener.catalog)
         drop(root, "second")
         await listener.until(lambda: "second" in listener.ready())
-        assert {news.mode for news in listener.all(ModeChanged)} == {"inotify"}
+        assert listener.all(ModeChanged) == [ModeChanged("inotify", "", 0)]
+
+
+async def test_a_folder_behind_a_link(root: Path) -> None:
+    """It is listened to, as are the folders that come in it; that it is deleted, or a file behind a link, is seen."""
+    out, single = root.with_name("out"), root.with_name("single")
+    out.mkdir()
+    single.mkdir()
+    stage(single / "lone.gguf")
+    async with watching(FolderWatch(root, link_dirs=[out, single], interval_s=NEVER_S)) as listener:
+        (root / "link").symlink_to(out)
+        (root / "lone.gguf").symlink_to(single / "lone.gguf")
+        await listener.until(lambda: listener.ready() == ["first", "lone"])
+        drop(out, "second")
+        await listener.until(lambda: "link" in listener.ready())
+        (out / "sub").mkdir()
+        stage(root.parent / "staging" / "third").rename(out / "sub" / "third.gguf")
+        await listener.until(lambda: "third" in listener.ready())
+        stage(root.parent / "staging" / "fourth").rename(out / "sub" / "fourth.gguf")
+        await listener.until(lambda: "fourth" in listener.ready())
+        shutil.rmtree(out)
+        (single / "lone.gguf").unlink()
+        await listener.until(lambda: listener.ready() == ["first"])
 
 
 @pytest.mark.parametrize("limit", ["max_inotify_instances", "max_inotify_watches"])

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from ggufs import STRING, U16, U32, GgufFile, Tensor, Typed
 from llamavisor import gguf
 from llamavisor.catalog import Entry, EntryState
-from llamavisor.catalog.group import group
+from llamavisor.catalog.group import Past, group, remember
 from llamavisor.catalog.hub import Snapshot
 from llamavisor.catalog.settle import Verdict
-from llamavisor.catalog.split import Judged
+from llamavisor.catalog.split import Judged, join
 from llamavisor.catalog.walk import Found
 from llamavisor.gguf import Header
 
@@ -61,7 +61,26 @@ def file(rel: str, said: Header | None, state: EntryState = READY, reason: str =
 
 def entries(*files: Judged) -> dict[str, Entry]:
     """What they make."""
-    return group(files, (), "/m")
+    return group(join(files), (), "/m")
+
+
+class Looks:
+    """Looks that follow each other: each knows what was before."""
+
+    def __init__(self) -> None:
+        self.past = Past()
+
+    def __call__(self, *files: Judged) -> dict[str, Entry]:
+        """What they make now."""
+        units = join(files)
+        found = group(units, (), "/m", self.past)
+        self.past = remember(units, found, self.past)
+        return found
+
+
+def called(found: dict[str, Entry]) -> dict[str, str]:
+    """Names by the files' own."""
+    return {entry.path.rpartition("/")[2]: name for name, entry in found.items()}
 
 
 def test_a_file_is_a_model() -> None:
@@ -86,8 +105,8 @@ def test_projector_and_draft_go_with_the_models_of_their_folder() -> None:
         file("f/mtp-a.gguf", model()),
         file("g/b.gguf", model()),
     )
-    assert sorted(found) == ["a-Q4_K_M", "a-Q8_0", "g"]
-    for name in ("a-Q4_K_M", "a-Q8_0"):
+    assert sorted(found) == ["a-Q8_0", "f", "g"]
+    for name in ("f", "a-Q8_0"):
         assert found[name].projector is not None
         assert found[name].projector.path == "/m/f/mmproj-F16.gguf"
         assert found[name].draft is not None
@@ -183,7 +202,7 @@ def test_one_file_under_two_paths_is_one_model() -> None:
     same = {"device": 1, "inode": 5}
     found = entries(file("a.gguf", model(), is_link=True, **same), file("f/deep.gguf", model(), **same))
     assert (found["f"].state, found["a"].state) == (READY, INVALID)
-    assert found["a"].reason == "the same file as f; give f another name with aliases = [...]"
+    assert found["a"].reason == "the same file as f, which serves it"
     found = entries(file("ok.gguf", model(), is_link=True, **same), file("bad#.gguf", model(), **same))
     assert found["ok"].state is READY
 
@@ -205,6 +224,79 @@ def test_in_the_hubs_cache_a_projector_serves_the_folders_below() -> None:
     )["bob/Tiny:Q4_K_M"]
     assert found.projector is not None
     assert found.projector.path == f"/m/{where.folder}/mmproj-F16.gguf"
+
+
+def test_what_is_dropped_beside_a_model_that_works_does_not_rename_it() -> None:
+    """Half copied, broken, settling, part of a split or whole: the model keeps its name and its alias."""
+    works = file("fam/m-Q8_0.gguf", model())
+    for newcomer in (
+        file("fam/half.gguf", None, SETTLING, "why"),
+        file("fam/half.gguf", None, INVALID, "why"),
+        file("fam/half.gguf", model(), SETTLING, "why", mtime_ns=1),
+        file("fam/half.gguf", model(), INVALID, "why", mtime_ns=1),
+        file("fam/half-00001-of-00002.gguf", part(1, 2), mtime_ns=1),
+        file("fam/half-Q4_K_M.gguf", model(), mtime_ns=1),
+    ):
+        look = Looks()
+        alone = look(works)["fam"]
+        assert alone.aliases == ("m-Q8_0",)
+        together = look(works, newcomer)
+        assert together["fam"] == alone
+        assert called(together) == {
+            "m-Q8_0.gguf": "fam",
+            newcomer.found.path.rpartition("/")[2]: newcomer_name(newcomer),
+        }
+
+
+def newcomer_name(newcomer: Judged) -> str:
+    """The stem."""
+    return newcomer.found.rel.removeprefix("fam/").removesuffix(".gguf").removesuffix("-00001-of-00002")
+
+
+def test_a_model_that_worked_keeps_its_name_while_it_is_written_over() -> None:
+    """It counts as it did: the one beside it does not get the folder's name meanwhile. Once it is gone it does."""
+    first, second = file("fam/a.gguf", model()), file("fam/b.gguf", model(), mtime_ns=9_000_000_000)
+    look = Looks()
+    assert called(look(first, second)) == {"a.gguf": "fam", "b.gguf": "b"}
+    for said, state in ((model(), SETTLING), (None, SETTLING), (None, INVALID), (model(), READY)):
+        again = file("fam/a.gguf", said, state, "" if state is READY else "why", mtime_ns=10_000_000_000, inode=7)
+        assert called(look(again, second)) == {"a.gguf": "fam", "b.gguf": "b"}
+    assert called(look(second)) == {"b.gguf": "fam"}
+    assert called(look(first, second)) == {"a.gguf": "a", "b.gguf": "fam"}, "who came back is a newcomer"
+
+
+def test_two_copies_that_are_under_way_do_not_exchange_their_names() -> None:
+    """Whichever was written to last; the first that is whole gets the folder's name and keeps it."""
+    look = Looks()
+    for early, late, state in ((1, 2, SETTLING), (3, 2, SETTLING), (3, 4, SETTLING), (5, 4, READY)):
+        files = (
+            file("fam/a.gguf", model(), state, "why", mtime_ns=early),
+            file("fam/b.gguf", model(), SETTLING, "why", mtime_ns=late),
+        )
+        assert called(look(*files)) == {"a.gguf": "fam", "b.gguf": "b"}
+    look = Looks()
+    look(*files[:1])
+    files = file("fam/a.gguf", model(), SETTLING, "why"), file("fam/b.gguf", model())
+    assert called(Looks()(*files)) == {"a.gguf": "a", "b.gguf": "fam"}
+
+
+def test_a_model_did_not_change_after_it_was_seen() -> None:
+    """An mtime or a clock in the future says nothing; the ctime is the kernel's own."""
+    ahead = file("a.gguf", model(), mtime_ns=99_000_000_000)
+    assert entries(ahead)["a"].changed_at == 7.0
+    assert entries(ahead._replace(seen_at=6.0))["a"].changed_at == 6.0
+
+
+def test_in_the_hubs_cache_a_projector_of_another_revision_serves() -> None:
+    """While an update comes file by file the model is still the old one."""
+    shelf = "models--bob--Tiny/snapshots"
+    old, new = Snapshot("bob/Tiny", f"{shelf}/old", 1), Snapshot("bob/Tiny", f"{shelf}/new", 0)
+    found = entries(
+        file(f"{shelf}/old/Q8_0/Tiny-Q8_0.gguf", model(), snapshot=old),
+        file(f"{shelf}/new/mmproj-F16.gguf", projector(), snapshot=new),
+    )["bob/Tiny:Q8_0"]
+    assert found.projector is not None
+    assert found.projector.path == f"/m/{shelf}/new/mmproj-F16.gguf"
 
 
 HEADERS = [None, model(), model(32), projector(), part(1, 2), part(2, 2), adapter(), header("bert"), header("eagle3")]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from llamavisor import ini
 from llamavisor.catalog.hub import Snapshot, repository
-from llamavisor.catalog.naming import Named, Place, assign, name_problem, stem_of
+from llamavisor.catalog.naming import Named, Place, Standing, assign, name_problem, stem_of
 
 
 def place(rel: str, **changes: object) -> Place:
@@ -51,18 +51,59 @@ def test_a_folder_with_one_model_gives_it_its_name() -> None:
     assert [named.name for named in found.values()] == ["qwen", "other", "x.gguf"]
 
 
-def test_a_folder_with_several_models_is_an_alias_of_one() -> None:
-    """Of the usual quantization if that is there, else of the first; but never of one that cannot be used."""
+def shown(found: dict[str, Named]) -> list[tuple[str, tuple[str, ...]]]:
+    """Names and aliases."""
+    return [(named.name, named.aliases) for named in found.values()]
+
+
+def test_of_several_models_in_a_folder_the_oldest_has_its_name() -> None:
+    """Of the same age the usual quantization, then the first; the others have the names of their files."""
+    old, new = place("fam/fam-Q8_0.gguf", mtime_ns=1), place("fam/fam-Q4_K_M.gguf", mtime_ns=2)
+    assert shown(names(new, old)) == [("fam-Q4_K_M", ()), ("fam", ("fam-Q8_0",))]
     found = names("qwen/m-IQ2_M.gguf", "qwen/m-Q4_K_M.gguf")
-    assert [(named.name, named.aliases) for named in found.values()] == [("m-IQ2_M", ()), ("m-Q4_K_M", ("qwen",))]
-    assert names("qwen/m-Q8_0.gguf", "qwen/m-Q5_0.gguf")["qwen/m-Q5_0.gguf"].aliases == ("qwen",)
-    settling = place("qwen/m-Q4_K_M.gguf", is_usable=False)
-    assert names("qwen/m-IQ2_M.gguf", settling)["qwen/m-IQ2_M.gguf"].aliases == ("qwen",)
+    assert shown(found) == [("m-IQ2_M", ()), ("qwen", ("m-Q4_K_M",))]
+    assert names("qwen/m-Q8_0.gguf", "qwen/m-Q5_0.gguf")["qwen/m-Q5_0.gguf"].name == "qwen"
+    settling = place("qwen/m-Q4_K_M.gguf", standing=Standing.COMING)
+    assert names("qwen/m-IQ2_M.gguf", settling)["qwen/m-IQ2_M.gguf"].name == "qwen"
+
+
+def test_another_quantization_changes_nothing_about_the_first() -> None:
+    """Neither its name nor its aliases, also where it has lost its folder's name to another, or has a plain stem."""
+    for others in ([], ["fam.gguf"], ["m.gguf"], [place("other/m.gguf", mtime_ns=3)]):
+        first = place("fam/m.gguf", mtime_ns=2, is_head=True)
+        alone = names(first, *others)[first.rel]
+        assert names(first, *others, place("fam/n-Q4_K_M.gguf", mtime_ns=3))[first.rel] == alone
+        assert names(first, *others, place("fam/n-Q4_K_M.gguf", mtime_ns=1))[first.rel] == alone, "an older file"
+    assert names("fam/fam.gguf")["fam/fam.gguf"] == Named(name="fam"), "its name is no alias"
+
+
+def test_a_folder_whose_name_no_router_can_have_names_none_of_several() -> None:
+    """They are served under the names of their files."""
+    assert shown(names("a,b/x.gguf", "a,b/y.gguf")) == [("x", ()), ("y", ())]
+    assert names("a,b/x.gguf")["a,b/x.gguf"].problem
+
+
+def test_what_works_keeps_its_name_from_what_does_not() -> None:
+    """A broken file that is less deep gets another name, and a copy under way gets its own when it works."""
+    for standing in (Standing.COMING, Standing.BROKEN, Standing.UNKNOWN):
+        found = names(place("fam.gguf", standing=standing), "fam/m.gguf")
+        assert (found["fam/m.gguf"].name, found["fam.gguf"].name) == ("fam", "fam-2")
+
+
+def test_two_files_of_one_quantization_are_told_apart_without_the_revision() -> None:
+    """By their own names, whichever revisions they are of; in folders of the repository by those too."""
+    for one, two in (("abc", "abc"), ("abc", "def"), ("def", "abc")):
+        places = [
+            place(f"models--bob--Tiny/snapshots/{revision}/{rel}", snapshot=Snapshot("bob/Tiny", folder))
+            for revision, rel in ((one, "a-Q8_0.gguf"), (two, "b-Q8_0.gguf"), (two, "x/b-Q8_0.gguf"))
+            for folder in [f"models--bob--Tiny/snapshots/{revision}"]
+        ]
+        assert [named.name for named in assign(places)] == ["bob/Tiny:Q8_0", "bob/Tiny:b-Q8_0", "bob/Tiny:x-b-Q8_0"]
 
 
 def test_junk_takes_no_name_from_a_model() -> None:
     """A half copied file beside a model, or under its name, does not rename it."""
-    junk, twin = place("qwen/half.gguf", is_known=False), place("solo.gguf", is_known=False)
+    junk, twin = place("qwen/half.gguf", standing=Standing.UNKNOWN), place("solo.gguf", standing=Standing.UNKNOWN)
     found = names(junk, twin, "qwen/m.gguf", "solo/m.gguf")
     assert [named.name for named in found.values()] == ["half", "solo-2", "qwen", "solo"]
 
@@ -131,12 +172,14 @@ PARTS = st.sampled_from(["a", "b", "a-b", "b-a", "x.gguf", "-c", "a,b", "d\n", "
 RELS = st.lists(PARTS, min_size=1, max_size=4).map("/".join)
 
 
-@given(st.lists(st.tuples(RELS, st.booleans(), st.booleans()), unique_by=lambda item: item[0]), st.randoms())
+@given(
+    st.lists(st.tuples(RELS, st.sampled_from(Standing), st.booleans()), unique_by=lambda item: item[0]), st.randoms()
+)
 def test_names_are_unique_and_follow_from_what_is_there(
-    rels: list[tuple[str, bool, bool]], shuffled: random.Random
+    rels: list[tuple[str, Standing, bool]], shuffled: random.Random
 ) -> None:
     """The order in which a folder is listed changes nothing; no two share a name; what has no problem is servable."""
-    places = [place(f"{rel}.gguf", is_known=is_known, is_copy=is_copy) for rel, is_known, is_copy in rels]
+    places = [place(f"{rel}.gguf", standing=standing, is_copy=is_copy) for rel, standing, is_copy in rels]
     found = names(*places)
     shuffled.shuffle(places)
     assert names(*places) == found

@@ -102,6 +102,14 @@ def test_an_empty_file_settles_and_is_then_empty() -> None:
     assert settle(replace(empty, watched_s=STILL_S)).reason == "it is empty: cut off, or a copy that stalled"
 
 
+def test_a_header_that_ends_early_is_told_in_whole_sentences() -> None:
+    """How much there is stands before what is wrong with it, and is not woven into it."""
+    odd = Evidence(size=100, problem="the key of value 12 would have 0 bytes (byte 63)", is_partial=True)
+    assert settle(odd).reason == "it holds 100 bytes so far: the key of value 12 would have 0 bytes (byte 63)"
+    still = "it is cut off, or a copy that stalled, at 100 bytes: the key of value 12 would have 0 bytes (byte 63)"
+    assert settle(replace(odd, watched_s=STILL_S)) == (INVALID, still, None)
+
+
 def test_what_is_no_gguf_file_is_invalid_at_once() -> None:
     """Waiting does not make a web page a model."""
     assert settle(Evidence(size=10, problem="this is a web page")) == (INVALID, "this is a web page", None)

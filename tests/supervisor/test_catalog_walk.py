@@ -173,6 +173,50 @@ def test_of_the_hubs_cache_one_revision_counts(tmp_path: Path) -> None:
     assert list(walk(tmp_path).files) == [f"{repo}/snapshots/new/m.gguf"]
 
 
+def test_what_the_revision_that_counts_lacks_is_taken_from_the_newest_that_has_it(tmp_path: Path) -> None:
+    """File by file; the parts of a split file stay together; what is broken in an older revision is not told."""
+    repo = tmp_path / "models--bob--Tiny"
+    put(repo / "refs/main", "main")
+    held = {
+        "main": ["a.gguf", "s-00001-of-00002.gguf"],
+        "older": ["a.gguf", "b.gguf", "s-00001-of-00002.gguf", "s-00002-of-00002.gguf", "x/c.gguf"],
+        "oldest": ["b.gguf", "x/c.gguf", "x/d.gguf", "t-00002-of-00003.gguf"],
+    }
+    broken = {"oldest": "z.gguf", "older": "a-broken.gguf", "main": "y.gguf"}
+    for seconds, (revision, files) in enumerate(reversed(held.items())):
+        for rel in files:
+            put(repo / "snapshots" / revision / rel)
+        os.symlink("gone", repo / "snapshots" / revision / broken[revision])
+        os.utime(repo / "snapshots" / revision, (seconds, seconds))
+    tree = walk(tmp_path)
+    prefix = "models--bob--Tiny/snapshots/"
+    assert [rel.removeprefix(prefix) for rel in rels(tree)] == [
+        "main/a.gguf",
+        "older/b.gguf",
+        "older/s-00001-of-00002.gguf",
+        "older/s-00002-of-00002.gguf",
+        "older/x/c.gguf",
+        "oldest/t-00002-of-00003.gguf",
+        "oldest/x/d.gguf",
+    ]
+    assert list(reasons(tree)) == [f"{prefix}main/y.gguf"]
+
+
+def test_what_links_lead_to_is_known(tmp_path: Path) -> None:
+    """Folders behind them, and where the files that they name lie; none that may not be looked at, none within."""
+    root, out, forbidden = tmp_path / "models", tmp_path / "out", tmp_path / "forbidden"
+    for rel in ("one/a.gguf", "two/b.gguf", "two/c/d.gguf"):
+        put(out / rel)
+    put(forbidden / "e.gguf")
+    put(root / "f/g.gguf")
+    os.symlink(out / "one/a.gguf", root / "a.gguf")
+    os.symlink(out / "two", root / "two")
+    os.symlink(forbidden, root / "forbidden")
+    os.symlink(forbidden / "e.gguf", root / "e.gguf")
+    os.symlink("f/g.gguf", root / "g.gguf")
+    assert walk(root, out).linked == {f"{out}/one", f"{root}/two", f"{root}/two/c"}
+
+
 def test_a_control_file_of_a_downloader_is_noticed(tmp_path: Path) -> None:
     """aria2 keeps one beside each file that it is not done with."""
     put(tmp_path / "a.gguf")
@@ -184,11 +228,11 @@ def test_a_control_file_of_a_downloader_is_noticed(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("root", ["missing", "file"])
-def test_a_folder_that_is_not_there_is_a_problem(tmp_path: Path, root: str) -> None:
-    """And not an empty folder."""
+@pytest.mark.parametrize(("root", "problem"), [("missing", "does not exist"), ("file", "is not a folder")])
+def test_a_folder_that_is_not_there_is_a_problem(tmp_path: Path, root: str, problem: str) -> None:
+    """And not an empty folder. Its path stands before what is told, and is not repeated."""
     put(tmp_path / "file")
-    assert walk(tmp_path / root).problem.startswith(f"{tmp_path / root}: ")
+    assert walk(tmp_path / root).problem == problem
 
 
 @pytest.fixture
@@ -211,7 +255,9 @@ def test_a_disk_that_is_ill_is_no_empty_folder(tmp_path: Path, ill: Callable[[Pa
     """The models folder: a problem. One below: nothing is known of it. One that vanished meanwhile: nothing is said."""
     put(tmp_path / "f/a.gguf")
     ill(tmp_path, errno.ESTALE)
-    assert walk(tmp_path).problem == f"{tmp_path}: Stale file handle"
+    assert walk(tmp_path).problem == "cannot be read: Stale file handle"
+    ill(tmp_path, errno.EACCES)
+    assert walk(tmp_path).problem == f"cannot be read: Permission denied (uid {os.geteuid()})"
     ill(tmp_path / "f", errno.EIO)
     tree = walk(tmp_path)
     assert tree.unreachable == {f"{tmp_path}/f": "Input/output error"}

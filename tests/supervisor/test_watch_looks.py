@@ -35,6 +35,7 @@ class Stage:
         again_in_s: what each look asks for.
         heard: what the kernel hints at.
         refusal: raised when it wants to listen.
+        linked: folders behind links that each look finds.
         listened: how often it began to.
     """
 
@@ -46,6 +47,7 @@ class Stage:
         self.heard: list[tuple[Hint, str]] = []
         self.refusal: OSError | None = None
         self.listened = 0
+        self.linked: tuple[str, ...] = ()
         self._said: list[Message] = []
         self.hints = FakeHints(self)
         configure = Configure(str(root), (), INTERVAL_S, 0)
@@ -221,17 +223,59 @@ def test_a_folder_that_comes(stage: Stage) -> None:
     assert (stage.listened, set(stage.hints._theirs)) == (2, {str(stage.root), str(stage.root / "sub")})
 
 
-def test_a_failure_is_reported_and_heals(stage: Stage) -> None:
-    """A name that is not UTF-8 ends the listening; it begins again with the next look, which is soon."""
+def test_a_folder_behind_a_link(stage: Stage, tmp_path: Path) -> None:
+    """It is listened to as soon as a look has found it, and what came meanwhile is looked for."""
+    (tmp_path / "out").mkdir()
+    stage.linked = (str(tmp_path / "out"), str(tmp_path / "none"), "/\udcff")
+    stage.look()
+    assert (stage.listened, set(stage.hints._theirs)) == (2, {str(stage.root), str(tmp_path / "out")})
+    assert stage.due_in_s() == pytest.approx(NAMES_REST_S)
+    stage.look()
+    assert (stage.listened, stage.due_in_s()) == (2, INTERVAL_S)
+    stage.linked = ()
+    stage.look()
+    assert set(stage.hints._theirs) == {str(stage.root)}
+
+
+def test_a_kernel_that_refuses_behind_a_link(stage: Stage, tmp_path: Path) -> None:
+    """That it polls now is told at once."""
+    stage.linked, stage.refusal = (str(tmp_path),), OSError("no")
+    assert stage.look()[-1] == Mode("polling", "no", 1)
+
+
+def test_a_folder_that_is_not_there_is_not_listened_to(stage: Stage) -> None:
+    """Which is told, until it is there; so is one that is none."""
+    absent = Mode("polling", "there is no folder that can be read", 0)
+    stage.root.rename(stage.root.with_name("away"))
+    assert stage.look()[0] == absent
+    assert stage.due_in_s() == INTERVAL_S
+    stage.root.touch()
+    stage.look()
+    assert stage.due_in_s() == POLLING_S
+    stage.root.unlink()
+    stage.root.mkdir()
+    assert stage.look()[0] == Mode("inotify", "", 0)
+
+
+def test_a_name_that_is_not_utf8_is_no_failure(stage: Stage) -> None:
+    """It is told as a model that cannot be served; here it only has to be listened again."""
     stage.now += 10
-    stage.hint(Hint.NAMES, "cannot decode")
+    stage.hint(Hint.NAMES, 'Unable to decode path "/m/\\xFF.gguf" to string')
+    assert stage.look() == [ScanDone(Scan(), 0)]
+    assert stage.listened == 2
+
+
+def test_a_failure_is_reported_and_heals(stage: Stage) -> None:
+    """The listening begins again with the next look, which is soon."""
+    stage.now += 10
+    stage.hint(Hint.NAMES, "cannot go on")
     assert stage.due_in_s() < 0
-    assert stage.look()[0] == Mode("inotify", "cannot decode", 1)
+    assert stage.look()[0] == Mode("inotify", "cannot go on", 1)
     assert stage.listened == 2
 
 
 def test_failures_in_a_row_are_no_storm(stage: Stage) -> None:
-    """While such a file is being written to it is listened again once in a second, not a hundred times."""
+    """While a file with a bad name is being written to it is listened again once in a second, not a hundred times."""
     stage.now += 10
     stage.hint(Hint.NAMES, "cannot decode")
     stage.look()

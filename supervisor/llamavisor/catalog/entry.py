@@ -69,7 +69,8 @@ class Entry:
         parameter_count: of all its parts; 0 when that is not known.
         aliases: names that it has besides by its place in the folder.
         notes: what a person should know although it can be used, such as a name that it could not have.
-        changed_at: Unix seconds at which the last of its files was last changed (the later of mtime and ctime).
+        changed_at: Unix seconds at which the last of its files was last changed, by its ctime; never later than it was
+            first seen.
     """
 
     name: str
@@ -102,8 +103,8 @@ class Scan:
     Attributes:
         changed: entries that are new or not what they were.
         removed: names of those that have gone.
-        problem: why the folder could not be looked at, or why what was found is not believed yet; then nothing is
-            changed or removed. Empty when all is well.
+        problem: why the folder could not be looked at, or why what was found is not believed yet, to be read behind
+            the folder's path; then nothing is changed or removed. Empty when all is well.
         duration_s: how long the look took.
         file_count: model files, readable or not, that were seen.
         headers_read: how many headers had to be read because they were not known.

@@ -1,16 +1,17 @@
-"""Which files make which model: a pure function of the files, their headers, and whether each is whole."""
+"""Which files make which model: a pure function of the files, their headers, whether each is whole, and the past."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum, auto
+from typing import NamedTuple
 
 from llamavisor import ini
 from llamavisor.catalog.entry import Entry, EntryState, FileId, ModelFile
-from llamavisor.catalog.naming import Named, Place, assign, name_problem, stem_of
+from llamavisor.catalog.naming import Named, Place, Standing, assign, name_problem, stem_of
 from llamavisor.catalog.settle import Verdict
-from llamavisor.catalog.split import Judged, Unit, join
-from llamavisor.catalog.walk import Found, Oddity, changed_at
+from llamavisor.catalog.split import Unit
+from llamavisor.catalog.walk import Found, Oddity
 from llamavisor.gguf import Kind
 from llamavisor.gguf.container import printable
 
@@ -45,30 +46,60 @@ _Beside = dict[str, list[Unit]]
 """Projectors or drafts, by the folder they lie in."""
 
 
-def group(files: Iterable[Judged], oddities: Iterable[Oddity], root: str) -> dict[str, Entry]:
+class Past(NamedTuple):
+    """What of the looks before decides about names: what works is not renamed by what comes.
+
+    Attributes:
+        ready: keys of the units that were READY, whatever they are now.
+        heads: keys of those that have the names of their folders.
+    """
+
+    ready: frozenset[str] = frozenset()
+    heads: frozenset[str] = frozenset()
+
+
+_NO_PAST = Past()
+
+
+def remember(units: Iterable[Unit], entries: Mapping[str, Entry], past: Past) -> Past:
+    """What is to be known at the next look of what was made of `units` at this one."""
+    by_path = {entry.path: entry for entry in entries.values()}
+    ready, heads = set(), set()
+    for unit in units:
+        if unit.verdict.state is EntryState.READY or unit.key in past.ready:
+            ready.add(unit.key)
+        entry = by_path.get(unit.first.path)
+        if entry is not None and unit.folder and (entry.name == unit.folder or unit.stem in entry.aliases):
+            heads.add(unit.key)
+    return Past(frozenset(ready), frozenset(heads))
+
+
+def group(joined: Iterable[Unit], oddities: Iterable[Oddity], root: str, past: Past = _NO_PAST) -> dict[str, Entry]:
     """The entries of a models folder by their names, whatever the order of the files.
 
     Args:
-        files: all files that call themselves GGUF files.
+        joined: all files that call themselves GGUF files, as what is loaded together.
         oddities: what calls itself so and is none.
         root: path of the models folder.
+        past: what `remember` returned after the look before.
     """
     models: list[Unit] = []
     projectors: _Beside = {}
     drafts: _Beside = {}
     broken: list[Unit] = []
-    for unit in join(files):
+    for unit in joined:
         role = _role(unit)
         if role is _Role.MODEL:
             models.append(unit)
         elif role is not _Role.NONE and unit.verdict.state is EntryState.INVALID:
             broken.append(unit)
         elif role is not _Role.NONE:
-            (projectors if role is _Role.PROJECTOR else drafts).setdefault(unit.folder, []).append(unit)
+            (projectors if role is _Role.PROJECTOR else drafts).setdefault(unit.home, []).append(unit)
     owners = _find_copies(models)
     units, odd = [*models, *broken], list(oddities)
     places = [
-        _place(unit, is_copy=unit.first.path in owners or index >= len(models)) for index, unit in enumerate(units)
+        _place(unit, past, is_copy=unit.first.path in owners or index >= len(models))
+        for index, unit in enumerate(units)
     ]
     named = assign([*places, *(_odd_place(oddity, root) for oddity in odd)])
     names = {unit.first.path: name.name for unit, name in zip(units, named, strict=False)}
@@ -117,26 +148,35 @@ def _find_copies(models: Iterable[Unit]) -> dict[str, str]:
 def _copy_order(unit: Unit) -> tuple[bool, bool, int, str]:
     first = unit.first
     has_problem = bool(ini.value_problem(first.path) or name_problem(unit.stem))
-    return has_problem, first.is_link, first.rel.count("/"), first.rel
+    return has_problem, first.is_link, first.rel.count("/"), first.where
 
 
-def _place(unit: Unit, *, is_copy: bool) -> Place:
+def _place(unit: Unit, past: Past, *, is_copy: bool) -> Place:
     return Place(
         rel=unit.first.rel,
         stem=unit.stem,
         quantization=unit.header.quantization if unit.header is not None else "",
         snapshot=unit.first.snapshot,
-        is_known=unit.is_known,
-        is_usable=unit.verdict.state is EntryState.READY,
+        mtime_ns=unit.first.mtime_ns,
+        standing=_standing(unit, past),
+        is_head=unit.key in past.heads,
         is_copy=is_copy,
     )
+
+
+def _standing(unit: Unit, past: Past) -> Standing:
+    if unit.verdict.state is EntryState.READY or unit.key in past.ready:
+        return Standing.USABLE
+    if not unit.is_known:
+        return Standing.UNKNOWN
+    return Standing.COMING if unit.verdict.state is EntryState.SETTLING else Standing.BROKEN
 
 
 def _odd_place(oddity: Oddity, root: str) -> Place:
     base = (oddity.rel or root).rpartition("/")[2]
     # No model's name ends in a slash: a folder that cannot be looked into takes no name from any.
     stem = f"{oddity.rel or base}/" if oddity.is_folder else stem_of(base)
-    return Place(rel=oddity.rel, stem=stem, is_known=False, is_usable=False, is_copy=True)
+    return Place(rel=oddity.rel, stem=stem, standing=Standing.UNKNOWN, is_copy=True)
 
 
 def _odd_entry(oddity: Oddity, named: Named) -> Entry:
@@ -164,7 +204,7 @@ def _entry(unit: Unit, named: Named, projectors: _Beside, drafts: _Beside, owner
         parameter_count=unit.parameter_count,
         aliases=named.aliases,
         notes=(*named.notes, *notes),
-        changed_at=max(changed_at(judged.found.mtime_ns, judged.found.ctime_ns) for judged in unit.files),
+        changed_at=max(judged.changed_at for judged in unit.files),
     )
 
 
@@ -174,7 +214,7 @@ def _verdict(unit: Unit, named: Named, owner: str | None) -> Verdict:
         return unit.verdict
     reason = ""
     if owner is not None:
-        reason = f"the same file as {owner}; give {owner} another name with aliases = [...]"
+        reason = f"the same file as {owner}, which serves it"
     elif found := ini.value_problem(unit.first.path):
         reason = f"its path {printable(unit.first.path)!r} {found}; rename the file or its folder"
     elif named.problem:
@@ -186,7 +226,7 @@ def _projector(unit: Unit, projectors: _Beside) -> tuple[ModelFile | None, tuple
     """The projector that a model gets, and what is to be said where there is one that it does not get."""
     beside = list(_beside(unit, projectors))
     fitting = [
-        (distance, _projector_rank(found), found.first.rel, found)
+        (distance, _projector_rank(found), found.first.where, found)
         for distance, found in beside
         if found.verdict.state is EntryState.READY
         and not _misfit(unit, found)
@@ -226,7 +266,7 @@ def _draft(unit: Unit, drafts: _Beside) -> ModelFile | None:
     """The draft that a model gets: the nearest, one of the same quantization first."""
     wanted = unit.header.quantization if unit.header is not None else ""
     usable = [
-        (distance, found.header is None or found.header.quantization != wanted, found.first.rel, found)
+        (distance, found.header is None or found.header.quantization != wanted, found.first.where, found)
         for distance, found in _beside(unit, drafts)
         if found.verdict.state is EntryState.READY and not ini.value_problem(found.first.path)
     ]
@@ -241,11 +281,11 @@ def _beside(unit: Unit, units: _Beside) -> Iterator[tuple[int, Unit]]:
 
 
 def _folders(unit: Unit) -> Sequence[str]:
-    snapshot, folder = unit.first.snapshot, unit.folder
+    snapshot, folder = unit.first.snapshot, unit.home
     if snapshot is None:
         return [folder] if folder else []
     folders = [folder]
-    while folder != snapshot.folder and "/" in folder:
+    while folder != snapshot.shelf and "/" in folder:
         folder = folder.rpartition("/")[0]
         folders.append(folder)
     return folders

@@ -30,7 +30,7 @@ class Guard:
     before. Whatever else is found is believed.
 
     Args:
-        root: path of the models folder, for what is told.
+        root: path of the models folder, which is not repeated in what is told.
     """
 
     def __init__(self, root: str) -> None:
@@ -72,5 +72,7 @@ class Guard:
 
     def _tell(self, had: int, moved: list[str]) -> str:
         if moved:
-            return f"{moved[0]}: this folder is on another device than before, as when a disk is mounted or unmounted"
-        return f"{self._root}: all {had} model files are gone, as when a disk is unmounted"
+            which = moved[0].removeprefix(self._root).strip("/")
+            subject = f"its folder {which}" if which else "it"
+            return f"{subject} is on another device than before, as when a disk is mounted or unmounted"
+        return f"all {had} model files are gone, as when a disk is unmounted"

@@ -23,15 +23,30 @@ _QUANTIZATION = re.compile(r"(?:I?Q[0-9]|TQ[0-9]|BF16|F16|F32|MXFP4|NVFP4)[A-Z0-
 
 
 class Snapshot(NamedTuple):
-    """The revision of a repository that is looked at.
+    """One revision of a repository.
 
     Attributes:
         repository: as `USER/REPO`.
         folder: where its files begin, relative to the models folder.
+        rank: 0 is the revision that counts; the others follow where it lacks a file.
     """
 
     repository: str
     folder: str
+    rank: int = 0
+
+    @property
+    def shelf(self) -> str:
+        """The folder of all revisions, relative to the models folder."""
+        return self.folder.rpartition("/")[0]
+
+    def inside(self, rel: str) -> str:
+        """The path of one of its files within it, of which `rel` is the path relative to the models folder."""
+        return rel[len(self.folder) + 1 :]
+
+    def where(self, rel: str) -> str:
+        """That path without the revision: what is the same file for every revision has the same."""
+        return f"{self.shelf}/{self.inside(rel)}" if self.shelf else self.inside(rel)
 
 
 def repository(folder_name: str) -> str | None:
@@ -44,19 +59,18 @@ def repository(folder_name: str) -> str | None:
     return f"{user}/{name}" if dashes else user
 
 
-def current_revision(repository_folder: str, revisions: Iterable[str]) -> str | None:
-    """Which revision counts: the one of `refs/main`, else the one that was changed last, by time and name.
+def ranked(repository_folder: str, revisions: Iterable[str]) -> list[str]:
+    """Revisions, the one that counts first: that of `refs/main`, then what was changed last, by time and name.
+
+    `refs/main` is written before the files come, so the first may lack what the others have.
 
     Args:
         repository_folder: the path of `models--USER--REPO`.
         revisions: names of the folders in its `snapshots`.
     """
-    names = sorted(revisions)
     main = _read_ref(f"{repository_folder}/refs/main")
-    if main in names:
-        return main
-    newest = [(_mtime_ns(f"{repository_folder}/{SNAPSHOTS}/{name}"), name) for name in names]
-    return max(newest)[1] if newest else None
+    known = [(name == main, _mtime_ns(f"{repository_folder}/{SNAPSHOTS}/{name}"), name) for name in revisions]
+    return [name for _, _, name in sorted(known, reverse=True)]
 
 
 def quantization_tag(stem: str, quantization: str) -> str:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from llamavisor.catalog.entry import Entry, EntryState, FileId, Scan
-from llamavisor.catalog.group import group
+from llamavisor.catalog.group import Past, group, remember
 from llamavisor.catalog.guard import Guard
 from llamavisor.catalog.mounts import MOUNTINFO, network_devices
 from llamavisor.catalog.reading import Reading, can_open, read
 from llamavisor.catalog.settle import Evidence, Verdict, rest_s, settle, still_s
-from llamavisor.catalog.split import Judged
+from llamavisor.catalog.split import Judged, join
 from llamavisor.catalog.walk import Found, Oddity, Tree, Walker
 
 REREAD_S = 1.0
@@ -27,6 +27,30 @@ _NEVER_READ = -1e9
 _UNJUDGED = Verdict(EntryState.SETTLING)
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """What a READY file was before its times changed, its size did not, and neither did its header.
+
+    It was touched, or its times were put right, more likely than written to: it is READY as it was until it is still.
+
+    Attributes:
+        mtime_ns: of then.
+        ctime_ns: likewise.
+        seen_at: likewise.
+        reading: likewise.
+    """
+
+    mtime_ns: int
+    ctime_ns: int
+    seen_at: float
+    reading: Reading
+
+    def fits(self, now: Reading) -> bool:
+        """Whether a file of which this is the reading may be what it was."""
+        is_same = now.header == self.reading.header and now.has_zero_tail <= self.reading.has_zero_tail
+        return is_same and now.hole in (None, self.reading.hole)
+
+
 @dataclass(slots=True)
 class _Record:
     """What is known of one file, by device and inode.
@@ -36,6 +60,7 @@ class _Record:
         mtime_ns: likewise.
         ctime_ns: when it was looked at last.
         first_seen: monotonic seconds.
+        seen_at: Unix seconds of then.
         age_s: how old its ctime was then by the wall clock.
         reading: of this content, or of the one before while it changes too quickly.
         read_at: monotonic seconds of that reading.
@@ -46,12 +71,14 @@ class _Record:
         verdict: the last one.
         is_downloading: whether a downloader's control file lay beside it then.
         due: monotonic seconds at which the verdict may change by itself, None = never.
+        held: what it is told to be while it settles, None when it is told as it is.
     """
 
     size: int
     mtime_ns: int
     ctime_ns: int
     first_seen: float
+    seen_at: float
     age_s: float
     reading: Reading
     read_at: float
@@ -61,6 +88,15 @@ class _Record:
     verdict: Verdict = _UNJUDGED
     is_downloading: bool = False
     due: float | None = 0.0
+    held: _Held | None = None
+
+    def tell(self, found: Found) -> Judged:
+        """What others are told of the file."""
+        held = self.held
+        if held is None:
+            return Judged(found, self.reading.header, self.verdict, self.seen_at)
+        was = found._replace(mtime_ns=held.mtime_ns, ctime_ns=held.ctime_ns)
+        return Judged(was, held.reading.header, Verdict(EntryState.READY), held.seen_at)
 
 
 class Scanner:
@@ -75,6 +111,7 @@ class Scanner:
 
     Attributes:
         root: absolute path of the models folder.
+        linked: folders that links lead to or into, as of the last look: what changes there is not seen in `root`.
     """
 
     def __init__(
@@ -92,7 +129,9 @@ class Scanner:
         self._guard = Guard(self.root)
         self._tree = Tree()
         self._records: dict[tuple[int, int], _Record] = {}
+        self.linked: tuple[str, ...] = ()
         self._entries: dict[str, Entry] = {}
+        self._past = Past()
         self._devices: frozenset[int] = frozenset()
         self._network: frozenset[int] = frozenset()
         self._due: float | None = None
@@ -116,6 +155,7 @@ class Scanner:
         if tree.problem:
             self._guard.forget()
             return Scan(problem=tree.problem, duration_s=self._monotonic() - begin)
+        self.linked = tuple(sorted(tree.linked))
         self._keep_unreachable(tree)
         doubt = self._guard.doubt(
             had=len(self._tree.files), has=len(tree.files), before=self._tree.devices, devices=tree.devices, now=begin
@@ -164,6 +204,7 @@ class Scanner:
             if path not in tree.files and path not in tree.oddities:
                 rel = path[len(self.root.rstrip("/")) + 1 :]
                 tree.oddities[path] = Oddity(path, rel, f"it cannot be looked at: {problem}", FileId(0, 0, 0, 0))
+        tree.supersede()
 
     def _look(self, tree: Tree, now: float) -> dict[str, Entry]:
         """The entries of a tree that is believed; reads what has to be read."""
@@ -179,10 +220,15 @@ class Scanner:
             if record is None:  # not reached by another path in this look
                 record = self._records[key] = _about(found, before.get(key), now, wall)
                 self._judge(found, record, now)
-            judged.append(Judged(found, record.reading.header, record.verdict))
+                if record.held is not None and not _is_held(found, record, record.held):
+                    record.held = None
+            judged.append(record.tell(found))
         dues = [record.due for record in self._records.values() if record.due is not None]
         self._due = min(dues, default=None)
-        return group(judged, tree.oddities.values(), self.root)
+        units = join(judged)
+        entries = group(units, tree.oddities.values(), self.root, self._past)
+        self._past = remember(units, entries, self._past)
+        return entries
 
     def _judge(self, found: Found, record: _Record, now: float) -> None:
         """Brings a record up to date. There are five reasons to read the file; all others cost nothing.
@@ -259,8 +305,28 @@ def _about(found: Found, known: _Record | None, now: float, wall: float) -> _Rec
     if known is not None and known.size == found.size and known.mtime_ns == found.mtime_ns:
         return known
     reading, read_at = (known.reading, known.read_at) if known is not None else (Reading(is_partial=True), _NEVER_READ)
-    age_s = wall - found.ctime_ns / 1e9
-    return _Record(found.size, found.mtime_ns, found.ctime_ns, now, age_s, reading, read_at)
+    record = _Record(
+        size=found.size,
+        mtime_ns=found.mtime_ns,
+        ctime_ns=found.ctime_ns,
+        first_seen=now,
+        seen_at=wall,
+        age_s=wall - found.ctime_ns / 1e9,
+        reading=reading,
+        read_at=read_at,
+    )
+    if known is not None and known.size == found.size:
+        record.held = known.held
+        if known.is_ready and known.verdict.state is EntryState.READY:
+            record.held = _Held(known.mtime_ns, known.ctime_ns, known.seen_at, known.reading)
+    return record
+
+
+def _is_held(found: Found, record: _Record, held: _Held) -> bool:
+    """Whether a file goes on being told as what it was. While it is too early to read it again it does."""
+    if found.is_downloading or record.verdict.state is not EntryState.SETTLING:
+        return False
+    return not record.is_current or held.fits(record.reading)
 
 
 def _count(tree: Tree) -> int:

@@ -128,12 +128,13 @@ def settle(seen: Evidence) -> Verdict:
 
 
 def _judge_short(seen: Evidence, rest: float) -> Verdict:
-    if not seen.size:
-        what = "is empty"
-    elif seen.header is not None:
-        what = f"holds {seen.size} of at least {seen.header.min_file_bytes} bytes"
-    else:
-        what = f"holds {seen.size} bytes, and {seen.problem}"
+    if seen.header is None and seen.size:
+        if rest:
+            return Verdict(EntryState.SETTLING, f"it holds {seen.size} bytes so far: {seen.problem}", rest)
+        return Verdict(
+            EntryState.INVALID, f"it is cut off, or a copy that stalled, at {seen.size} bytes: {seen.problem}"
+        )
+    what = "is empty" if seen.header is None else f"holds {seen.size} of at least {seen.header.min_file_bytes} bytes"
     if rest:
         return Verdict(EntryState.SETTLING, f"it {what} so far", rest)
     return Verdict(EntryState.INVALID, f"it {what}: cut off, or a copy that stalled")

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-import re
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llamavisor.catalog.entry import EntryState
-from llamavisor.catalog.naming import stem_of
+from llamavisor.catalog.naming import PART, stem_of
 from llamavisor.catalog.settle import Verdict
-from llamavisor.catalog.walk import Found
+from llamavisor.catalog.walk import Found, changed_at
 from llamavisor.gguf import Header
 from llamavisor.gguf.container import printable
 
-_PART = re.compile(r"(.+)-([0-9]{5})-of-([0-9]{5})(\.gguf)", re.DOTALL | re.IGNORECASE)
-"""`llama_split_prefix` in llama.cpp's src/llama.cpp finds the other parts by this pattern."""
 _LISTED = 3
 
 
 class Judged(NamedTuple):
-    """A file, what its header says, and whether it can be used."""
+    """A file that was judged.
+
+    Attributes:
+        found: where it is, and which content.
+        header: what it says, None when it cannot be read.
+        verdict: whether it can be used.
+        seen_at: Unix seconds at which this content was first seen.
+    """
 
     found: Found
     header: Header | None
     verdict: Verdict
+    seen_at: float = math.inf
+
+    @property
+    def changed_at(self) -> float:
+        """When it was last changed, in Unix seconds: never later than it was seen, whatever the clocks were."""
+        return min(changed_at(self.found.ctime_ns), self.seen_at)
 
 
 @dataclass(slots=True)
@@ -32,6 +43,7 @@ class Unit:
     """The files that are loaded together.
 
     Attributes:
+        key: what stays the same while its parts come and go, and its content changes.
         files: in the order of the parts, those that are there. Never empty.
         stem: what they are called without suffix and part.
         verdict: whether all of them together can be used.
@@ -40,6 +52,7 @@ class Unit:
         parameter_count: of all parts; 0 when one is not known.
     """
 
+    key: str
     files: tuple[Judged, ...]
     stem: str
     verdict: Verdict
@@ -62,6 +75,11 @@ class Unit:
         """The folder it lies in, relative to the models folder."""
         return self.first.rel.rpartition("/")[0]
 
+    @property
+    def home(self) -> str:
+        """Likewise; in the hub's cache without the revision, so that what belongs together is found together."""
+        return self.first.where.rpartition("/")[0]
+
 
 def join(files: Iterable[Judged]) -> list[Unit]:
     """All files as what is loaded together. Parts belong together by folder, name and count."""
@@ -69,7 +87,7 @@ def join(files: Iterable[Judged]) -> list[Unit]:
     splits: dict[tuple[str, str, str], list[tuple[int, Judged]]] = {}
     for judged in files:
         folder, _, name = judged.found.rel.rpartition("/")
-        match = _PART.fullmatch(name) if "-of-" in name else None
+        match = PART.fullmatch(name) if "-of-" in name else None
         if match is None:
             units.append(_single(judged, stem_of(name)))
         elif match[4] != ".gguf":
@@ -91,13 +109,16 @@ def _single(judged: Judged, stem: str, problem: str = "") -> Unit:
         problem = f"by its header it is part {number} of {count}, but it is not called so; "
         problem += f"llama-server wants {printable(stem)}-{number:05}-of-{count:05}.gguf"
     verdict = Verdict(EntryState.INVALID, problem) if problem else judged.verdict
-    return Unit((judged,), stem, verdict, header, header is not None, header.parameter_count if header else 0)
+    count = header.parameter_count if header else 0
+    return Unit(judged.found.where, (judged,), stem, verdict, header, header is not None, count)
 
 
 def _split(prefix: str, count: int, parts: Sequence[tuple[int, Judged]]) -> Unit:
     headers = [judged.header for _, judged in parts if judged.header is not None]
     is_complete = len(headers) == count
+    home = parts[0][1].found.where.rpartition("/")[0]
     return Unit(
+        f"{home}/{prefix}-of-{count}",
         tuple(judged for _, judged in parts),
         stem_of(prefix),
         _judge(prefix, count, parts),

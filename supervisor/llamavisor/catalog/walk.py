@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from llamavisor.catalog.entry import FileId
-from llamavisor.catalog.hub import SNAPSHOTS, Snapshot, current_revision, repository
+from llamavisor.catalog.hub import SNAPSHOTS, Snapshot, ranked, repository
+from llamavisor.catalog.revisions import superseded
 
 SUFFIX = ".gguf"
 """What a file calls itself; in any case."""
@@ -66,6 +67,11 @@ class Found(NamedTuple):
     is_downloading: bool = False
     snapshot: Snapshot | None = None
 
+    @property
+    def where(self) -> str:
+        """`rel`, in the hub's cache without the revision."""
+        return self.rel if self.snapshot is None else self.snapshot.where(self.rel)
+
 
 class Oddity(NamedTuple):
     """What calls itself a GGUF file and is none, or a folder that cannot be looked into.
@@ -92,12 +98,14 @@ class Tree:
     """What one walk found.
 
     Attributes:
-        problem: why the models folder itself cannot be looked at; then nothing else is to be believed.
+        problem: why the models folder itself cannot be looked at, without its path; then nothing else is to be
+            believed.
         files: by their paths.
         oddities: by their paths.
         devices: st_dev of every folder, by its path.
         unreachable: folders and files of which nothing is known now, because the disk or server does not answer, and
             what it says.
+        linked: folders that links lead to or into: what changes there changes what is found here.
     """
 
     problem: str = ""
@@ -105,6 +113,13 @@ class Tree:
     oddities: dict[str, Oddity] = field(default_factory=dict)
     devices: dict[str, int] = field(default_factory=dict)
     unreachable: dict[str, str] = field(default_factory=dict)
+    linked: set[str] = field(default_factory=set)
+
+    def supersede(self) -> None:
+        """Drop the files that a better revision of their repository has as well."""
+        cached = [(path, found.rel, found.snapshot) for path, found in self.files.items() if found.snapshot is not None]
+        for path in superseded(cached):
+            del self.files[path]
 
 
 class _Folder(NamedTuple):
@@ -115,6 +130,22 @@ class _Folder(NamedTuple):
     rel: str
     path: str
     snapshot: Snapshot | None = None
+
+
+class _Target(NamedTuple):
+    """What a link led to.
+
+    Attributes:
+        device: st_dev.
+        inode: st_ino.
+        forbidden: its path, if that is outside of all allowed folders; else empty.
+        home: the folder it lies in, if that is allowed and outside of the models folder; else empty.
+    """
+
+    device: int
+    inode: int
+    forbidden: str
+    home: str
 
 
 class Walker:
@@ -128,8 +159,9 @@ class Walker:
     def __init__(self, root: str, link_dirs: Sequence[str] = ()) -> None:
         self._root = root
         self._link_dirs = tuple(link_dirs)
-        self._targets: dict[str, tuple[int, int, str]] = {}  # link -> what it led to, and where that was outside
+        self._targets: dict[str, _Target] = {}
         self._allowed: tuple[str, ...] = ()
+        self._older: list[str] = []  # revisions that only stand in for what another lacks
 
     def __repr__(self) -> str:
         return f"<Walker {self._root!r}>"
@@ -137,12 +169,17 @@ class Walker:
     def walk(self) -> Tree:
         """Looks at the whole tree once. Blocking; it raises nothing for what it finds."""
         tree = Tree()
+        self._older.clear()
         try:
             self._allowed = tuple(_as_prefix(os.path.realpath(path)) for path in (self._root, *self._link_dirs))
             self._walk(tree)
         except OSError as exc:
-            tree.problem = f"{self._root}: {exc.strerror or exc}"
+            tree.problem = _root_problem(exc)
         else:
+            tree.supersede()
+            if self._older:  # nobody is told of what is broken in a revision that is not used
+                older = tuple(self._older)
+                tree.oddities = {p: oddity for p, oddity in tree.oddities.items() if not f"{p}/".startswith(older)}
             self._targets = {
                 path: target for path, target in self._targets.items() if path in tree.files or path in tree.oddities
             }
@@ -166,6 +203,8 @@ class Walker:
                 self._refuse_folder(tree, folder, exc)
                 continue
             tree.devices[folder.path] = status.st_dev
+            if folder.is_link:
+                tree.linked.add(folder.path)
             if len(visited) > MAX_FOLDERS:
                 self._stop(tree, f"it holds more than {MAX_FOLDERS} folders, and the others are not looked at")
                 return
@@ -202,7 +241,12 @@ class Walker:
                     self._refuse_file(tree, entry, rel, exc, is_top=not folder.depth)
                 continue
             is_folder = stat.S_ISDIR(status.st_mode)
-            if is_link and (is_folder or calls_itself) and (outside := self._outside(path, status)):
+            outside = ""
+            if is_link and (is_folder or calls_itself):
+                *_, outside, home = self._follow(path, status)
+                if home and not is_folder:
+                    tree.linked.add(home)
+            if outside:
                 told = f"a link to {_quoted(outside)}, outside of the models folder; "
                 told += f"allow it with link_dirs = [{_quoted(outside if is_folder else _parent(outside))}]"
                 tree.oddities[path] = _odd(path, rel, told, status, is_folder=is_folder)
@@ -238,17 +282,21 @@ class Walker:
         return _Folder(is_link, folder.depth + 1, rel, path, snapshot)
 
     def _choose(self, folder: _Folder, below: list[_Folder]) -> list[_Folder]:
-        """Which folders in it are looked into: of a repository's snapshots only the one that counts."""
+        """Which folders in it are looked into: a repository's revisions in the order in which they count."""
         if folder.depth >= MAX_DEPTH:
             return []
         if folder.snapshot is None and below and below[0].snapshot is not None:
             names = {_name(sub.path): sub for sub in below}
-            chosen = current_revision(_parent(folder.path), names)
-            return [] if chosen is None else [names[chosen]]
+            revisions = [names[name] for name in ranked(_parent(folder.path), names)]
+            self._older += [f"{sub.path}/" for sub in revisions[1:]]
+            return [
+                sub._replace(snapshot=sub.snapshot and sub.snapshot._replace(rank=rank))
+                for rank, sub in enumerate(revisions)
+            ]
         return below
 
-    def _outside(self, path: str, status: os.stat_result) -> str:
-        """Where a link leads, if that is outside of all allowed folders; else empty.
+    def _follow(self, path: str, status: os.stat_result) -> _Target:
+        """Where a link leads.
 
         The way of a link costs a call for each folder on it, so it is only followed when the link leads to something
         else than it did before.
@@ -257,9 +305,10 @@ class Walker:
         known = self._targets.get(path)
         if known is None or known[:2] != (device, inode):
             real = os.path.realpath(path)
-            is_allowed = any(_as_prefix(real).startswith(prefix) for prefix in self._allowed)
-            known = self._targets[path] = (device, inode, "" if is_allowed else real)
-        return known[2]
+            inside = [_as_prefix(real).startswith(prefix) for prefix in self._allowed]
+            home = _parent(real) if any(inside) and not inside[0] else ""
+            known = self._targets[path] = _Target(device, inode, "" if any(inside) else real, home)
+        return known
 
     def _refuse_folder(self, tree: Tree, folder: _Folder, exc: OSError) -> None:
         if exc.errno in _VANISHED:
@@ -296,9 +345,23 @@ class Walker:
         tree.oddities[self._root] = Oddity(self._root, "", reason, FileId(0, 0, 0, 0), is_folder=True)
 
 
-def changed_at(mtime_ns: int, ctime_ns: int) -> float:
-    """When a file was last changed, in Unix seconds."""
-    return max(mtime_ns, ctime_ns) / 1e9
+def changed_at(ctime_ns: int) -> float:
+    """When a file was last changed, in Unix seconds.
+
+    Whatever changes a file sets its ctime, and nobody but the kernel does. Its mtime is what somebody says: of a copy
+    it is the original's, and it may be in the future.
+    """
+    return ctime_ns / 1e9
+
+
+def _root_problem(exc: OSError) -> str:
+    """What is told of the models folder itself, behind its path."""
+    if exc.errno == errno.ENOENT:
+        return "does not exist"
+    if exc.errno == errno.ENOTDIR:
+        return "is not a folder"
+    who = f" (uid {os.geteuid()})" if exc.errno in {errno.EACCES, errno.EPERM} else ""
+    return f"cannot be read: {exc.strerror or exc}{who}"
 
 
 def _odd(path: str, rel: str, reason: str, status: os.stat_result | None, *, is_folder: bool = False) -> Oddity:
@@ -309,7 +372,7 @@ def _odd(path: str, rel: str, reason: str, status: os.stat_result | None, *, is_
     if is_folder:
         size = mtime_ns = ctime_ns = 0
     key = FileId(status.st_dev, status.st_ino, size, mtime_ns)
-    return Oddity(path, rel, reason, key, changed_at(mtime_ns, ctime_ns), is_folder)
+    return Oddity(path, rel, reason, key, changed_at(ctime_ns), is_folder)
 
 
 def _as_prefix(path: str) -> str:

@@ -3,10 +3,12 @@
 watchfiles does the listening (inotify). What it does not do, and what is done here:
 
 - It follows symlinks while it descends: a link to `/` takes every inotify watch of the user, and all threads of this
-  process stand still meanwhile. So it is given folders one by one, found by a bounded walk that follows no link.
+  process stand still meanwhile. So it is given folders one by one, found by a bounded walk that follows no link; and
+  of those behind links the ones that the look has found, which goes only where it may.
 - Told to ignore folders that may not be read, it ignores the limit of inotify watches too (watchfiles 1.3) and is
   silently deaf. So only folders that can be read are given to it, and nothing is ignored.
-- It dies on a name that is not UTF-8. It is armed anew then, which is a matter of milliseconds.
+- It dies on a name that is not UTF-8. It is armed anew then, which is a matter of milliseconds, and nobody is told:
+  the name itself is, as a model that cannot be served.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from enum import IntEnum
 
@@ -28,6 +30,9 @@ STEP_MS = 20
 """How often watchfiles looks for events of the kernel; a hint comes 20 to 40 ms after the change."""
 MAX_FOLDERS = 4096
 """Folders that are watched. In more than that the rescan has to find what changes: each takes memory in the kernel."""
+
+_UNDECODABLE = "Unable to decode path"
+"""How watchfiles begins what it says of a name that is not UTF-8."""
 
 FolderId = tuple[int, int]
 """st_dev and st_ino: a folder that was made anew is another one, and must be watched anew."""
@@ -163,6 +168,26 @@ def find_folders(root: str) -> dict[str, FolderId]:
                 below += inside
         level = below
     return found
+
+
+def add_linked(folders: Mapping[str, FolderId], linked: Iterable[str]) -> dict[str, FolderId]:
+    """`folders` with those of `linked` that are there and are not among them, as many as may be listened to."""
+    found, known = dict(folders), set(folders.values())
+    for folder in linked:
+        if len(found) >= MAX_FOLDERS:
+            break
+        if folder in found or not _is_utf8(folder):
+            continue
+        with suppress(OSError):  # gone
+            if (which := identify(folder)) not in known:
+                known.add(which)
+                found[folder] = which
+    return found
+
+
+def is_about_name(failure: str) -> bool:
+    """Whether it was nothing but a name that is not UTF-8 that made it deaf."""
+    return failure.startswith(_UNDECODABLE)
 
 
 def _folders_in(folder: str) -> list[str]:

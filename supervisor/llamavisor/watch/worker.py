@@ -18,7 +18,7 @@ from typing import Protocol
 
 from llamavisor.catalog.entry import Scan
 from llamavisor.catalog.mounts import network_devices
-from llamavisor.watch.hints import FolderId, Hint, Hints, find_folders, identify
+from llamavisor.watch.hints import FolderId, Hint, Hints, add_linked, find_folders, identify, is_about_name
 from llamavisor.watch.wire import Configure, Decoder, Mode, ScanNow, encode, encode_scan
 
 NAMES_REST_S = 0.2
@@ -43,7 +43,13 @@ _READ_BYTES = 64 * 1024
 
 
 class Looking(Protocol):
-    """What looks at the folder: `llamavisor.catalog.scanner.Scanner`."""
+    """What looks at the folder: `llamavisor.catalog.scanner.Scanner`.
+
+    Attributes:
+        linked: folders that links lead to or into, as of the last look.
+    """
+
+    linked: tuple[str, ...]
 
     def scan(self) -> Scan:
         """Look now; may take long, or never return."""
@@ -114,6 +120,8 @@ class Worker:
         self._rearm_at = 0.0
         self._failed_at = float("-inf")
         self._refusal = ""  # why the kernel does not give hints
+        self._absence = ""  # why there is nothing to listen to
+        self._linked: tuple[str, ...] = ()
         self._failure = ""
         self._errors = 0
         self._told: Mode | None = None
@@ -162,7 +170,7 @@ class Worker:
 
     def _pause_s(self) -> float:
         """How long to wait when nothing hints at anything."""
-        if self._mode() == "inotify":
+        if self._mode() == "inotify" or self._root_id is None:  # that it comes is noticed by itself
             return self._interval_s
         return min(self._interval_s, max(POLLING_S, CONTENT_SHARE * self._duration_s))
 
@@ -180,6 +188,16 @@ class Worker:
         self._again_at = float("inf") if again_s is None else self._last_end + max(again_s, MIN_AGAIN_S)
         for data in encode_scan(scan, token):
             self._line.send(data)
+        self._follow_links()
+
+    def _follow_links(self) -> None:
+        """Listen behind links as well. What is there is known after a look, so another one has to follow."""
+        if self._scanner.linked == self._linked:
+            return
+        self._linked = self._scanner.linked
+        if self._hints.is_listening and self._listen_anew():
+            self._hint = max(self._hint, Hint.NAMES)
+        self._tell_mode()
 
     def hear(self, messages: Iterable[object]) -> None:
         """Note what the daemon said."""
@@ -191,8 +209,9 @@ class Worker:
     def _listen_to_kernel(self) -> None:
         hint, failure = self._hints.take()
         if failure:
-            self._failure = failure
-            self._errors += 1
+            if not is_about_name(failure):
+                self._failure = failure
+                self._errors += 1
             now = self._clock()
             if now - self._failed_at < CONTENT_REST_S:  # a file with a bad name is being written to: no haste
                 self._rearm_at = self._last_end + max(REARM_S, CONTENT_SHARE * self._duration_s)
@@ -207,21 +226,19 @@ class Worker:
         if _identify(self._root) != self._root_id:
             self._is_asked = True
 
-    def _listen_anew(self) -> None:
-        """Listen to all folders that there are now."""
+    def _listen_anew(self) -> bool:
+        """Listen to all folders that there are now; whether it did not already."""
         self._root_id = _identify(self._root)
         self._is_network = self._root_id is not None and self._root_id[0] in network_devices()
-        if self._is_network or self._root_id is None:
+        folders = {} if self._is_network or self._root_id is None else find_folders(self._root)
+        self._absence = "" if folders else "there is no folder that can be read"
+        if not folders:
             self._hints.stop()
-            return
+            return False
+        folders = add_linked(folders, self._linked)
         now = self._clock()
-        folders = find_folders(self._root)
         if now < self._rearm_at or self._hints.covers(folders, within_s=RETRY_S):
-            return
-        if not folders:  # it may not be read
-            self._hints.stop()
-            self._rearm_at = now + POLLING_S
-            return
+            return False
         try:
             self._hints.listen(folders)
         except FileNotFoundError:  # since it was found
@@ -232,14 +249,18 @@ class Worker:
             self._rearm_at = now + RETRY_S
         else:
             self._refusal = ""
+            return True
+        return False
 
     def _mode(self) -> str:
-        return "polling" if self._is_network or self._refusal else "inotify"
+        return "polling" if self._is_network or self._absence or self._refusal else "inotify"
 
     def _tell_mode(self) -> None:
         reason = self._failure
         if self._is_network:
             reason = "the folder is on a network file system"
+        elif self._absence:
+            reason = self._absence
         elif self._refusal:
             reason = self._refusal
         mode = Mode(self._mode(), reason, self._errors)
