@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
@@ -37,6 +38,7 @@ LAG_WINDOW = 20
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
+THREAD_END_S = 0.5
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
 
@@ -63,11 +65,23 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     _log_to_stderr(config.log_level)
     try:
         with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
-            return anyio.run(_main, config, reload, control_socket)
+            exit_code = anyio.run(_main, config, reload, control_socket)
     except (AlreadyRunningError, SocketPathError) as error:
         sys.stderr.write(f"llamavisor: {plain(error)}; {error.hint}\n")
         is_running = isinstance(error, AlreadyRunningError)
         return ExitCode.ALREADY_RUNNING if is_running else ExitCode.FAILED
+    leave_hung_threads(exit_code)
+    return exit_code
+
+
+def leave_hung_threads(exit_code: int) -> None:
+    """End the process if a thread of ours does not: one that waits for a dead mount would keep it for ever."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(THREAD_END_S)
+            if thread.is_alive():
+                logging.shutdown()
+                os._exit(exit_code)
 
 
 class _OneLine(logging.Formatter):
@@ -245,4 +259,4 @@ def _instance(state_dir: Path) -> str:
 
 def _log_event(published: Published) -> None:
     event = published.event
-    _log.log(event.level, "%s", event.message())
+    _log.log(event.log_level, "%s", event.message())

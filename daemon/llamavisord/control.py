@@ -26,6 +26,7 @@ from llamavisord.details import describe
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
+from llamavisord.search import Search
 from llamavisord.view import router_view
 
 BODY_BYTES = 64 * 1024
@@ -143,7 +144,9 @@ class _Api:
     async def models(self, request: web.Request) -> web.Response:
         inventory, name = self._daemon.inventory(), request.query.get("name")
         models = await to_json(inventory, inventory.known() if name is None else inventory.called(name))
-        return web.Response(body=b'{"models": ' + models + b"}", content_type="application/json")
+        folders = json.dumps(folders_view(self._fleet)).encode("ascii")
+        body = b'{"models": ' + models + b', "folders": ' + folders + b"}"
+        return web.Response(body=body, content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
         router = request.query.get("router")
@@ -155,21 +158,31 @@ class _Api:
         return _json({"routers": [router_view(router) for router in self._fleet]})
 
     async def load(self, request: web.Request) -> web.Response:
-        return await self._move(request, lambda router, name: router.load(name))
+        return await self._move(request, lambda router, name: router.load(name), waits_for_files=True)
 
     async def unload(self, request: web.Request) -> web.Response:
         return await self._move(request, lambda router, name: router.unload(name))
 
-    async def _move(self, request: web.Request, move: Callable[[Router, str], Awaitable[bool]]) -> web.Response:
+    async def _move(
+        self,
+        request: web.Request,
+        move: Callable[[Router, str], Awaitable[bool]],
+        *,
+        waits_for_files: bool = False,
+    ) -> web.Response:
         name = request.match_info["name"]
-        router = self._fleet.holder_of(name, router=request.query.get("router"))
+        search = Search(self._fleet, self._daemon.config.rules, name, router=request.query.get("router"))
         event_id, wait_s = self._bus.last_id, _wait_s(request)
-        changed = True
+        router, changed = None, True
         with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
-            changed = await move(router, name)
+            router = await search.wait() if waits_for_files and wait_s else search.now()
+            changed = await move(router, search.name_on(router))
+        if router is None:
+            text = f"{search.awaited()}; not loaded within {wait_s:g} s"
+            raise WaitTimeoutError(text, hint="see `llamavisor models`, and load it again")
         status = _outcome(scope, wait_s, f"model {name}")
         inventory = self._daemon.inventory()
-        known = next((each for each in inventory.called(router.shelf.name_of(name)) if each.router is router), None)
+        known = next((each for each in inventory.called(search.name_on(router)) if each.router is router), None)
         model = inventory.item(known) if known is not None else None
         body = {"model": model, "changed": changed, "event_id": event_id}
         return _json(body, status=status)
@@ -205,8 +218,9 @@ class _Api:
 
     async def reload(self, _: web.Request) -> web.Response:
         event_id = self._bus.last_id
-        changed = await self._daemon.reload()
-        return _json({"changed": changed, "event_id": event_id})
+        applied = await self._daemon.reload()
+        body = {"changed": applied.routers, "models": applied.models, "problems": applied.problems}
+        return _json({**body, "event_id": event_id})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"

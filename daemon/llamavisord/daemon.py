@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import anyio.to_thread
 from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
-from llamavisor.fleet import Fleet
+from llamavisor.fleet import Applied, Fleet
 from llamavisor.settings import base_url
 from llamavisor.states import RouterState
 from llamavisord import __version__
 from llamavisord.config import Config
 from llamavisord.inventory import Inventory
 from llamavisord.problems import ConfigError, Problem
+from llamavisord.unmatched import unmatched
 
 RELOAD_LOOK_S = 10.0
 """How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
@@ -53,13 +55,10 @@ class Daemon:
     def __repr__(self) -> str:
         return f"<Daemon {self.fleet!r}>"
 
-    async def reload(self) -> tuple[str, ...]:
+    async def reload(self) -> Applied:
         """Read the configuration again and go over to it, all or nothing; then look at the models folders.
 
         What is whole in them can be served when this returns, unless they take longer than `RELOAD_LOOK_S`.
-
-        Returns:
-            The names of the routers that changed.
 
         Raises:
             ConfigError: it is not valid, or changes what a running daemon cannot change; the old one stays in force.
@@ -75,10 +74,9 @@ class Daemon:
                 self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
                 raise
             self.config, self.config_error, self.config_loaded_at = config, None, time.time()
-            changed = await self.fleet.apply(config.fleet_settings())
-            self.bus.publish(ConfigReloaded(changed=changed))
-            await self.fleet.look(within_s=RELOAD_LOOK_S)
-            return changed
+            applied = await self.fleet.apply(config.fleet_settings())
+            self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models))
+            return replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""
@@ -109,7 +107,15 @@ class Daemon:
                 found.append(self._why_empty(router.settings.models_dir))
             if router.launch is not None:
                 found += router.launch.warnings
+        found += [text for _, text in unmatched(self.config.rules, self.config.routers, self._names_in)]
         return list(dict.fromkeys(found))
+
+    def _names_in(self, models_dir: Path) -> Collection[str] | None:
+        """The models of a folder, None while it cannot be said what is there."""
+        for folder in self.fleet.folders:
+            if folder.path == models_dir and folder.catalog.has_looked and not folder.catalog.stale:
+                return folder.catalog.entries
+        return None
 
     def _why_empty(self, models_dir: Path) -> str:
         """Why a router on that folder has no models."""

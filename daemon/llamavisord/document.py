@@ -148,6 +148,9 @@ class RouterTable(RouterKeys, ModelOptions):
 class ModelTable(ModelSettings):
     """`[model."NAME"]`: the models of that name, or of all names that a glob matches."""
 
+    load_on_start: Annotated[bool, BeforeValidator(_flag)] | None = None
+    """Whether the model is loaded as soon as its router is ready."""
+
 
 class Document(RouterKeys):
     """A whole file; every key may be left out."""
@@ -193,6 +196,9 @@ _EXPECTED = {
 }
 _CONFIDENTIAL = frozenset({"env", "args", "api_key", "api_key_file"})
 """Keys whose values a message does not repeat: they may hold a secret."""
+
+_LISTS = frozenset({"aliases", "args", "devices", "draft_devices", "lora", "router", "tags", "tensor_split"})
+"""Keys that may be lists: of one that is refused the message says which part of it is wrong."""
 
 
 def validate(raw: Mapping[str, object]) -> Document | list[tuple[Location, str]]:
@@ -290,6 +296,6 @@ def _found(location: Location, value: object) -> str:
     if isinstance(value, str) and _CONFIDENTIAL.isdisjoint(location):
         return f', found "{value}"' if len(value) <= _SHOWN else ", found a long text"
     for kind, name in ((str, "text"), (dict, "a table"), (list, "a list")):
-        if isinstance(value, kind):
+        if isinstance(value, kind) and not (kind is list and location and location[-1] in _LISTS):
             return f", found {name}"
     return ""

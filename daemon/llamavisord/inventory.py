@@ -17,11 +17,14 @@ from typing import Any
 import anyio
 import anyio.lowlevel
 
-from llamavisor.catalog import Entry, EntryState
+from llamavisor.catalog import Entry, EntryState, FileId
+from llamavisor.events.model import CHANGES
 from llamavisor.fleet import Fleet
 from llamavisor.folder import Folder
 from llamavisor.models import Model
+from llamavisor.refresh import REMEDIES, remedy
 from llamavisor.router import Router
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite
 from llamavisor.states import RESIDENT, Change, ModelState
 
@@ -29,19 +32,6 @@ STEP = 200
 """Models that are shown without giving others a turn: some milliseconds."""
 WITHHELD = "withheld"
 """The state of a model whose files are all right and that no router is told of, because it would not take it."""
-
-_OVERWRITTEN = "its file was overwritten in place while it is in use, and it may answer nonsense or crash"
-_CHANGES = {
-    Change.OPTIONS: "its options have changed",
-    Change.REPLACED: "its file was replaced",
-    Change.OVERWRITTEN: _OVERWRITTEN,
-    Change.GONE: "its file is gone, or not fit to be served",
-}
-_REMEDIES: Mapping[OnOverwrite, str] = {
-    "reload": "it is loaded again as soon as it is idle",
-    "unload": "it is unloaded as soon as it is idle",
-    "keep": "it stays as it is until it is unloaded",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +129,13 @@ class Inventory:
     def item(self, known: Known) -> dict[str, Any]:
         """One model; times are Unix seconds, sizes bytes, contexts tokens."""
         model, entry, router = known.model, known.entry, known.router
-        header = entry.header if entry is not None else None
         offered = router.shelf.offer.models.get(known.name) if router is not None else None
         stale = self._stale[router.name].get(known.name) if router is not None else None
-        size_bytes = entry.size_bytes if entry is not None else None
-        if size_bytes is None and router is not None:
-            size_bytes = router.shelf.size_bytes(known.name)
+        told = _own_files(offered.spec) if offered is not None else None
+        # Of what is in memory the file on disk says nothing any more once it is another one.
+        seen = entry if stale is None or entry is None or _ids(entry) == told else None
+        header = seen.header if seen is not None else None
+        size_bytes = seen.size_bytes if seen is not None else sum(file.size for file in told) if told else None
         aliases = _words(offered.section, "alias") if offered else list(entry.aliases) if entry else []
         path = entry.path if entry is not None else None
         if model is not None and model.path is not None:
@@ -161,7 +152,7 @@ class Inventory:
             "quantization": (header.quantization or None) if header is not None else None,
             "architecture": (header.architecture or None) if header is not None else None,
             "kind": header.kind.value if header else offered.spec.kind.value if offered else None,
-            "parameter_count": (entry.parameter_count or None) if entry is not None else None,
+            "parameter_count": (seen.parameter_count or None) if seen is not None else None,
             "n_ctx": model.n_ctx if model is not None else None,
             "n_ctx_train": header.context_length if header else offered.spec.n_ctx_train if offered else None,
             "aliases": aliases,
@@ -192,18 +183,18 @@ class Inventory:
     def _problem(self, known: Known, stale: Change | None) -> str | None:
         """What keeps it from being as it should be, in one line."""
         problems = [known.model.error] if known.model is not None and known.model.error else []
+        reason = known.entry.reason if known.entry is not None else ""
         if stale is not None:
-            problems.append(f"{_CHANGES[stale]}; {self._remedy(stale)}")
-        elif known.entry is not None and known.entry.reason:
-            problems.append(known.entry.reason)
+            what = CHANGES[stale]
+            if reason:
+                what = reason if stale is Change.GONE else f"{what}: {reason}"
+            is_fit = known.router is not None and known.name in known.router.shelf.wanted
+            problems.append(f"{what}; {REMEDIES[remedy(stale, self._on_overwrite, is_fit=is_fit)]}")
+        elif reason:
+            problems.append(reason)
         if known.model is None:
             problems += dict.fromkeys(self._why_withheld(known).values())
         return "; ".join(problems) or None
-
-    def _remedy(self, change: Change) -> str:
-        if change is Change.GONE:
-            return "it serves until it is unloaded"
-        return _REMEDIES[self._on_overwrite if change is Change.OVERWRITTEN else "reload"]
 
     def _notes(self, known: Known) -> list[str]:
         notes = list(known.entry.notes) if known.entry is not None else []
@@ -217,6 +208,16 @@ class Inventory:
 
     def _unix(self, then: float | None) -> float | None:
         return None if then is None else then + self._to_unix
+
+
+def _ids(entry: Entry) -> tuple[FileId, ...]:
+    return tuple(file.id for file in entry.files)
+
+
+def _own_files(spec: ModelSpec) -> tuple[FileId, ...]:
+    """Which contents a model is made of, without its projector and its draft."""
+    others = (spec.projector is not None) + (spec.draft is not None)
+    return spec.files[: len(spec.files) - others]
 
 
 def _words(section: Mapping[str, str], key: str) -> list[str]:

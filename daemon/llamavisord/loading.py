@@ -18,7 +18,8 @@ from typing import Generic, TypeVar
 from llamavisor import flags
 from llamavisor.errors import OptionError
 from llamavisor.flags import ModelOptions, OptionLayer
-from llamavisor.reserved import check_env
+from llamavisor.helptext import normal
+from llamavisor.reserved import check_env, find_reserved
 from llamavisor.settings import OnOverwrite, RouterSettings
 from llamavisord import model_tables
 from llamavisord.api_key import read_api_key
@@ -44,6 +45,8 @@ METRICS_PORT = 9155
 LOG_LEVEL = "info"
 LOG_SIZE_BYTES = 64 * 1024 * 1024
 ON_OVERWRITE: OnOverwrite = "reload"
+SERVE_FLAGS = frozenset({"--host", "--port", "--models-dir", "--models-max"})
+"""What llama-server takes, the supervisor keeps for itself, and `serve` has a flag of the same name for."""
 
 
 def load(
@@ -181,7 +184,7 @@ class _Assembly:
         metrics = self._metrics(top)
         self._check_socket(socket)
         self._check_options("[defaults]", self._file.document.defaults, self._file, ("defaults",))
-        self._check_options("command line", self._given.document.defaults, self._given, ())
+        self._check_given()
         routers = tuple(self._routers())
         self._check_names(routers)
         self._check_ports()
@@ -367,6 +370,17 @@ class _Assembly:
                 where = (*at, key) if key in options.model_fields_set else at
                 text = f"{exc}. {exc.hint}" if exc.hint else str(exc)
                 self._problems.append(Problem(text, source.origin(where) if source.path else None))
+
+    def _check_given(self) -> None:
+        """The words after the `--` of `serve`: what `serve` itself takes is told apart from what nobody may say."""
+        label, options = "command line", self._given.document.defaults
+        for word in options.args:
+            flag, reserved = normal(word), find_reserved((word,))
+            if flag in SERVE_FLAGS and reserved is not None:
+                text = f"{label}: {word} after -- is refused: {reserved.reason}. Write it before the --: serve {flag} …"
+                self._problems.append(Problem(text))
+                return
+        self._check_options(label, options, self._given, ())
 
     def _check_names(self, routers: Sequence[RouterSettings]) -> None:
         for name, count in Counter(router.name for router in routers).items():

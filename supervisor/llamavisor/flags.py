@@ -153,6 +153,18 @@ class _Choice:
     is_typed: bool = False
 
 
+def only_for_routers(layers: Sequence[OptionLayer]) -> tuple[OptionLayer, ...]:
+    """The same tables with what they say to a router's own process, and nothing of what they say to its models.
+
+    Without the build's help the words of `args` cannot be told apart from their values: if one of them is for the
+    router, all of the table are kept.
+    """
+    told = (layer.options.args for layer in layers)
+    return tuple(
+        OptionLayer("", ModelOptions(args=args)) for args in told if any(normal(word) in LISTENER for word in args)
+    )
+
+
 def check(layers: Sequence[OptionLayer]) -> None:
     """Refuses what no build of llama-server could make good, so that it fails with the configuration.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
@@ -22,11 +23,26 @@ from llamavisor.process import INSTANCE_VARIABLE, TERM_GRACE_S, Spawner
 from llamavisor.router import Router
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
-from llamavisor.states import HAS_CHILD, RouterState
+from llamavisor.states import HAS_CHILD, Change, RouterState
 from llamavisor.supply import Supply
 from llamavisor.watch import FolderWatch
 
 REAP_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What other settings have changed.
+
+    Attributes:
+        routers: names of those that were added, ended or restarted.
+        models: names of those that are to be served otherwise; one that is loaded when it is idle.
+        problems: what did not come to an end in time or was refused, one line for each.
+    """
+
+    routers: tuple[str, ...]
+    models: tuple[str, ...]
+    problems: tuple[str, ...] = ()
 
 
 class Fleet:
@@ -96,23 +112,25 @@ class Fleet:
         """Begin to supervise a router."""
         assert self._tasks is not None  # noqa: S101 (called from run, or while it runs)
         folder = self._folder(settings.models_dir, self._settings.link_dirs)
-        supply = self._supply(folder, settings.name)
+        supply = self._supply(folder, settings)
         router = Router(self._make_host(settings, supply), bus=self.bus, random=self._jitter)
         self._routers[settings.name] = router
         self._tasks.start_soon(router.run)
-        supply.settle()
+        if folder.catalog.has_looked:
+            supply.deliver()
         router.start()
 
-    def _supply(self, folder: Folder, name: str) -> Supply:
-        """What the router of that name is to serve from now on, out of this folder."""
+    def _supply(self, folder: Folder, settings: RouterSettings) -> Supply:
+        """What a router with these settings is to serve from now on, out of this folder."""
+        name = settings.name
 
-        def deliver(specs: Mapping[str, ModelSpec]) -> None:
+        def deliver(specs: Mapping[str, ModelSpec], leaving: Mapping[str, Change]) -> None:
             router = self._routers.get(name)
             if router is not None:
-                router.want(specs, on_overwrite=self._settings.on_overwrite)
+                router.want(specs, leaving, on_overwrite=self._settings.on_overwrite)
 
         self._drop_supply(name)
-        supply = Supply(folder, name, self._settings.rules, deliver=deliver)
+        supply = Supply(folder, settings.name, self._settings.rules, base=settings.layers, deliver=deliver)
         self._supplies[name] = supply
         folder.listeners.append(supply)
         return supply
@@ -160,7 +178,8 @@ class Fleet:
         for each in settings.routers:
             router = self._routers.get(each.name)
             folder = self._folder(each.models_dir, settings.link_dirs)
-            host = self._make_host(each, Supply(folder, each.name, settings.rules, deliver=lambda _: None))
+            supply = Supply(folder, each.name, settings.rules, base=each.layers, deliver=lambda *_: None)
+            host = self._make_host(each, supply)
             if router is None or router.settings != each:
                 found = await host.prepare()
                 is_own_port = any(held.settings.port == each.port for held in self)
@@ -173,19 +192,17 @@ class Fleet:
             self._drop_unused_folders()
         return problems
 
-    async def apply(self, settings: FleetSettings) -> tuple[str, ...]:
+    async def apply(self, settings: FleetSettings) -> Applied:
         """Go over to other settings: add, end and restart routers; what did not change is not touched.
 
         Routers that go on are told what has changed of their models; models in memory that have changed wait until they
         are idle.
-
-        Returns:
-            The names of the routers that were added, ended or restarted.
         """
         has_other_policy = settings.on_overwrite != self._settings.on_overwrite
         self._settings = settings
         wanted = {each.name: each for each in settings.routers}
-        changed = []
+        changed: list[str] = []
+        models: set[str] = set()
         for name in [name for name in self._routers if name not in wanted]:
             changed.append(name)
             # It stays in the table until it is gone: its port may be wanted by another.
@@ -201,32 +218,37 @@ class Fleet:
             folder = self._folder(each.models_dir, settings.link_dirs)
             supply = self._supplies[name]
             if supply.folder is not folder:
-                supply = self._supply(folder, name)
+                supply = self._supply(folder, each)
             else:
-                await supply.follow(settings.rules)
+                models.update(await supply.follow(settings.rules, each.layers))
                 if has_other_policy:
                     supply.deliver()
             if router.settings != each:
-                changed.append(name)
-                router.reconfigure(self._make_host(each, supply))
+                needs_restart = router.settings.without_models() != each.without_models()
+                changed += [name] if needs_restart else []
+                router.reconfigure(self._make_host(each, supply), restart=needs_restart)
         self._drop_unused_folders()
-        return tuple(changed)
+        return Applied(tuple(changed), tuple(sorted(models)))
 
-    async def look(self, *, within_s: float) -> None:
-        """Look at all folders now, and have every router that serves told of what is there."""
+    async def look(self, *, within_s: float) -> tuple[str, ...]:
+        """Look at all folders now, and have every router that serves told of what is there.
+
+        Returns:
+            What did not come to an end in time or was refused, one line for each; also published as warnings.
+        """
+        problems: list[str] = []
         async with anyio.create_task_group() as group:
             for folder in self.folders:
-                group.start_soon(_look, folder, within_s)
-        with anyio.move_on_after(within_s):
+                group.start_soon(_look, folder, within_s, problems)
+        with anyio.move_on_after(within_s) as scope:
             for router in self:
                 if router.is_serving:
-                    await self._rescan(router)
-
-    async def _rescan(self, router: Router) -> None:
-        try:
-            await router.rescan()
-        except LlamavisorError as error:
-            self.bus.publish(Warned(subject=f"router {router.name}", text=str(error)))
+                    problems += await _rescan(router)
+        if scope.cancelled_caught:
+            problems.append(f"not every router has read its models again within {within_s:.0f} s; it goes on")
+        for problem in problems:
+            self.bus.publish(Warned(subject="reload", text=problem))
+        return tuple(problems)
 
     def holder_of(self, model: str, *, router: str | None = None) -> Router:
         """The router to ask for `model`.
@@ -279,8 +301,17 @@ def _reluctance(router: Router) -> tuple[bool, bool, int]:
     return router.state is not RouterState.READY, not router.is_serving, len(router.table.residents())
 
 
-async def _look(folder: Folder, within_s: float) -> None:
-    await folder.look(within_s=within_s)
+async def _look(folder: Folder, within_s: float, problems: list[str]) -> None:
+    if not await folder.look(within_s=within_s):
+        problems.append(f"folder {folder.path} was not looked at within {within_s:.0f} s; what was known of it stays")
+
+
+async def _rescan(router: Router) -> list[str]:
+    try:
+        await router.rescan()
+    except LlamavisorError as error:
+        return [f"router {router.name}: {error}"]
+    return []
 
 
 async def _shut_down(router: Router, grace_s: float) -> None:

@@ -7,17 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import anyio
 import anyio.abc
 
-from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.api import ListedModel
 from llamavisor.cause import Cause, Verdict, classify
 from llamavisor.errors import ApiError, OptionError, SpawnError
-from llamavisor.host import Api, Host, ModelProcess, RouterProcess
+from llamavisor.host import Api, Host, ModelProcess, RouterProcess, UsageGauge
 from llamavisor.launch import Launch
+from llamavisor.news import (
+    CameUp,
+    ChildEnded,
+    ChildFound,
+    DevicesMissing,
+    Ended,
+    Gone,
+    Listed,
+    News,
+    Overdue,
+    Polling,
+    Probed,
+    Replaced,
+    Spawned,
+    Used,
+    Waiting,
+)
 from llamavisor.process import TERM_GRACE_S, Leftovers
 from llamavisor.shelf import Offer
 from llamavisor.states import HAS_CHILD, ModelState
@@ -47,150 +63,6 @@ LOG_SETTLE_S = 0.05
 """llama-server logs from a thread of its own: the reason of a failure may reach the log after the news of it."""
 _READY_POLL_S = 0.002
 _READY_POLL_MAX_S = 0.1
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """The start waits for something, or no longer (None); `is_news` when a person should hear of it at once."""
-
-    reason: str | None
-    is_news: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Spawned:
-    """The process runs."""
-
-    process: RouterProcess
-    launch: Launch
-    offer: Offer
-
-
-@dataclass(frozen=True, slots=True)
-class CameUp:
-    """The router answers, is a router, and has these models; devices that it should have may still be missing."""
-
-    api: Api
-    models: list[ListedModel]
-    start_s: float
-    missing_devices: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Overdue:
-    """The router did not come up within its deadline."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    """The router's whole list, as it was when the table had the revision `asked_at`."""
-
-    models: list[ListedModel]
-    asked_at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """The router has read another offer; what it lists now is told besides."""
-
-    offer: Offer
-
-
-@dataclass(frozen=True, slots=True)
-class Unsound:
-    """The router cannot be brought up to date while it runs: a fresh process is wanted once nobody is answered."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Used:
-    """How busy a model is."""
-
-    model: str
-    usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class ChildFound:
-    """The process that serves a model is known."""
-
-    model: str
-    child: ModelProcess
-
-
-@dataclass(frozen=True, slots=True)
-class ChildEnded:
-    """The process that served a model has ended."""
-
-    model: str
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Probed:
-    """The router was asked whether it answers; None means that it did."""
-
-    duration_s: float
-    error: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class DevicesMissing:
-    """Devices that the options name and that llama-server does not see; empty once they are there."""
-
-    devices: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Polling:
-    """The router has no event stream for us: its list is read again and again instead."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Replaced:
-    """The llama-server that runs is no longer the one on disk."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """There will be no (more) process in this generation; `pid` is None when there never was one."""
-
-    verdict: Verdict
-    status: str
-    pid: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """Nothing of this generation is left."""
-
-    leftovers: Leftovers
-
-
-News = (
-    Waiting
-    | Spawned
-    | CameUp
-    | Overdue
-    | Listed
-    | Told
-    | Unsound
-    | Used
-    | StatusEvent
-    | ChildFound
-    | ChildEnded
-    | Probed
-    | DevicesMissing
-    | Polling
-    | Replaced
-    | Ended
-    | Gone
-)
 
 
 class Generation:
@@ -271,7 +143,14 @@ class Generation:
         if isinstance(launch, Verdict):
             self._post(Ended(launch, launch.reason, None))
             return
+        began = anyio.current_time()
         missing = await self._await_devices(launch)
+        if anyio.current_time() - began >= DEVICE_POLL_S:  # files may have come meanwhile
+            again = await self._host.prepare()
+            if isinstance(again, Verdict):
+                self._post(Ended(again, again.reason, None))
+                return
+            launch = again
         self._log_mark = self._host.output.size()
         try:
             offer = await self._host.write_offer(launch, launch.specs, kept={}, before=Offer())
@@ -455,8 +334,22 @@ class Generation:
                 await anyio.sleep(USAGE_INTERVAL_S)
                 if model not in self._awake:  # one that loads would not answer, one that sleeps does nothing
                     continue
-                with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
-                    self._post(Used(model, await gauge.read()))
+                await self._read_usage(model, gauge)
+        finally:
+            await gauge.aclose()
+
+    async def _read_usage(self, model: str, gauge: UsageGauge) -> Usage | None:
+        usage = None
+        with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
+            usage = await gauge.read()
+        self._post(Used(model, usage))
+        return usage
+
+    async def usage_now(self, model: str, port: int) -> Usage | None:
+        """How busy a model is at this moment, None when it does not say; posted as news besides."""
+        gauge = self._host.usage_of(port)
+        try:
+            return await self._read_usage(model, gauge)
         finally:
             await gauge.aclose()
 

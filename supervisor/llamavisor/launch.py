@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import anyio.to_thread
 import psutil
@@ -29,16 +29,19 @@ from llamavisor.offer import link_all, make_offer, to_preset
 from llamavisor.output import OutputFile
 from llamavisor.process import Process, Spawner
 from llamavisor.rules import ModelRule
-from llamavisor.sections import ModelSpec, try_rule
+from llamavisor.sections import ModelSpec, missing_files, names_files, try_rule
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered
 from llamavisor.usage import UsageReader
 
 REQUEST_TIMEOUT_S = 3600
 """llama-server's own read and write timeout, said explicitly: a long prompt is silent for minutes."""
+FILES_TIMEOUT_S = 5.0
+"""How long files that tables name may take to be found: they may lie on a dead mount."""
 HTTP_THREADS = 256
 """llama-server starves when requests outnumber its HTTP threads; 256 never did in our trials."""
 
+_T = TypeVar("_T")
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
 _PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
 _START_LINES = 1000
@@ -109,6 +112,7 @@ class Launcher:
         self._links = self._dir / "models"
         self._probes = probes
         self._source = source
+        self._is_looking = False  # a thread looks for files that tables name, and may never come back
         self._environ = environ
 
     def __repr__(self) -> str:
@@ -179,14 +183,14 @@ class Launcher:
             OptionError: what would be written would stop or wedge the router; the old files stay.
             OSError: it cannot be written; the old files stay.
         """
+        missing = await self._missing({name: spec for name, spec in specs.items() if name not in kept})
 
         def work() -> Offer:
             offer = make_offer(
                 specs,
                 kept=kept,
                 before=before,
-                base=self.settings.layers,
-                common=launch.options,
+                missing=missing,
                 flags=launch.found.flags,
                 binary=str(launch.found.path),
             )
@@ -194,6 +198,38 @@ class Launcher:
             return offer
 
         return await anyio.to_thread.run_sync(work)
+
+    async def _missing(self, specs: Mapping[str, ModelSpec]) -> dict[str, str]:
+        """Which models cannot be served because of files that their tables name, and why.
+
+        Such a file may lie on a dead mount: its look is given up then, and no second one is begun beside it.
+        """
+        named = {name: spec.layers for name, spec in specs.items() if names_files(spec)}
+        if not named:
+            return {}
+
+        def look() -> dict[str, str]:
+            found = {name: missing_files(layers) for name, layers in named.items()}
+            return {name: reason for name, reason in found.items() if reason is not None}
+
+        found = await self._look_at_files(look)
+        return dict.fromkeys(named, "the files that its table names do not answer") if found is None else found
+
+    async def _look_at_files(self, look: Callable[[], _T]) -> _T | None:
+        """What `look` finds, None if it does not come back in time, or another one has not come back yet."""
+        if self._is_looking:
+            return None
+        self._is_looking = True
+
+        def work() -> _T:
+            try:
+                return look()
+            finally:
+                self._is_looking = False
+
+        with anyio.move_on_after(FILES_TIMEOUT_S):
+            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+        return None
 
     async def put_back(self, launch: Launch, offer: Offer) -> None:
         """Write an earlier offer down again, after the router has refused the one that followed it.
@@ -206,14 +242,21 @@ class Launcher:
     def _write(self, launch: Launch, offer: Offer) -> None:
         for folder in (self._dir, self._dir / "config", self._dir / "cache", self.output.path.parent):
             folder.mkdir(mode=0o750, parents=True, exist_ok=True)
-        wanted = to_preset(offer, launch.options)
+        wanted = to_preset(offer)
         preset.lint(wanted, launch.found.flags)
         preset.write(self._preset, wanted)
         link_all(self._links, offer)
 
     async def refusals(self, rules: Sequence[ModelRule]) -> list[str]:
-        """What the found llama-server does not take of what tables of models say, one line for each; empty if all."""
-        return await anyio.to_thread.run_sync(self._refusals, rules)
+        """What of the tables of models cannot be done, one line for each; empty if all can.
+
+        It is looked at with the llama-server that is found, and whether the files are there that they name.
+        """
+        problems = await anyio.to_thread.run_sync(self._refusals, rules)
+        missing = await self._look_at_files(lambda: [missing_files((rule.layer,)) for rule in rules])
+        if missing is None:
+            return [*problems, "the files that tables of models name do not answer"]
+        return [*problems, *(problem for problem in missing if problem)]
 
     def _refusals(self, rules: Sequence[ModelRule]) -> list[str]:
         try:
@@ -221,13 +264,9 @@ class Launcher:
         except BinaryError:
             return []  # nothing can be said without one
         problems = []
-        try:
-            common = flags.resolve(self.settings.layers, found.flags, binary=str(found.path))
-        except OptionError:
-            return []  # told by `prepare`
         for rule in rules:
             try:
-                try_rule(rule, self.settings.layers, common, found.flags, binary=str(found.path))
+                try_rule(rule, self.settings.layers, found.flags, binary=str(found.path))
             except OptionError as error:
                 problems.append(f"{error} ({error.hint})" if error.hint else str(error))
         return problems

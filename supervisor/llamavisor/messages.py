@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from llamavisor import generation as gen
 from llamavisor.errors import ApiError
 from llamavisor.host import Host
+from llamavisor.news import News
 from llamavisor.operations import Operation, Ticket
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite
-from llamavisor.states import RouterInput
+from llamavisor.states import Change, RouterInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Heard:
     """News of a generation; that of an earlier one is old by now."""
 
     generation: gen.Generation
-    news: gen.News
+    news: News
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,24 @@ class Wish:
 
 @dataclass(frozen=True, slots=True)
 class Reconfigured:
-    """The router has other settings from now on."""
+    """The router has other settings from now on; `restart` tells whether its process must be another for that."""
 
     host: Host
+    restart: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The models that the router is to serve from now on, by name, and what happens to one that is overwritten."""
+    """What the router is to serve from now on.
+
+    Attributes:
+        specs: the models, by name.
+        leaving: why models that it served are not among them, where they have not simply gone.
+        on_overwrite: what happens to one whose file is overwritten.
+    """
 
     specs: Mapping[str, ModelSpec]
+    leaving: Mapping[str, Change]
     on_overwrite: OnOverwrite
 
 

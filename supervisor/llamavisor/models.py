@@ -26,6 +26,11 @@ from llamavisor.events import (
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 from llamavisor.usage import Usage
 
+QUIET_S = 2.0
+"""A model that did nothing for so long is taken to be idle, and may be unloaded for a change of its file or options."""
+DEAD_S = 2.0
+"""A router that calls a model loaded for so long after its process has ended has lost sight of it."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Model:
@@ -74,6 +79,7 @@ class Model:
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
     is_again: bool = False  # it was resident before its router ended, and is being loaded again
+    leaves_for: UnloadReason = UnloadReason.REQUESTED  # why it is UNLOADING
     router_says: ModelState = ModelState.UNKNOWN  # what the router calls it while it is UNLOADING to us
     revision: int = 0  # Invariant: grows with every change; a list that was asked for before it is older news
 
@@ -105,6 +111,23 @@ class ModelTable:
     def get(self, name: str) -> Model | None:
         """The model of that name, None when the router does not list it."""
         return self._models.get(name)
+
+    def is_idle(self, name: str, *, now: float) -> bool:
+        """Whether a model in memory has done nothing for a while. What is not known is not idle."""
+        model = self._models.get(name)
+        return model is not None and model.quiet_since is not None and now - model.quiet_since >= QUIET_S
+
+    def is_all_idle(self, *, now: float) -> bool:
+        """Whether no model is loading or leaving, and none is answering anybody, as far as is known."""
+        running = (model for model in self if model.state in HAS_CHILD)
+        return all(model.dead_since is not None or self.is_idle(model.name, now=now) for model in running)
+
+    def corpse(self, *, now: float) -> str | None:
+        """A model whose process has ended while the router goes on calling it loaded; None without one."""
+        for model in self:
+            if model.dead_since is not None and model.state in HAS_CHILD and now - model.dead_since >= DEAD_S:
+                return model.name
+        return None
 
     def residents(self) -> list[str]:
         """The names of the models in memory, the most recently loaded first. One that is loading is not among them."""
@@ -172,10 +195,13 @@ class ModelTable:
         if (model := self._models.get(name)) is not None:
             model.pid, model.port, model.dead_since = pid, port, None
 
-    def used(self, name: str, usage: Usage, *, now: float) -> None:
-        """Note how busy a model is."""
+    def used(self, name: str, usage: Usage | None, *, now: float) -> None:
+        """Note how busy a model is; None when it did not say: it is not known to be idle then."""
         model = self._models.get(name)
         if model is None or model.state is not ModelState.LOADED:
+            return
+        if usage is None:
+            model.in_flight = model.quiet_since = None
             return
         is_busy = usage.in_flight > 0 or usage.work != model.work
         if is_busy:
@@ -220,11 +246,11 @@ class ModelTable:
         self._enter(model, ModelState.FAILED, now)
         return [ModelLoadFailed(router=self._router, model=name, reason=refusal)]
 
-    def unloading(self, name: str, *, now: float) -> None:
+    def unloading(self, name: str, *, now: float, reason: UnloadReason = UnloadReason.REQUESTED) -> None:
         """We are asking the router to unload the model; until it has gone the router goes on calling it loaded."""
         model = self._models.get(name)
         if model is not None and model.state in HAS_CHILD:
-            model.router_says = model.state
+            model.router_says, model.leaves_for = model.state, reason
             self._enter(model, ModelState.UNLOADING, now)
 
     def still_there(self, name: str, *, now: float) -> None:
@@ -311,7 +337,7 @@ class ModelTable:
             return [ModelLoadFailed(router=router, model=name, reason=model.error)]
         if state is ModelState.UNLOADED and old in HAS_CHILD:
             if old is ModelState.UNLOADING:
-                reason = UnloadReason.REQUESTED
+                reason = model.leaves_for
             else:
                 reason = UnloadReason.CRASHED if exit_code else UnloadReason.EVICTED
             if reason is UnloadReason.CRASHED:

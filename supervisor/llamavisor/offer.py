@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from llamavisor import preset
 from llamavisor.errors import OptionError
-from llamavisor.flags import LaunchOptions, OptionLayer
 from llamavisor.helptext import FlagSet
-from llamavisor.sections import ModelSpec, missing_files, section, without_clashes
-from llamavisor.shelf import Offer, Offered, Withheld, names_of
+from llamavisor.sections import ModelSpec, section, without_clashes
+from llamavisor.shelf import Offer, Offered, Withheld, told_names
 
 NAME_BYTES = 255
 """The longest name of a file."""
@@ -23,60 +23,52 @@ def make_offer(
     *,
     kept: Mapping[str, Offered],
     before: Offer,
-    base: Sequence[OptionLayer],
-    common: LaunchOptions,
+    missing: Mapping[str, str],
     flags: FlagSet,
     binary: str,
 ) -> Offer:
-    """What a router is told of `specs`. Blocking: it looks whether files that tables name are there.
+    """What a router is told of `specs`. Pure.
 
     A model whose options this llama-server does not take is withheld, with the reason: one bad section would keep the
     whole router from starting.
 
     Args:
         specs: what it is to serve, by name.
-        kept: what must stay as it is, because it runs.
+        kept: what must stay to the letter, because it runs: the router stops what changes.
         before: the last offer to the same process; its sections are used again where nothing has changed.
-        base: the option tables of the router, lowest precedence first.
-        common: what these come to, for the preset's `[*]`.
+        missing: why models cannot be served because of files that their tables name, by name.
         flags: the options that the found build knows.
         binary: its path, for messages.
     """
-    taken = names_of(each.spec for each in kept.values())
-    others = [spec for name, spec in specs.items() if name not in kept]
-    cleared, notes = without_clashes(others)
+    # A router keeps the aliases of a model that runs, and refuses a whole reload for a name that is one of them.
+    taken = told_names(kept.values())
+    cleared, notes = without_clashes(spec for name, spec in specs.items() if name not in kept)
     models: dict[str, Offered] = dict(kept)
     withheld: dict[str, Withheld] = {}
     for name, spec in cleared.items():
         known = before.models.get(name)
+        is_free = taken.isdisjoint((name, *spec.aliases))
         is_same = known is not None and known.spec is spec is specs[name] and name not in before.notes
-        if known is not None and is_same and taken.isdisjoint(names_of([spec])):
-            models[name] = known
-            continue
-        if name in taken:  # an alias of a model that runs; its own table took it away, and it will be free
+        if name in taken:
             withheld[name] = Withheld(specs[name], "its name is still an alias of a model that is loaded")
-            continue
-        reason = missing_files(spec)
-        if reason is not None:
-            withheld[name] = Withheld(specs[name], reason)
-            continue
-        try:
-            entries = section(spec, base, common, flags, binary=binary)
-        except OptionError as error:
-            withheld[name] = Withheld(specs[name], f"{error}. {error.hint}" if error.hint else str(error))
-            continue
-        if not taken.isdisjoint(spec.aliases):
-            free = [alias for alias in spec.aliases if alias not in taken]
-            entries = {key: value for key, value in entries.items() if key != "alias"}
-            entries |= {"alias": ",".join(free)} if free else {}
-            notes[name] = "an alias of it is still that of a model that is loaded"
-        models[name] = Offered(specs[name], entries)
+        elif name in missing:
+            withheld[name] = Withheld(specs[name], missing[name])
+        elif known is not None and is_same and is_free:
+            models[name] = known
+        else:
+            free = tuple(alias for alias in spec.aliases if alias not in taken)
+            if free != spec.aliases:
+                notes[name] = "an alias of it is still that of a model that is loaded"
+            try:
+                models[name] = Offered(specs[name], section(replace(spec, aliases=free), flags, binary=binary))
+            except OptionError as error:
+                withheld[name] = Withheld(specs[name], f"{error}. {error.hint}" if error.hint else str(error))
     return Offer(dict(sorted(models.items())), withheld, notes)
 
 
-def to_preset(offer: Offer, common: LaunchOptions) -> preset.Preset:
+def to_preset(offer: Offer) -> preset.Preset:
     """The preset that says so."""
-    return preset.for_router(common, {name: each.section for name, each in offer.models.items()})
+    return preset.for_router({name: each.section for name, each in offer.models.items()})
 
 
 def link_all(folder: Path, offer: Offer) -> None:

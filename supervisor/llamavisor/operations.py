@@ -27,10 +27,17 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call to the router; `model` is empty for a reload."""
+    """One call to the router.
+
+    Attributes:
+        kind: what is asked for.
+        model: for which model; empty for a reload.
+        if_idle: of an unload: whether it is to be done only if the model turns out to answer nobody.
+    """
 
     kind: Kind
     model: str = ""
+    if_idle: bool = False
 
 
 @dataclass(eq=False, slots=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llamavisor import ini
 from llamavisor.errors import OptionError
-from llamavisor.flags import LaunchOptions, typed_name
+from llamavisor.flags import typed_name
 from llamavisor.helptext import FlagSet
 from llamavisor.reserved import find_reserved, find_reserved_key
 
@@ -53,9 +53,9 @@ class Preset:
         return ini.render(self.common, self.sections)
 
 
-def for_router(options: LaunchOptions, sections: Mapping[str, Mapping[str, str]] | None = None) -> Preset:
-    """The preset of a router: what its options say, and what every preset says."""
-    return Preset(common=dict(sorted({**options.preset, **ALWAYS}.items())), sections=sections or {})
+def for_router(sections: Mapping[str, Mapping[str, str]]) -> Preset:
+    """The preset of a router: the sections of its models, and what every preset says."""
+    return Preset(common=dict(sorted(ALWAYS.items())), sections=sections)
 
 
 def lint(preset: Preset, flags: FlagSet | None = None) -> None:

@@ -15,6 +15,7 @@ import anyio
 from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.catalog import FileId
 from llamavisor.cause import load_failure, was_told_to_stop
 from llamavisor.errors import (
     ApiError,
@@ -26,24 +27,21 @@ from llamavisor.errors import (
 )
 from llamavisor.host import Api, Host
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded
+from llamavisor.messages import CallEnded, Wanted
 from llamavisor.models import ModelTable
+from llamavisor.news import AllIdle, ChildEnded, ChildFound, Listed, News, Told, Unsound, Used
 from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
+from llamavisor.refresh import Refresh
 from llamavisor.restart import STABLE_AFTER_S
-from llamavisor.sections import ModelSpec
-from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered, Shelf
-from llamavisor.states import HAS_CHILD, Change, ModelState
+from llamavisor.states import HAS_CHILD, ModelState
 
 LOAD_DEADLINE_S = 60.0
 LOAD_BYTES_PER_S = 100e6
 LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
-QUIET_S = 2.0
-"""A model that did nothing for so long is taken to be idle, and may be unloaded for a change of its file or options."""
-DEAD_S = 2.0
-"""A router that calls a model loaded for so long after its process has ended has lost sight of it."""
 TOLD_MAX = 20
 """How many models of one offer are told one by one: thousands would bury everything else that happens."""
 LOOK_AGAIN_S = 30.0
@@ -78,24 +76,32 @@ class Residency:
         log: OutputFile,
         *,
         publish: Callable[[ev.Event], None],
-        post: Callable[[gen.Generation, gen.News | CallEnded], None],
+        post: Callable[[gen.Generation, News | CallEnded], None],
     ) -> None:
         self.settings = settings
         self.table = ModelTable(settings.name)
         self.shelf = Shelf()
-        self.on_overwrite: OnOverwrite = "reload"
         self.closed: LlamavisorError | None = None  # why no model may be loaded now
         self._log = log
         self._publish_one = publish
         self._post = post
         self._operations = Operations()
         self._line: Line | None = None  # Invariant: set if and only if the router serves
+        self._has_served = False  # a process of it has come up since it was last wanted up
         self._ended_at: float | None = None  # when the process ended whose models are being loaded again
         self._restoring: list[str] = []  # resident before, still to be loaded again
         self._restored: dict[str, Ticket] = {}
-        self._refreshing: set[str] = set()  # unloaded by us because they were stale, to be loaded again when told anew
-        self._told_stale: dict[str, Change] = {}
+        self._refresh = Refresh(
+            settings.name,
+            self.table,
+            self.shelf,
+            self._operations,
+            publish=publish,
+            accept=self.accept,
+            is_full=self._is_full,
+        )
         self._began = time.time()
+        self._seen: dict[str, tuple[FileId, ...]] = {}  # of which content each name was that could ever be served
         self._look_again_at = 0.0
 
     def __repr__(self) -> str:
@@ -106,6 +112,7 @@ class Residency:
     def came_up(self, line: Line, models: Iterable[ListedModel]) -> None:
         """The router serves, and has these models."""
         self._line = line
+        self._has_served = True
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
         if self._ended_at is None:
@@ -121,6 +128,12 @@ class Residency:
             names = names[:most]
         for name in names:
             self.accept(Ticket(Operation(Kind.LOAD, name)))
+
+    def settle_on(self, host: Host) -> None:
+        """The router has other settings; one that goes on serving writes with them from now on."""
+        self.settings = host.settings
+        if self._line is not None:
+            self._line = replace(self._line, host=host)
 
     def pause(self) -> None:
         """The router is asked to end: nothing more is begun on it, what is asked for waits for the next."""
@@ -140,8 +153,8 @@ class Residency:
         wanted = dict.fromkeys([*self.table.residents(), *loading, *self._restoring])
         self._restoring = list(wanted) if keeps else []
         self._restored.clear()
-        self._ended_at = (self._ended_at or now) if keeps else None
-        self._refreshing.clear()  # the next start tells it everything
+        self._ended_at = (self._ended_at or now) if keeps and self._has_served else None
+        self._refresh.forget()  # the next start tells it everything
         self._operations.end(None)
         self._operations.drop_reloads()
         self._publish(self.table.router_ended(now=now))
@@ -151,15 +164,16 @@ class Residency:
         if forget:
             self._restoring.clear()
             self._ended_at = None
+            self._has_served = False
         self._operations.refuse_all(error)
 
     # --- what is to be served -------------------------------------------------------------------------------------
 
-    def want(self, specs: Mapping[str, ModelSpec], on_overwrite: OnOverwrite) -> None:
-        """The router is to serve these models from now on."""
-        self.on_overwrite = on_overwrite
-        self.shelf.want(specs)
-        self._tell_stale()
+    def want(self, wanted: Wanted) -> None:
+        """The router is to serve other models from now on."""
+        self._refresh.on_overwrite = wanted.on_overwrite
+        self.shelf.want(wanted.specs, wanted.leaving)
+        self._refresh.tell()
 
     def told(self, offer: Offer) -> None:
         """The router has read this offer: say what it can serve now and what it cannot."""
@@ -168,8 +182,12 @@ class Residency:
         happened: list[ev.Event] = []
         added = [each.spec for name, each in offer.models.items() if name not in before.models]
         for spec in added[:TOLD_MAX]:
-            wait_s = time.time() - spec.changed_at if spec.changed_at > self._began else None
+            since = time.time() - spec.changed_at
+            # What was known before, or has been there since before we were, nobody has waited for.
+            is_news = self._seen.get(spec.name) != spec.files and 0 <= since <= time.time() - self._began
+            wait_s = since if is_news else None
             happened.append(ev.ModelAdded(router=router, model=spec.name, path=spec.path, wait_s=wait_s))
+        self._seen.update((spec.name, spec.files) for spec in added)
         removed = [name for name in before.models if name not in offer.models]
         happened += [ev.ModelRemoved(router=router, model=name) for name in removed[:TOLD_MAX]]
         if max(len(added), len(removed)) > TOLD_MAX:
@@ -182,86 +200,42 @@ class Residency:
             if before.notes.get(name) != note:
                 happened.append(ev.Warned(subject=f"model {name}", text=note))
         self._publish(happened)
-        self._tell_stale()
+        self._refresh.tell()
 
-    def _tell_stale(self) -> None:
-        stale = dict(self.shelf.stale(self.table))
-        for name, change in stale.items():
-            if self._told_stale.get(name) is not change:
-                then = self._remedy(change)
-                self._publish([ev.ModelStale(router=self.settings.name, model=name, change=change, then=then)])
-        self._told_stale = stale
+    async def confirm_all_idle(self) -> None:
+        """Ask every loaded model once more, now, and say so if none is answering anybody. A worker's task."""
+        line = self._line
+        if line is not None:
+            loaded = [model for model in self.table if model.state is ModelState.LOADED and model.dead_since is None]
+            if all([await self._answers_nobody(line, model.name) for model in loaded]):
+                self._post(line.generation, AllIdle())
 
-    def _remedy(self, change: Change) -> str:
-        if change is Change.GONE:
-            return "it serves until it is unloaded"
-        policy = self.on_overwrite if change is Change.OVERWRITTEN else "reload"
-        return {
-            "reload": "it is loaded again as soon as it is idle",
-            "unload": "it is unloaded as soon as it is idle",
-            "keep": "it stays as it is until it is unloaded",
-        }[policy]
-
-    def _refresh_next(self) -> None:
-        """Unload what is stale and idle; what was unloaded for that is told anew, and loaded again after that."""
-        now = anyio.current_time()
-        if self.closed is None:
-            for name, change in self.shelf.stale(self.table):
-                policy = self.on_overwrite if change is Change.OVERWRITTEN else "reload"
-                unload = Operation(Kind.UNLOAD, name)
-                if change is Change.GONE or policy == "keep" or self._operations.is_pending(unload):
-                    continue
-                if self.is_idle(name, now):
-                    if policy == "reload":
-                        self._refreshing.add(name)
-                    self.accept(Ticket(unload))
-        for name in sorted(self._refreshing):
-            model = self.table.get(name)
-            if name not in self.shelf.wanted or model is None:
-                self._refreshing.discard(name)
-            elif model.state not in HAS_CHILD and not self.shelf.is_pending(name):
-                self._refreshing.discard(name)
-                self.accept(Ticket(Operation(Kind.LOAD, name)))
-
-    def is_idle(self, name: str, now: float) -> bool:
-        """Whether a loaded model has done nothing for a while. What is not known is not idle."""
+    async def _answers_nobody(self, line: Line, name: str) -> bool:
+        """Whether a model answers nobody at this very moment; what is known of it may be a second old."""
         model = self.table.get(name)
-        return model is not None and model.quiet_since is not None and now - model.quiet_since >= QUIET_S
-
-    def is_all_idle(self) -> bool:
-        """Whether no model is loading, and nobody is being answered by any."""
-        now = anyio.current_time()
-        running = [model for model in self.table if model.state in HAS_CHILD]
-        return self._operations.current is None and all(
-            model.dead_since is not None or self.is_idle(model.name, now) for model in running
-        )
-
-    def corpse(self) -> str | None:
-        """A model whose process has ended while the router goes on calling it loaded; None without one."""
-        now = anyio.current_time()
-        for model in self.table:
-            if model.dead_since is not None and model.state in HAS_CHILD and now - model.dead_since >= DEAD_S:
-                return model.name
-        return None
+        if model is None or model.state is ModelState.SLEEPING:
+            return True
+        usage = await line.generation.usage_now(name, model.port) if model.port is not None else None
+        return usage is not None and usage.in_flight == 0
 
     # --- what is heard --------------------------------------------------------------------------------------------
 
-    def hear(self, news: StatusEvent | gen.Listed | gen.Told | gen.Used | gen.ChildFound | gen.ChildEnded) -> None:
+    def hear(self, news: StatusEvent | Listed | Told | Used | ChildFound | ChildEnded) -> None:
         """The router or the kernel says something of the models."""
         now = anyio.current_time()
         match news:
             case StatusEvent():
                 self._load_crashed_again(self._publish(self.table.apply_event(news, now=now)), now)
-            case gen.Listed(models, asked_at):
+            case Listed(models, asked_at):
                 happened = self.table.apply_list(models, asked_at=asked_at, now=now)
                 self._load_crashed_again(self._publish(happened), now)
-            case gen.Told(offer):
+            case Told(offer):
                 self.told(offer)
-            case gen.Used(model, usage):
+            case Used(model, usage):
                 self.table.used(model, usage, now=now)
-            case gen.ChildFound(model, child):
+            case ChildFound(model, child):
                 self.table.child_found(model, child.pid, child.port)
-            case gen.ChildEnded(model, pid):
+            case ChildEnded(model, pid):
                 self._publish(self.table.child_ended(model, pid, now=now))
 
     def _load_crashed_again(self, happened: Iterable[ev.Event], now: float) -> None:
@@ -286,19 +260,20 @@ class Residency:
             if operation.kind is Kind.UNLOAD and operation.model in self._restoring:
                 self._restoring.remove(operation.model)  # it would be loaded again after all
                 ticket.changed = True
+            self.shelf.is_forced |= operation.kind is Kind.RELOAD
             self._operations.ask(ticket, self.table)
 
     def advance(self) -> None:
         """Do what can be done now: called by the owner after every message."""
         self._operations.settle(self.table)
-        self._refresh_next()
+        self._refresh.advance(now=anyio.current_time(), is_closed=self.closed is not None)
         self._restore_next()
         reload = Operation(Kind.RELOAD)
         if (
             self._line is not None
             and self.shelf.is_due(self.table)
             and not self._operations.is_pending(reload)
-            and self.corpse() is None
+            and self.table.corpse(now=anyio.current_time()) is None
         ):
             self._operations.ask(Ticket(reload), self.table)
         self._start_operation()
@@ -334,14 +309,15 @@ class Residency:
                 is_again = operation.model in self._restored
                 self._publish(self.table.begin_load(operation.model, now=now, is_again=is_again))
             elif operation.kind is Kind.UNLOAD:
-                self.table.unloading(operation.model, now=now)
+                reason = ev.UnloadReason.REFRESHED if operation.if_idle else ev.UnloadReason.REQUESTED
+                self.table.unloading(operation.model, now=now, reason=reason)
             # What runs now is kept as it is; nothing of ours can begin to run before the call has returned.
             kept = self.shelf.kept(self.table) if operation.kind is Kind.RELOAD else {}
             line.generation.start_soon(self._call, operation, line, kept)
 
     def _refusal(self, operation: Operation) -> LlamavisorError | None:
         """Why an operation that was taken in must not be begun after all; None if it can."""
-        if operation.kind is not Kind.LOAD and self.corpse() is not None:
+        if operation.kind is not Kind.LOAD and self.table.corpse(now=anyio.current_time()) is not None:
             return self.closed  # it might need a stop, for which the router would wait for ever
         if operation.kind is Kind.RELOAD:
             return None
@@ -358,21 +334,40 @@ class Residency:
             ApiError: it was refused; the router goes on with what it knew.
         """
         asked_at, before = self.table.revision, self.shelf.offer
-        try:
-            offer = await line.host.write_offer(line.launch, self.shelf.wanted, kept=kept, before=before)
-        except (OSError, OptionError) as error:
-            raise ApiError(f"not reloaded: {error}") from error
+        is_forced, self.shelf.is_forced = self.shelf.is_forced, False
+        offer = await self._write(line, kept, before)
+        if not is_forced and offer.models == before.models:  # what is withheld still is
+            self._post(line.generation, Told(offer))
+            return
         try:
             models = await line.api.models(reload=True)
         except ApiError as refusal:
             await self._put_back(line, before, refusal)
             raise
-        self._post(line.generation, gen.Listed(models, asked_at))
-        self._post(line.generation, gen.Told(offer))
+        self._post(line.generation, Listed(models, asked_at))
+        self._post(line.generation, Told(offer))
         listed = {model.name for model in models}
         if unheard := [name for name in offer.models if name not in listed]:
             count = f"{unheard[0]} and {len(unheard) - 1} more" if len(unheard) > 1 else unheard[0]
-            self._post(line.generation, gen.Unsound(f"a reload did not make it list {count}"))
+            self._post(line.generation, Unsound(f"a reload did not make it list {count}"))
+
+    async def _unload(self, operation: Operation, line: Line) -> None:
+        """Have a model unloaded; one that was to be idle only if it is so at this very moment."""
+        if operation.if_idle and not await self._answers_nobody(line, operation.model):
+            raise ApiError(f"model {operation.model} is answering somebody")
+        await line.api.unload(operation.model)
+
+    async def _write(self, line: Line, kept: Mapping[str, Offered], before: Offer) -> Offer:
+        """Write an offer down that leaves alone whatever runs, also what a client has had loaded meanwhile."""
+        while True:
+            try:
+                offer = await line.host.write_offer(line.launch, self.shelf.wanted, kept=kept, before=before)
+            except (OSError, OptionError) as error:
+                raise ApiError(f"not reloaded: {error}") from error
+            running = self.shelf.kept(self.table)
+            if all(offer.models.get(name) == each for name, each in running.items()):
+                return offer
+            kept = running
 
     async def _put_back(self, line: Line, before: Offer, refusal: ApiError) -> None:
         try:
@@ -380,7 +375,7 @@ class Residency:
             await line.api.models(reload=True)
         except (OSError, ApiError) as error:
             reason = f"it refused a reload ({refusal}), and then its own last state ({error})"
-            self._post(line.generation, gen.Unsound(reason))
+            self._post(line.generation, Unsound(reason))
 
     async def _call(self, operation: Operation, line: Line, kept: Mapping[str, Offered]) -> None:
         """The worker of one operation: the HTTP call and nothing else."""
@@ -390,7 +385,7 @@ class Residency:
                 case Kind.LOAD:
                     await line.api.load(operation.model)
                 case Kind.UNLOAD:
-                    await line.api.unload(operation.model)
+                    await self._unload(operation, line)
                 case Kind.RELOAD:
                     await self._reload(line, kept)
         except ApiError as failure:

@@ -15,7 +15,7 @@ import anyio.abc
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
-from llamavisor import restart
+from llamavisor import news, restart
 from llamavisor.api import StatusEvent
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
@@ -28,11 +28,12 @@ from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.pause import Pause, await_change
 from llamavisor.process import TERM_GRACE_S
+from llamavisor.renewal import Renewal
 from llamavisor.residency import Line, Residency
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite, RouterSettings
 from llamavisor.shelf import Shelf
-from llamavisor.states import HAS_CHILD, SERVING, Life, RouterAction, RouterInput, RouterState, step
+from llamavisor.states import SERVING, Change, Life, RouterAction, RouterInput, RouterState, step
 from llamavisor.troubles import Troubles
 
 TICK_S = 1.0
@@ -77,6 +78,9 @@ class Router:
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._grace_s = TERM_GRACE_S
+        self._renewal = Renewal(
+            self.name, self._residency, self._troubles, restart=self._restart_for, begin=self._begin
+        )
         self._pause = Pause(start_soon=self._start_soon, post=self._post)
 
     def __repr__(self) -> str:
@@ -152,13 +156,19 @@ class Router:
         """Want a fresh process, with what is resident loaded again. Neither uses nor needs the restart budget."""
         self._post(Wish(RouterInput.RESTART))
 
-    def reconfigure(self, host: Host) -> None:
-        """Go on with other settings; a router that is up, or should be, is restarted with them."""
-        self._post(Reconfigured(host))
+    def reconfigure(self, host: Host, *, restart: bool = True) -> None:
+        """Go on with other settings, in a fresh process if `restart`; a router in trouble gets one in any case."""
+        self._post(Reconfigured(host, restart))
 
-    def want(self, specs: Mapping[str, ModelSpec], *, on_overwrite: OnOverwrite = "reload") -> None:
+    def want(
+        self,
+        specs: Mapping[str, ModelSpec],
+        leaving: Mapping[str, Change] | None = None,
+        *,
+        on_overwrite: OnOverwrite = "reload",
+    ) -> None:
         """Serve these models from now on. What runs is touched only when it is idle, and only if it has changed."""
-        self._post(Wanted(specs, on_overwrite))
+        self._post(Wanted(specs, leaving or {}, on_overwrite))
 
     async def load(self, model: str) -> bool:
         """Have `model` loaded, and wait until the router says so. A router that is starting is waited for.
@@ -245,11 +255,11 @@ class Router:
 
     def _handle(self, message: Message) -> None:
         match message:
-            case Heard(generation, news):
-                if isinstance(news, gen.Gone) and (left := news.leftovers):  # the next may have begun already
+            case Heard(generation, heard):
+                if isinstance(heard, news.Gone) and (left := heard.leftovers):  # the next may have begun already
                     self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
                 if generation is self._generation:
-                    self._hear(news)
+                    self._hear(heard)
             case CallEnded(generation, operation, error):
                 if generation is self._generation:
                     self._residency.call_ended(operation, error)
@@ -259,19 +269,18 @@ class Router:
             case Wish(wish):
                 self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
-            case Reconfigured(host):
+            case Reconfigured(host, restart):
                 self._host = host
-                self._residency.settings = host.settings
-                if self._is_wanted:
-                    self._why = Cause.REQUESTED
-                    self._signal(RouterInput.RESTART)
+                self._residency.settle_on(host)
+                if self._is_wanted and (restart or self.state is not RouterState.READY):
+                    self._restart_for(Cause.REQUESTED)
             case Ticket():
                 if self._is_wanted and self.state is not RouterState.FAILED:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
-            case Wanted(specs, on_overwrite):
-                self._residency.want(specs, on_overwrite)
+            case Wanted():
+                self._residency.want(message)
             case Tick():
                 self._tick()
 
@@ -308,8 +317,8 @@ class Router:
         self._residency.closed = None
         self._probe_failures = 0
 
-        def post(news: gen.News) -> None:
-            self._post(Heard(generation, news))
+        def post(heard: news.News) -> None:
+            self._post(Heard(generation, heard))
 
         generation = gen.Generation(self._host, post=post, revision=lambda: self.table.revision)
         self._generation = generation
@@ -343,14 +352,16 @@ class Router:
 
     # --- news of the generation -----------------------------------------------------------------------------------
 
-    def _hear(self, news: gen.News) -> None:
+    def _hear(self, heard: news.News) -> None:
         now = anyio.current_time()
-        match news:
-            case StatusEvent() | gen.Listed() | gen.Told() | gen.Used() | gen.ChildFound() | gen.ChildEnded():
-                self._residency.hear(news)
-            case gen.Unsound(reason):
-                self._be_renewed("unsound", reason)
-            case gen.Probed(duration_s, error) if self.is_serving:
+        match heard:
+            case StatusEvent() | news.Listed() | news.Told() | news.Used() | news.ChildFound() | news.ChildEnded():
+                self._residency.hear(heard)
+            case news.Unsound(reason):
+                self._renewal.unsound(reason)
+            case news.AllIdle() if self.is_serving:
+                self._renewal.confirmed()
+            case news.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
                 self._probe_failures = self._probe_failures + 1 if error else 0
                 silent = self._probe_failures >= PROBES_TO_DEGRADE
@@ -358,41 +369,36 @@ class Router:
                     self._troubles.note("probe", f"it does not answer: {error}")
                 else:
                     self._troubles.end("probe")
-            case gen.DevicesMissing(devices):
+            case news.DevicesMissing(devices):
                 self._devices_missing(devices)
-            case gen.Polling(reason):
+            case news.Polling(reason):
                 text = f"{reason}; its list is read every second instead"
                 self._publish(ev.Warned(subject=f"router {self.name}", text=text))
-            case gen.Replaced():
-                reason = (
-                    "llama-server was replaced on disk; it loads nothing more, and is restarted when nothing is loaded"
-                )
-                hint = f"unload its models, or `llamavisor restart {self.name}`"
-                self._residency.closed = RouterNotReadyError(f"router {self.name}: {reason}", hint=hint)
-                self._troubles.note("binary", reason)
-                self._restart_if_replaced()
-            case gen.Waiting(reason, is_news):
+            case news.Replaced():
+                self._renewal.replaced()
+                self._renewal.advance(now=now)
+            case news.Waiting(reason, is_news):
                 self._waiting = reason
                 if is_news and reason is not None:
                     self._publish(ev.Warned(subject=f"router {self.name}", text=reason))
-            case gen.Spawned(process, launch, offer):
+            case news.Spawned(process, launch, offer):
                 self.process, self.launch, self.spawned_at = process, launch, now
                 self._residency.told(offer)
                 self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
                 self.restarts += self._why is not None
                 for warning in launch.warnings:
                     self._publish(ev.Warned(subject=f"router {self.name}", text=warning))
-            case gen.CameUp() if self.state is RouterState.STARTING:  # not while it is being stopped
-                self._come_up(news)
-            case gen.Overdue(reason):
+            case news.CameUp() if self.state is RouterState.STARTING:  # not while it is being stopped
+                self._come_up(heard)
+            case news.Overdue(reason):
                 self.verdict = Verdict(Cause.START_TIMEOUT, reason, "see `llamavisor logs`")
                 self._signal(RouterInput.OVERDUE)
-            case gen.Ended():
-                self._end(news)
-            case gen.Gone():
+            case news.Ended():
+                self._end(heard)
+            case news.Gone():
                 self._signal(RouterInput.GONE)
 
-    def _come_up(self, up: gen.CameUp) -> None:
+    def _come_up(self, up: news.CameUp) -> None:
         assert self.process is not None  # noqa: S101 (it answers)
         assert self._generation is not None  # noqa: S101
         self._ready_since = anyio.current_time()
@@ -407,7 +413,7 @@ class Router:
             self._publish(ev.Warned(subject=f"router {self.name}", text=text))
         self._devices_missing(up.missing_devices)
 
-    def _end(self, ended: gen.Ended) -> None:
+    def _end(self, ended: news.Ended) -> None:
         is_requested = self.state is RouterState.STOPPING
         self.process = self.spawned_at = None
         if ended.pid is not None:
@@ -434,32 +440,14 @@ class Router:
             self._troubles.note("devices", reason)
         elif "devices" in self._troubles:
             # It was started without autoload, so that no request could load a model onto the CPU.
-            self._why = Cause.DEVICE
-            self._signal(RouterInput.RESTART)
+            self._restart_for(Cause.DEVICE)
 
-    def _be_renewed(self, subject: str, reason: str) -> None:
-        """Have a fresh process as soon as nobody is being answered; until then nothing is loaded."""
-        reason = f"{reason}; it is restarted as soon as nobody is being answered"
-        self._residency.closed = RouterNotReadyError(
-            f"router {self.name}: {reason}", hint=f"`llamavisor restart {self.name}` does it at once"
-        )
-        self._troubles.note(subject, reason)
+    def _restart_for(self, cause: Cause) -> None:
+        self._why = cause
+        self._signal(RouterInput.RESTART)
 
-    def _restart_if_unsound(self) -> None:
-        corpse = self._residency.corpse()
-        if self.is_serving and corpse is not None and "corpse" not in self._troubles:
-            # Nothing that needs a stop may be sent to it now: it would wait for the dead process for ever.
-            self._be_renewed("corpse", f"the process of {corpse} has ended, and the router goes on calling it loaded")
-        is_unsound = "unsound" in self._troubles or "corpse" in self._troubles
-        if self.is_serving and is_unsound and self._residency.is_all_idle():
-            self._why = Cause.UNSOUND
-            self._signal(RouterInput.RESTART)
-
-    def _restart_if_replaced(self) -> None:
-        """A llama-server that was replaced on disk makes way for its successor as soon as it holds no model."""
-        if self.is_serving and "binary" in self._troubles and not any(model.state in HAS_CHILD for model in self.table):
-            self._why = Cause.UPGRADE
-            self._signal(RouterInput.RESTART)
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
+        return self._generation is not None and self._generation.start_soon(work)
 
     @property
     def _is_wanted(self) -> bool:
@@ -489,12 +477,12 @@ class Router:
         if self.is_serving and self._ready_since is not None:
             self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
         self._residency.check_deadlines()
-        self._restart_if_replaced()
-        self._restart_if_unsound()
+        if self.is_serving:
+            self._renewal.advance(now=now)
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         assert self._tasks is not None  # noqa: S101 (the owner runs)
         self._tasks.start_soon(work, *args)
 
-    def _post_from(self, generation: gen.Generation, news: gen.News | CallEnded) -> None:
-        self._post(news if isinstance(news, CallEnded) else Heard(generation, news))
+    def _post_from(self, generation: gen.Generation, heard: news.News | CallEnded) -> None:
+        self._post(heard if isinstance(heard, CallEnded) else Heard(generation, heard))

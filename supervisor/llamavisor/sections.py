@@ -12,7 +12,7 @@ from pathlib import PurePath
 from llamavisor import automatic, ini
 from llamavisor.catalog import Entry, FileId
 from llamavisor.errors import OptionError
-from llamavisor.flags import LaunchOptions, OptionLayer, find_typed, resolve
+from llamavisor.flags import OptionLayer, find_typed, resolve
 from llamavisor.gguf import Kind
 from llamavisor.helptext import FlagSet
 from llamavisor.rules import ModelRule, alias_problem, is_template_file, matching, split_scale
@@ -27,8 +27,6 @@ _DRAFT_TYPES = {
 
 Left to itself llama-server takes every draft for a small model of the same kind.
 """
-_SWITCHED_OFF = {"mmap": "1", "no-mmap": "0"}
-"""Flags that are on by default in builds that have them; all others without a negation are off when they are "0"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +40,8 @@ class ModelSpec:
             used. Files that a configuration names are not among them.
         projector: found beside it and used, None without one.
         draft: likewise.
-        layers: its own option tables, lowest precedence first: what was found beside it, then the rules.
+        base: the option tables of its router, lowest precedence first.
+        layers: its own above them: what was found beside it, then the rules.
         aliases: more names, such as its folder's.
         tags: words that are shown with it.
         load_on_start: whether it is loaded when the router is ready.
@@ -56,6 +55,7 @@ class ModelSpec:
     files: tuple[FileId, ...]
     projector: str | None = None
     draft: str | None = None
+    base: tuple[OptionLayer, ...] = ()
     layers: tuple[OptionLayer, ...] = ()
     aliases: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
@@ -65,13 +65,16 @@ class ModelSpec:
     changed_at: float = field(default=0.0, compare=False)
 
 
-def specify(entry: Entry, rules: Sequence[ModelRule], *, router: str) -> ModelSpec | None:
+def specify(
+    entry: Entry, rules: Sequence[ModelRule], *, router: str, base: tuple[OptionLayer, ...] = ()
+) -> ModelSpec | None:
     """What a router is to make of an entry of the catalog; None if the rules keep it from that router. Pure.
 
     Args:
         entry: the model, in whatever state.
         rules: all of them, in the order of the configuration. A tuple is looked up faster.
         router: name of the router.
+        base: the option tables of the router, lowest precedence first.
     """
     own = matching(rules, entry.name)
     routers = _last(own, "router", default=None)
@@ -90,6 +93,7 @@ def specify(entry: Entry, rules: Sequence[ModelRule], *, router: str) -> ModelSp
         files=tuple(file.id for file in used),
         projector=projector.path if projector else None,
         draft=draft.path if draft else None,
+        base=base,
         layers=(beside, *layers) if beside else layers,
         aliases=tuple(dict.fromkeys((*entry.aliases, *_last_written(own, "aliases")))),
         tags=tuple(dict.fromkeys(_last_written(own, "tags"))),
@@ -100,21 +104,20 @@ def specify(entry: Entry, rules: Sequence[ModelRule], *, router: str) -> ModelSp
     )
 
 
-def layers_in_force(spec: ModelSpec, base: Sequence[OptionLayer]) -> tuple[OptionLayer, ...]:
+def layers_in_force(spec: ModelSpec) -> tuple[OptionLayer, ...]:
     """Every table that speaks for a model, lowest precedence first: its router's, the automatic ones, its own."""
-    kind = automatic.for_kind(spec.kind, spec.n_ctx_train, base, spec.layers)
-    return (*base, *((kind,) if kind else ()), *spec.layers)
+    kind = automatic.for_kind(spec.kind, spec.n_ctx_train, spec.base, spec.layers)
+    return (*spec.base, *((kind,) if kind else ()), *spec.layers)
 
 
-def section(
-    spec: ModelSpec, base: Sequence[OptionLayer], common: LaunchOptions, flags: FlagSet, *, binary: str
-) -> Mapping[str, str]:
-    """The entries of a model's section in the preset: its file, and what it is told other than all models are. Pure.
+def section(spec: ModelSpec, flags: FlagSet, *, binary: str) -> Mapping[str, str]:
+    """The entries of a model's section in the preset: its file, and all that it is told. Pure.
+
+    What all models are told stands in each section, not in `[*]`: a router that reads its preset again stops every
+    model for which anything has changed, and what is in a section of its own can wait until the model is idle.
 
     Args:
         spec: the model.
-        base: the tables of its router.
-        common: what they come to, the entries of `[*]`.
         flags: the options of the build.
         binary: its path, for messages.
 
@@ -123,11 +126,7 @@ def section(
     """
     try:
         _refuse_unfit(spec)
-        layers = layers_in_force(spec, base)
-        if len(layers) == len(base):
-            own: Mapping[str, str] = {}
-        else:
-            own = difference(_resolved(layers, flags, binary), common, flags, source=_sources(layers[len(base) :]))
+        own = _entries(layers_in_force(spec), flags, binary)
     except OptionError as error:
         raise OptionError(f"model {spec.name}: {error}", hint=error.hint) from error
     entries = {"model": spec.path}
@@ -137,33 +136,13 @@ def section(
     return {**entries, **own}
 
 
-def try_rule(
-    rule: ModelRule, base: Sequence[OptionLayer], common: LaunchOptions, flags: FlagSet, *, binary: str
-) -> None:
+def try_rule(rule: ModelRule, base: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> None:
     """Refuses a rule that this build could not follow for any model of a router.
 
     Raises:
         OptionError: names the table and the option.
     """
-    difference(_resolved((*base, rule.layer), flags, binary), common, flags, source=rule.source)
-
-
-def difference(full: LaunchOptions, common: LaunchOptions, flags: FlagSet, *, source: str) -> Mapping[str, str]:
-    """What a section must say so that a model gets `full` although all models get `common`.
-
-    Raises:
-        OptionError: the build has no word for taking back what all models are told.
-    """
-    entries = {key: value for key, value in full.preset.items() if common.preset.get(key) != value}
-    for key in common.preset.keys() - full.preset.keys():
-        entries |= _taken_back(key, common.preset[key], flags, source)
-    draft, kind = find_typed("draft", flags), find_typed("draft_type", flags)
-    if draft and kind and draft.key in entries and kind.key not in full.preset:
-        name = PurePath(entries[draft.key]).name
-        named = next((value for prefix, value in _DRAFT_TYPES.items() if name.startswith(prefix)), None)
-        if named in kind.placeholder.split(","):
-            entries[kind.key] = named
-    return dict(sorted(entries.items()))
+    _entries((*base, rule.layer), flags, binary)
 
 
 def without_clashes(specs: Iterable[ModelSpec]) -> tuple[dict[str, ModelSpec], dict[str, str]]:
@@ -194,23 +173,32 @@ def without_clashes(specs: Iterable[ModelSpec]) -> tuple[dict[str, ModelSpec], d
     return by_name, notes
 
 
-def missing_files(spec: ModelSpec) -> str | None:
+def names_files(spec: ModelSpec) -> bool:
+    """Whether tables of the configuration name files for a model, such as a projector or an adapter."""
+    return any(_named_files(layer) for layer in spec.layers if layer.source != automatic.BESIDE)
+
+
+def missing_files(layers: Iterable[OptionLayer]) -> str | None:
     """Why a model cannot be served because of the files that its tables name, None if they are there.
 
-    Blocking: one stat for each. A projector that is missing can keep a whole router from starting, so a model with
-    one is not handed to it.
+    Blocking: one stat for each, which hangs on a dead mount. A projector that is missing can keep a whole router from
+    starting, so a model with one is not handed to it. What was found beside a model is not looked at: the catalog has.
     """
     effective: dict[str, tuple[str, object]] = {}
-    for layer in spec.layers:
-        for key in ("mmproj", "draft", "lora", "chat_template", "grammar_file", "slot_save_path"):
-            value: object = getattr(layer.options, key, None)
-            if value is not None:
-                effective[key] = (layer.source, value)
+    for layer in layers:
+        if layer.source != automatic.BESIDE:
+            effective |= {key: (layer.source, value) for key, value in _named_files(layer).items()}
     for key, (source, value) in effective.items():
         for path in _paths(key, value):
             if problem := _path_problem(path, is_folder=key == "slot_save_path"):
                 return f"{source}: {key} {path} {problem}"
     return None
+
+
+def _named_files(layer: OptionLayer) -> dict[str, object]:
+    keys = ("mmproj", "draft", "lora", "chat_template", "grammar_file", "slot_save_path")
+    found = {key: getattr(layer.options, key, None) for key in keys}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _last(rules: Sequence[ModelRule], key: str, *, default: object) -> object:
@@ -244,28 +232,17 @@ def _refuse_unfit(spec: ModelSpec) -> None:
             raise OptionError(f"its {what} {problem}", hint="Rename the file or its folder.")
 
 
-def _sources(layers: Sequence[OptionLayer]) -> str:
-    return " with ".join(dict.fromkeys(layer.source for layer in layers))
-
-
 @functools.lru_cache(maxsize=512)
-def _resolved(layers: tuple[OptionLayer, ...], flags: FlagSet, binary: str) -> LaunchOptions:
-    """Most models of a folder have the same tables: their options are worked out once."""
-    return resolve(layers, flags, binary=binary)
-
-
-def _taken_back(key: str, value: str, flags: FlagSet, source: str) -> Mapping[str, str]:
-    """The entry by which one model does not get what `[*]` says, which is the build's own default then.
-
-    A flag is named with "0", and the router leaves it out. An option with a value has no such word.
-    """
-    option = flags.find_key(key)
-    if option is not None and option.values == 0:
-        return {key: _SWITCHED_OFF.get(key, "0")}
-    raise OptionError(
-        f"{source}: this llama-server has no word for taking back {key} = {value}, which all models are told",
-        hint=f"Write {key} in [model] tables of the models that are to have it, and not in [defaults] or [[router]].",
-    )
+def _entries(layers: tuple[OptionLayer, ...], flags: FlagSet, binary: str) -> Mapping[str, str]:
+    """What these tables come to. Most models of a folder have the same: it is worked out once."""
+    entries = dict(resolve(layers, flags, binary=binary).preset)
+    draft, kind = find_typed("draft", flags), find_typed("draft_type", flags)
+    if draft and kind and draft.key in entries and kind.key not in entries:
+        name = PurePath(entries[draft.key]).name
+        named = next((value for prefix, value in _DRAFT_TYPES.items() if name.startswith(prefix)), None)
+        if named in kind.placeholder.split(","):
+            entries[kind.key] = named
+    return dict(sorted(entries.items()))
 
 
 def _paths(key: str, value: object) -> tuple[str, ...]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from llamavisor import flags
 from llamavisor.flags import OptionLayer
 from llamavisor.rules import ModelRule
 
@@ -35,6 +36,10 @@ class RouterSettings:
     layers: tuple[OptionLayer, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     api_key: str | None = field(default=None, repr=False)
+
+    def without_models(self) -> RouterSettings:
+        """The same, without what only its models are told: a router need not be restarted for that."""
+        return replace(self, layers=flags.only_for_routers(self.layers))
 
     @property
     def url(self) -> str:

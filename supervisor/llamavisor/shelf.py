@@ -63,6 +63,8 @@ class Shelf:
     def __init__(self) -> None:
         self.wanted: Mapping[str, ModelSpec] = {}
         self.offer = Offer()
+        self.is_forced = False  # somebody wants a reload although nothing may have changed
+        self._leaving: Mapping[str, Change] = {}
         self.is_blocked = False  # the last reload did not work, and nothing has changed since
         self._aliases: dict[str, str] = {}  # of the offer: alias to name
         self._pending: set[str] = set()  # Invariant: the names whose wanted spec is not the one of the offer
@@ -70,9 +72,10 @@ class Shelf:
     def __repr__(self) -> str:
         return f"<Shelf {len(self.offer.models)} told, {len(self._pending)} pending>"
 
-    def want(self, specs: Mapping[str, ModelSpec]) -> None:
-        """Take note of what the router is to serve from now on."""
+    def want(self, specs: Mapping[str, ModelSpec], leaving: Mapping[str, Change] | None = None) -> None:
+        """Take note of what the router is to serve from now on, and why some of what it served is not in there."""
         self.wanted = specs
+        self._leaving = leaving or {}
         self.is_blocked = False
         self._compare()
 
@@ -80,7 +83,7 @@ class Shelf:
         """The router has read this offer."""
         self.offer = offer
         self._aliases = {
-            alias: name for name, each in offer.models.items() for alias in each.section.get("alias", "").split(",")
+            alias: name for name, each in offer.models.items() for alias in _words(each.section.get("alias", ""))
         }
         self._compare()
 
@@ -112,26 +115,27 @@ class Shelf:
         return name in self._pending
 
     def kept(self, table: ModelTable) -> dict[str, Offered]:
-        """What must stand in the next offer exactly as in the last: the models that run and have changed."""
-        return {
-            name: offered
-            for name in self._pending
-            if _runs(name, table) and (offered := self.offer.models.get(name)) is not None
-        }
+        """What must stand in the next offer exactly as in the last: the models that run, changed or not."""
+        running = (model.name for model in table if model.state in HAS_CHILD)
+        return {name: offered for name in running if (offered := self.offer.models.get(name)) is not None}
 
     def stale(self, table: ModelTable) -> Iterator[tuple[str, Change]]:
         """The models in memory that are not what they should be, and why."""
         for name in sorted(self._pending):
             model, offered = table.get(name), self.offer.models.get(name)
             if model is not None and model.state in RESIDENT and offered is not None:
-                yield name, change(offered.spec, self.wanted.get(name))
+                yield name, self._change(offered.spec)
 
     def was_overwritten(self, name: str) -> bool:
         """Whether a model's file is known to be another, or none, than the one that the router was told of."""
         offered = self.offer.models.get(name)
         if offered is None or name not in self._pending:
             return False
-        return change(offered.spec, self.wanted.get(name)) in {Change.OVERWRITTEN, Change.GONE}
+        return self._change(offered.spec) in {Change.OVERWRITTEN, Change.GONE}
+
+    def _change(self, told: ModelSpec) -> Change:
+        new = self.wanted.get(told.name)
+        return self._leaving.get(told.name, Change.GONE) if new is None else change(told, new)
 
     def size_bytes(self, name: str) -> int | None:
         """Bytes of the files of a model that the router was told of."""
@@ -143,19 +147,21 @@ class Shelf:
         return sorted(name for name, each in self.offer.models.items() if each.spec.load_on_start)
 
 
-def change(old: ModelSpec, new: ModelSpec | None) -> Change:
-    """What has happened to a model whose spec was `old` and is `new`, None if it is not to be served any more."""
-    if new is None:
-        return Change.GONE
+def change(old: ModelSpec, new: ModelSpec) -> Change:
+    """What has happened to a model whose spec was `old` and is `new`."""
     if old.files == new.files:
         return Change.OPTIONS
     inodes = [[(file.device, file.inode) for file in spec.files] for spec in (old, new)]
     return Change.OVERWRITTEN if inodes[0] == inodes[1] else Change.REPLACED
 
 
-def names_of(specs: Iterable[ModelSpec]) -> set[str]:
-    """All names by which clients may call these models."""
-    return {name for spec in specs for name in (spec.name, *spec.aliases)}
+def told_names(offered: Iterable[Offered]) -> set[str]:
+    """All names by which a router knows these models."""
+    return {name for each in offered for name in (each.spec.name, *_words(each.section.get("alias", "")))}
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",") if text else []
 
 
 def _runs(name: str, table: ModelTable) -> bool:

@@ -45,6 +45,7 @@ class Change(Enum):
     OPTIONS = "options"  # its table in the configuration says something else
     REPLACED = "replaced"  # another file has its name now; the old one is still mapped, and safe
     OVERWRITTEN = "overwritten"  # its file was written over in place: it may answer nonsense, or be about to crash
+    MOVED = "moved"  # its table keeps it from this router now
     GONE = "gone"  # its file is not there any more, or not fit to be served
 
 

@@ -10,12 +10,15 @@ import anyio.lowlevel
 from llamavisor.catalog import Entry, EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.folder import Folder
+from llamavisor.options import OptionLayer
 from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec, specify
+from llamavisor.shelf import change
+from llamavisor.states import Change
 
 FIRST_LOOK_S = 10.0
 """How long a start waits for the first look at its folder; ten thousand headers take five seconds."""
-LOOK_AGAIN_S = 1.0
+LOOK_AGAIN_S = 0.3
 """How long the end of a model waits for a look at its file."""
 _BATCH = 256
 
@@ -27,7 +30,8 @@ class Supply:
         folder: where the models are.
         router: name of the router.
         rules: tables of options of models, in the order of the configuration.
-        deliver: told of all that is to be served whenever it has changed.
+        base: the option tables of the router, lowest precedence first.
+        deliver: told of all that is to be served whenever it has changed, and why some of what was is not any more.
     """
 
     def __init__(
@@ -36,13 +40,17 @@ class Supply:
         router: str,
         rules: Sequence[ModelRule],
         *,
-        deliver: Callable[[Mapping[str, ModelSpec]], None],
+        base: tuple[OptionLayer, ...] = (),
+        deliver: Callable[[Mapping[str, ModelSpec], Mapping[str, Change]], None],
     ) -> None:
         self.folder = folder
         self._router = router
         self._rules = tuple(rules)
+        self._base = base
         self._deliver = deliver
         self._specs: dict[str, ModelSpec] = {}
+        self._leaving: dict[str, Change] = {}  # what is not to be served any more, and not simply gone
+        self._is_delivered = False
         self._settled: Mapping[str, ModelSpec] = {}  # as it was when the last look had ended: never half of one
         self.update(folder.catalog)
         self.settle()
@@ -54,33 +62,47 @@ class Supply:
         """Take over what has changed in the folder."""
         for name in removed:
             self._specs.pop(name, None)
+            self._leaving.pop(name, None)
         for entry in changed:
-            spec = specify(entry, self._rules, router=self._router) if entry.state is EntryState.READY else None
-            if spec is None:
-                self._specs.pop(entry.name, None)
-            elif self._specs.get(entry.name) != spec:
-                self._specs[entry.name] = spec
+            is_ready = entry.state is EntryState.READY
+            spec = specify(entry, self._rules, router=self._router, base=self._base)
+            known = self._specs.get(entry.name)
+            self._leaving.pop(entry.name, None)
+            if spec is not None and is_ready:
+                if known != spec:
+                    self._specs[entry.name] = spec
+                continue
+            self._specs.pop(entry.name, None)
+            if is_ready:
+                self._leaving[entry.name] = Change.MOVED
+            elif known is not None and spec is not None and change(known, spec) is Change.OVERWRITTEN:
+                self._leaving[entry.name] = Change.OVERWRITTEN
 
     def settle(self) -> None:
-        """A look at the folder has ended."""
-        if self._settled != self._specs or not self._specs:
+        """A look at the folder has ended. Before the first one nothing is known, which is not the same as nothing."""
+        if not self.folder.catalog.has_looked:
+            return
+        if self._settled != self._specs or not self._is_delivered:
+            self._is_delivered = True
             self._settled = dict(self._specs)
             self.deliver()
 
     def deliver(self) -> None:
         """Tell what is to be served."""
-        self._deliver(self._settled)
+        self._deliver(self._settled, dict(self._leaving))
 
-    async def follow(self, rules: Sequence[ModelRule]) -> None:
-        """Go over to other rules."""
-        if tuple(rules) == self._rules:
-            return
-        self._rules = tuple(rules)
+    async def follow(self, rules: Sequence[ModelRule], base: tuple[OptionLayer, ...]) -> tuple[str, ...]:
+        """Go over to other tables; returns the names of the models for which they say something else."""
+        if (tuple(rules), base) == (self._rules, self._base):
+            return ()
+        self._rules, self._base, before = tuple(rules), base, self._settled
         entries = list(self.folder.catalog)
         for at in range(0, len(entries), _BATCH):
             self.update(entries[at : at + _BATCH])
             await anyio.lowlevel.checkpoint()
         self.settle()
+        after = self._settled
+        return tuple(sorted(name for name in before.keys() | after if before.get(name) != after.get(name)))
 
     async def take(self) -> Mapping[str, ModelSpec] | Verdict:
         """What is to be served now, or why that is not known: the folder was never seen.
@@ -99,4 +121,5 @@ class Supply:
 
     async def look_again(self) -> None:
         """See that what is known of the files is not older than this call, or give up soon."""
-        await self.folder.look(within_s=LOOK_AGAIN_S)
+        if not self.folder.catalog.stale:
+            await self.folder.look(within_s=LOOK_AGAIN_S)

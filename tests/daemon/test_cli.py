@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeLlamaServer
-from fakes.control_stub import ControlStub, details, event, model, router, status
+from fakes.control_stub import ControlStub, details, event, folder, model, router, status
 from llamavisord import __version__
 from llamavisord.cli import main
 from llamavisord.cli.client import Client, find_socket, model_path
@@ -134,11 +134,126 @@ def test_models_are_a_table(stub: ControlStub, capsys: pytest.CaptureFixture[str
     )
     assert main(["models"]) == ExitCode.OK
     header, first, second, third = capsys.readouterr().out.splitlines()
-    assert header.split() == ["NAME", "STATE", "SIZE", "QUANT", "CONTEXT", "ARCH", "KIND", "LAST", "USE", "PROBLEM"]
+    assert header.split() == [
+        "NAME",
+        "STATE",
+        "SIZE",
+        "QUANT",
+        "CONTEXT",
+        "ARCH",
+        "KIND",
+        "LAST",
+        "USE",
+        "NOTE/PROBLEM",
+    ]
     assert first.split() == ["alpha", "loaded", "1.5", "KiB", "Q4_K_M", "4096", "llama", "model", "now"]
     assert second.split()[:7] == ["b", "failed", "-", "Q4_K_M", "131072", "llama", "model"]
     assert second.endswith("out of memory")
     assert third.split() == ["c", "invalid", "1.5", "KiB", "-", "-", "llama", "-", "-"]
+
+
+def test_the_table_of_models_has_notes_aliases_and_stale_folders(
+    stub: ControlStub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A note where there is no problem, aliases behind the name; what may be out of date is a message."""
+    found = [
+        model("a", aliases=["x", "y"], notes=["one", "two"]),
+        model("b", notes=["odd"], problem="broken"),
+    ]
+    stale = folder("/b\x1b", stale="does not answer for 12 s")
+    stub.answer("GET", "/control/v1/models", {"models": found, "folders": [folder(), stale]})
+    assert main(["models"]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    _, first, second = out.splitlines()
+    assert first.startswith("a (x, y)  loaded")
+    assert first.endswith("one; two")
+    assert second.endswith("  broken")
+    assert err == "llamavisor: folder /b\\x1b: does not answer for 12 s; what was known of it stays\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["qwen*"], ["qwen3-8b", "qwen3[1]"]),
+        (["nick", "qwen3[1]"], ["beta", "qwen3[1]"]),
+        (["be?a"], ["beta"]),
+    ],
+)
+def test_models_are_filtered_by_name_alias_or_glob(
+    stub: ControlStub, capsys: pytest.CaptureFixture[str], words: list[str], shown: list[str]
+) -> None:
+    """In the table and in JSON; a name with brackets is itself too."""
+    found = [model("beta", aliases=["nick"]), model("qwen3-8b"), model("qwen3[1]")]
+    stub.answer("GET", "/control/v1/models", {"models": found, "folders": []})
+    assert main(["models", *words, "--json"]) == ExitCode.OK
+    assert [each["name"] for each in json.loads(capsys.readouterr().out)["models"]] == shown
+    assert main(["models", *words]) == ExitCode.OK
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["NAME", *shown]
+
+
+def test_models_of_a_name_that_nobody_has(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is no advice about the folder, and not success."""
+    stub.answer("GET", "/control/v1/models", {"models": [model()], "folders": []})
+    assert main(["models", "beta", "g*"]) == ExitCode.NOT_FOUND
+    assert capsys.readouterr().err == "llamavisor: no model is called beta or g*; see `llamavisor models`\n"
+
+
+def test_long_names_are_shortened_on_a_terminal_alone(
+    stub: ControlStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names differ at both ends: the middle is left out. What is piped on is whole."""
+    name = "a" * 50 + "b" * 50
+    stub.answer("GET", "/control/v1/models", {"models": [model(name, aliases=["c" * 30])]})
+    assert main(["models"]) == ExitCode.OK
+    assert capsys.readouterr().out.splitlines()[1].startswith(f"{name} ({'c' * 30})  loaded")
+    terminal = _Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert main(["models"]) == ExitCode.OK
+    line = terminal.text.splitlines()[1]
+    assert line.startswith(f"{'a' * 24}…{'b' * 23} ({'c' * 6}…{'c' * 5})  loaded")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--socket", "PATH", "status", "--json"], ["status", "--json", "--socket", "PATH"]],
+)
+def test_the_socket_may_be_named_before_the_command(
+    stub: ControlStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """And behind it; to a command that talks to nobody it means nothing."""
+    monkeypatch.setenv("LLAMAVISOR_SOCKET", "/nowhere")
+    assert main([str(stub.path) if word == "PATH" else word for word in words]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["pid"] == 4710
+    assert main(["--socket", str(stub.path), "version"]) == ExitCode.USAGE
+    assert "--socket means nothing to version" in capsys.readouterr().err
+
+
+def test_the_words_for_llama_server_are_kept_behind_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The value of a flag before the command is not taken for the command."""
+    handed: list[object] = []
+    monkeypatch.setattr("llamavisord.cli.serve.run", lambda arguments: handed.append(arguments) or 0)
+    assert main(["--socket", "/s", "serve", "--models-dir", "/m", "--", "--threads", "8"]) == ExitCode.OK
+    (arguments,) = handed
+    assert (arguments.socket, arguments.server_args) == ("/s", ("--threads", "8"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("count", "told"), [(1, "loaded, 1 request\n"), (2, "loaded, 2 requests\n")])
+def test_one_request_is_not_several(
+    stub: ControlStub, capsys: pytest.CaptureFixture[str], count: int, told: str
+) -> None:
+    """Grammar."""
+    busy = model(in_flight=count, pid=None, n_ctx=None)
+    stub.answer("GET", "/control/v1/models/alpha", details(busy))
+    assert main(["show", "alpha"]) == ExitCode.OK
+    assert told in capsys.readouterr().out
+
+
+def test_what_only_estimates_need_is_not_shown(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bytes of each layer are for JSON."""
+    stub.answer("GET", "/control/v1/models/alpha", details(header={**HEADER, "layout": {"places": [7, 8]}}))
+    assert main(["show", "alpha"]) == ExitCode.OK
+    assert "layout" not in capsys.readouterr().out
 
 
 def test_of_several_routers_each_model_names_its_own(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
@@ -508,9 +623,20 @@ def test_a_router_that_does_not_come_up_is_a_failure(stub: ControlStub, capsys: 
 
 def test_reload_says_what_changed(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
     """And a refused one gives every problem its own line, and the exit code of a bad configuration."""
-    stub.answer("POST", "/control/v1/reload", {"changed": ["gpu0"], "event_id": 1})
+    stub.answer("POST", "/control/v1/reload", {"changed": ["gpu0"], "models": ["a"], "problems": [], "event_id": 1})
     assert main(["reload"]) == ExitCode.OK
-    assert capsys.readouterr().out == "configuration reloaded, changed: gpu0\n"
+    assert capsys.readouterr().out == "configuration reloaded, changed: router gpu0, model a\n"
+    stub.answer(
+        "POST", "/control/v1/reload", {"changed": [], "models": list("abcdefghijklm"), "problems": [], "event_id": 1}
+    )
+    assert main(["reload"]) == ExitCode.OK
+    assert capsys.readouterr().out.endswith("model i, model j and 3 more\n")
+    slow = ["folder /srv was not looked at within 10 s"]
+    stub.answer("POST", "/control/v1/reload", {"changed": [], "models": [], "problems": slow, "event_id": 1})
+    assert main(["reload"]) == ExitCode.FAILED
+    said = capsys.readouterr()
+    assert said.out == "configuration reloaded, changed: nothing\n"
+    assert said.err == f"llamavisor: {slow[0]}\n"
     stub.problem("POST", "/control/v1/reload", "config_invalid", "f.toml:1: a\nf.toml:2: b", http=422)
     assert main(["reload"]) == ExitCode.BAD_CONFIG
     assert capsys.readouterr().err == "llamavisor: f.toml:1: a\nllamavisor: f.toml:2: b\n"

@@ -405,6 +405,14 @@ def test_a_command_line_is_checked_like_a_file() -> None:
     assert told.startswith("command line: --model in args is refused")
 
 
+@pytest.mark.parametrize("flag", ["--host", "--port", "--models-dir", "--models_max"])
+def test_what_serve_has_a_flag_for_is_not_sent_into_a_table(flag: str) -> None:
+    """Behind `--` it is refused, and told where on the command line it belongs."""
+    (told,) = refusal(None, overrides=Overrides(models_dir="/m", args=(flag, "3")))
+    assert told.startswith(f"command line: {flag} after -- is refused: ")
+    assert told.endswith(f"Write it before the --: serve {flag.replace('_', '-')} …")
+
+
 def test_the_home_of_nobody_is_refused(write: Write) -> None:
     """A `~user` who does not exist must not become a folder of that name."""
     assert refusal(write('models_dir = "~no-such-user/m"\n')) == ["1: models_dir: no such user: ~no-such-user"]

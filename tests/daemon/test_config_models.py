@@ -106,6 +106,8 @@ def test_links_and_overwritten_files(write: Write, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
+        ('[model.a]\nload_on_start = "yes"\n', '3: model.a.load_on_start: expected true or false, found "yes"'),
+        ("[model.a]\nload_on_start = 1\n", "3: model.a.load_on_start: expected true or false, found 1"),
         ('[model."*"]\nctx_sise = 1\n', '3: model."*".ctx_sise: unknown key, did you mean ctx_size?'),
         ("[model.a]\nload_on_startup = true\n", "3: model.a.load_on_startup: unknown key, did you mean load_on_start?"),
         ('[model.a]\nctx_size = "x"\n', '3: model.a.ctx_size: expected a whole number, found "x"'),
@@ -276,7 +278,11 @@ def test_config_show_model_of_nobody(
 
 
 def test_config_check_asks_the_llama_server_about_tables_of_models(
-    write: Write, folder: Path, fake_llama_server: Callable[..., FakeLlamaServer], capsys: pytest.CaptureFixture[str]
+    write: Write,
+    folder: Path,
+    tmp_path: Path,
+    fake_llama_server: Callable[..., FakeLlamaServer],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each table against each router that may hold its models, all problems at once."""
     head = f'models_dir = "{folder}"\nllama_server = "{fake_llama_server()}"\n'
@@ -284,10 +290,58 @@ def test_config_check_asks_the_llama_server_about_tables_of_models(
     bad = '[model.x]\nargs = ["--nope"]\nrouter = "b"\n[model."*"]\nargs = ["--neither"]\n'
     assert main(["config", "check", str(write(head + routers + bad))]) == ExitCode.BAD_CONFIG
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(" is not")[0] for line in lines] == [
-        'router a: [model."*"]: --neither in args',
-        'router b: [model."x"]: --nope in args',
-        'router b: [model."*"]: --neither in args',
+    path = tmp_path / "llamavisor.toml"
+    assert [line.split(" is not")[0] for line in lines if "warning" not in line] == [
+        f'{path}:13: router a: [model."*"]: --neither in args',
+        f'{path}:10: router b: [model."x"]: --nope in args',
+        f'{path}:13: router b: [model."*"]: --neither in args',
     ]
     good = '[model."*"]\nctx_size = 1\n'
     assert main(["config", "check", str(write(head + routers + good))]) == ExitCode.OK
+
+
+def test_an_alias_that_is_refused_is_not_told_as_a_list(write: Write) -> None:
+    """What is wrong is one of its words, not that they are several."""
+    (line,) = refusal(write(HEAD + '[model.a]\naliases = ["b,c"]\n'))
+    assert line.endswith("which separates aliases")
+    (line,) = refusal(write(HEAD + "[model.a]\nctx_size = [1]\n"))
+    assert line.endswith("found a list")
+
+
+def test_config_check_doubts_tables_of_what_is_not_there(
+    write: Write, folder: Path, fake_llama_server: Callable[..., FakeLlamaServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files that tables name, and models: they may come, so these are warnings with their lines, and no failure."""
+    head = f'models_dir = "{folder}"\nllama_server = "{fake_llama_server()}"\n'
+    tables = """
+[model.alpha]
+ctx_size = 1
+grammar_file = "no.gbnf"
+lora = ["no.gguf:0.5"]
+[model.alhpa]
+threads = 1
+[model."qwen*"]
+threads = 2
+[model."al*"]
+threads = 3
+"""
+    path = write(head + tables)
+    assert main(["config", "check", str(path)]) == ExitCode.OK
+    out, err = capsys.readouterr()
+    assert "ok, routers: main" in out
+    here = path.parent
+    assert err.splitlines() == [
+        f'llamavisor: warning: {path}:6: [model."alpha"]: grammar_file {here}/no.gbnf is not there',
+        f'llamavisor: warning: {path}:7: [model."alpha"]: lora {here}/no.gguf is not there',
+        f'llamavisor: warning: {path}:9: [model."alhpa"] matches no model in {folder}, did you mean alpha?',
+        f'llamavisor: warning: {path}:11: [model."qwen*"] matches no model in {folder}',
+    ]
+
+
+def test_config_check_says_nothing_of_models_in_a_folder_that_cannot_be_read(
+    write: Write, tmp_path: Path, fake_llama_server: Callable[..., FakeLlamaServer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is there is not known; that is told once."""
+    head = f'models_dir = "{tmp_path}/none"\nllama_server = "{fake_llama_server()}"\n'
+    assert main(["config", "check", str(write(head + "[model.a]\nthreads = 1\n"))]) == ExitCode.OK
+    assert "matches no model" not in capsys.readouterr().err

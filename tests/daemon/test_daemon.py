@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from http.client import HTTPResponse
+from operator import le
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -324,6 +325,19 @@ def test_model_that_had_served_comes_back(start: Start) -> None:
         assert daemon.cli("load", "alpha").returncode == 0
         eventually(lambda: len(daemon.events("ModelLoaded")) == 2, what="a second load")
         assert daemon.events("ModelUnloaded")[0]["reason"] == "crashed"
+
+
+def test_a_file_that_was_just_copied_is_loaded(start: Start, models_dir: Path) -> None:
+    """`cp x.gguf DIR && llamavisor load x` is what people write: the file is seen, and waited for."""
+    with start() as daemon:
+        daemon.wait_for_router("ready")
+        write_tiny_model(models_dir / "fresh.gguf", ["I", "am", "fresh"])
+        told = daemon.cli("load", "fresh")
+        assert (told.returncode, told.stdout) == (0, "fresh: loaded (router main)\n")
+        (models_dir / "junk.gguf").write_bytes(b"junk" * 1000)
+        told = daemon.cli("load", "junk")
+        assert told.returncode == 3
+        assert "model junk is invalid" in told.stderr
 
 
 def test_a_new_file_is_served_without_anybody_asking(start: Start, models_dir: Path) -> None:
@@ -694,12 +708,16 @@ def test_reload_that_could_not_be_started_is_refused(
 
 
 def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
-    """A reload restarts the changed router with its models, adds and removes others, and leaves the rest alone."""
+    """A reload restarts the changed router with its models, adds and removes others, and leaves the rest alone.
+
+    Options of models are no reason to restart a router.
+    """
     ports = [free_port() for _ in range(3)]
 
-    def config(*names: str, ctx_size: int = 512) -> str:
+    def config(*names: str, mark: int = 1, ctx_size: int = 512) -> str:
         tables = "".join(
-            f'[[router]]\nname = "{name}"\nport = {port}\n' + (f"ctx_size = {ctx_size}\n" if name == "b" else "")
+            f'[[router]]\nname = "{name}"\nport = {port}\n'
+            + (f'ctx_size = {ctx_size}\nenv = {{ MARK = "{mark}" }}\n' if name == "b" else "")
             for name, port in zip(("a", "b", "c"), ports, strict=True)
             if name in names
         )
@@ -708,12 +726,17 @@ def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake
     with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config("a", "b")) as daemon:
         kept, changed = (daemon.wait_for_router("ready", name)["pid"] for name in ("a", "b"))
         daemon.call("POST", "/control/v1/models/alpha/load?router=b&wait=true")
-        daemon.config.write_text(config("a", "b", "c", ctx_size=1024))
+        daemon.config.write_text(config("a", "b", "c", mark=2))
         assert daemon.call("POST", "/control/v1/reload")[1]["changed"] == ["b", "c"]
         daemon.wait_for_router("ready", "c")
         assert daemon.wait_for_event("RouterRecovered")["models"] == ["alpha"]
         assert daemon.router("a")["pid"] == kept
         assert daemon.router("b")["pid"] != changed
+        before = daemon.router("b")["pid"]
+        daemon.config.write_text(config("a", "b", "c", mark=2, ctx_size=1024))
+        told = daemon.call("POST", "/control/v1/reload")[1]
+        assert (told["changed"], "alpha" in told["models"]) == ([], True)
+        assert daemon.router("b")["pid"] == before
         daemon.config.write_text(config("a"))
         assert sorted(daemon.call("POST", "/control/v1/reload")[1]["changed"]) == ["b", "c"]
         assert [router["name"] for router in daemon.status()["routers"]] == ["a"]
@@ -944,7 +967,8 @@ def test_hundred_reloads_leak_nothing(tmp_path: Path, models_dir: Path, fake_lla
         before = held()
         for _ in range(100):
             assert daemon.call("POST", "/control/v1/reload")[0] == 200
-        eventually(lambda: held() == before, what=f"as much held as before: {before}")
+        # A connection that is kept alive for a moment may have been among what was held before.
+        eventually(lambda: all(map(le, held(), before)), what=f"no more held than before: {before}")
         assert process.num_threads() <= threads + 2  # idle workers come and go
 
 

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import anyio
 import pytest
 from prometheus_client import generate_latest
 
-from fakes.host import FakeHost
-from fakes.machine import FakeMachine
-from fakes.supervised import PATIENCE_S
-from fakes.watch import FakeWatch
+from daemon.stage import Asked, Stage, entry
 from llamavisor.api import RouterApi
-from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
+from llamavisor.catalog import Entry, EntryState
 from llamavisor.errors import ModelNotFoundError
-from llamavisor.events import Bus, FolderLooked, ModelAdded
-from llamavisor.fleet import Fleet
+from llamavisor.events import FolderLooked, ModelAdded
 from llamavisor.gguf import Header, Kind
-from llamavisor.launch import ModelSource
 from llamavisor.rules import ModelRule, ModelSettings
-from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.watch import ModeChanged, WorkerDied
 from llamavisord.cli.models import _ALL_NAMES
-from llamavisord.config import Config
 from llamavisord.control import _Api
-from llamavisord.daemon import Daemon
 from llamavisord.details import describe
 from llamavisord.exposition import Exposition
-from llamavisord.inventory import Inventory, folders_view, to_json
+from llamavisord.inventory import Inventory, folders_view
 
 pytestmark = pytest.mark.anyio
 
@@ -49,93 +39,6 @@ _SAID: dict[str, Any] = {
     "rope_freq_base": float("inf"),
 }
 HEADER = Header(**{field.name: _SAID.get(field.name) for field in fields(Header)})
-
-
-def entry(name: str, state: EntryState = EntryState.READY, *, content: int = 1, **more: Any) -> Entry:
-    """A model of one file."""
-    file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, content))
-    return Entry(name=name, state=state, files=(file,), **more)
-
-
-class Stage:
-    """A daemon's fleet of fake routers over fake folders."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.machine = FakeMachine()
-        self.watches: dict[Path, FakeWatch] = {}
-        self.hosts: dict[str, FakeHost] = {}
-        self.withholds: dict[str, dict[str, str]] = {}
-        self.bus = Bus()
-        self.fleet = Fleet(make_host=self._make_host, make_watch=self._make_watch, bus=self.bus, jitter=lambda: 0.0)
-
-    def __repr__(self) -> str:
-        return f"<Stage {self.fleet!r}>"
-
-    def _make_watch(self, path: Path, _: Sequence[Path] = ()) -> FakeWatch:
-        return self.watches.setdefault(path, FakeWatch(path))
-
-    def _make_host(self, settings: RouterSettings, source: ModelSource) -> FakeHost:
-        host = FakeHost(settings, folder=self.folder, machine=self.machine)
-        host.source = source
-        host.withholds = self.withholds.get(settings.name, {})
-        self.hosts[settings.name] = host
-        return host
-
-    def put(self, *entries: Entry, folder: str = "a") -> FakeWatch:
-        """Put models into a folder, before the fleet runs or while it does."""
-        watch = self._make_watch(self.folder / folder)
-        if watch._tell is None:
-            watch.entries |= {each.name: each for each in entries}
-        else:
-            watch.put(*entries)
-        return watch
-
-    def config(self, *routers: tuple[str, str], **more: Any) -> Config:
-        """A configuration of routers as (name, folder)."""
-        settings = tuple(
-            RouterSettings(name=name, port=9000 + number, models_dir=self.folder / folder, models_max=0)
-            for number, (name, folder) in enumerate(routers)
-        )
-        return cast("Config", _Config(FleetSettings(routers=settings, **more)))
-
-    @asynccontextmanager
-    async def running(self, config: Config) -> AsyncIterator[Daemon]:
-        """Have the fleet run, with every router up."""
-        daemon = Daemon(config, load_config=lambda: config, fleet=self.fleet, bus=self.bus)
-        async with anyio.create_task_group() as group:
-            group.start_soon(self.fleet.run, config.fleet_settings())
-            await self.until(lambda: list(self.fleet) and all(router.is_serving for router in self.fleet))
-            yield daemon
-            group.cancel_scope.cancel()
-
-    async def until(self, condition: Callable[[], object]) -> None:
-        """Wait until it holds."""
-        with anyio.fail_after(PATIENCE_S):
-            while not condition():
-                await anyio.sleep(0.01)
-
-    async def items(self, **how: Any) -> list[dict[str, Any]]:
-        """All models as the API lists them."""
-        inventory = Inventory(self.fleet, **how)
-        return list(json.loads(await to_json(inventory, inventory.known())))
-
-
-class _Config:
-    """As much of a configuration as a daemon looks at here."""
-
-    warnings = ()
-
-    def __init__(self, settings: FleetSettings) -> None:
-        self._settings = settings
-        self.on_overwrite = settings.on_overwrite
-
-    def __getattr__(self, name: str) -> object:
-        return None
-
-    def fleet_settings(self) -> FleetSettings:
-        """What the fleet is told."""
-        return self._settings
 
 
 @pytest.fixture
@@ -196,8 +99,8 @@ async def test_two_routers_of_one_folder_each_list_a_model(stage: Stage) -> None
     [
         ({"inode": 99}, "reload", "replaced", "its file was replaced; it is loaded again as soon as it is idle"),
         ({"content": 2}, "unload", "overwritten", "; it is unloaded as soon as it is idle"),
-        ({"content": 2}, "keep", "overwritten", "; it stays as it is until it is unloaded"),
-        (None, "reload", "gone", "its file is gone, or not fit to be served; it serves until it is unloaded"),
+        ({"content": 2}, "keep", "overwritten", "; it serves until it is unloaded"),
+        (None, "reload", "gone", "its file is gone; it serves until it is unloaded"),
     ],
 )
 async def test_a_model_that_is_stale_says_what_will_be_done(
@@ -226,6 +129,35 @@ async def test_a_model_that_is_stale_says_what_will_be_done(
     assert item["problem"].endswith(problem)
     assert 'llamavisor_model_stale{model="alpha",router="main"} 1.0' in shown
     assert 'llamavisor_model_requests_in_flight{model="alpha",router="main"} 1.0' in shown
+
+
+@pytest.mark.usefixtures("virtual_time")
+async def test_what_is_loaded_is_not_described_by_what_took_its_place(stage: Stage) -> None:
+    """Its size stays that of what is in memory; nothing is said of it that only its file knew; the reason is told."""
+    before = entry("alpha", header=HEADER, parameter_count=7)
+    watch = stage.put(before)
+    async with stage.running(stage.config(("main", "a"), on_overwrite="keep")):
+        await stage.fleet["main"].load("alpha")
+        (file,) = before.files
+        cut = replace(file, id=replace(file.id, size=10, mtime_ns=9))
+        reason = "cut off: 10 bytes instead of 1000"
+        watch.put(Entry(name="alpha", state=EntryState.INVALID, reason=reason, files=(cut,), parameter_count=3))
+        await anyio.sleep(2)
+        (item,) = await stage.items(on_overwrite="keep")
+    assert (item["size_bytes"], item["quantization"], item["parameter_count"]) == (1000, None, None)
+    assert item["n_ctx_train"] == 512
+    assert item["problem"].endswith(f"{reason}; it serves until it is unloaded")
+
+
+@pytest.mark.usefixtures("virtual_time")
+async def test_a_list_of_models_tells_of_folders(stage: Stage) -> None:
+    """As status does."""
+    watch = stage.put(entry("alpha"))
+    async with stage.running(stage.config(("main", "a"))) as daemon:
+        watch.look(problem="is not there")
+        told = json.loads((await _Api(daemon).models(Asked())).body)
+    assert [(folder["path"], folder["stale"]) for folder in told["folders"]] == [(str(watch.root), "is not there")]
+    assert [model["name"] for model in told["models"]] == ["alpha"]
 
 
 @pytest.mark.usefixtures("virtual_time")
@@ -344,6 +276,23 @@ async def test_a_router_without_models_says_what_to_do(stage: Stage) -> None:
         assert daemon.warnings() == []
 
 
+@pytest.mark.usefixtures("virtual_time")
+async def test_tables_that_match_no_model_are_warnings(stage: Stage) -> None:
+    """As long as it is known what is in the folder."""
+    watch = stage.put(entry("alpha"), entry("junk", EntryState.INVALID, reason="no"))
+    rules = tuple(
+        ModelRule.of(pattern, ModelSettings.model_validate({"threads": 3}))
+        for pattern in ("alpha", "al*", "junk", "alhpa", "qwen*")
+    )
+    async with stage.running(stage.config(("main", "a"), rules=rules)) as daemon:
+        assert daemon.warnings() == [
+            f'[model."alhpa"] matches no model in {watch.root}, did you mean alpha?',
+            f'[model."qwen*"] matches no model in {watch.root}',
+        ]
+        watch.look(problem="is not there")
+        assert not any("matches" in warning for warning in daemon.warnings())
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -396,14 +345,6 @@ async def test_models_that_were_never_loaded_have_no_series(stage: Stage) -> Non
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-class _Asked:
-    """As much of a request as the handlers look at here."""
-
-    def __init__(self, name: str = "", /, **query: str) -> None:
-        self.query = query
-        self.match_info = {"name": name}
-
-
 async def test_ten_thousand_models_let_others_have_their_turn(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """Telling of them keeps nobody waiting for longer than a blink, and status leaves out those that do nothing."""
     stage.put(*(entry(f"model-{number:05}", header=HEADER) for number in range(10_000)))
@@ -421,7 +362,7 @@ async def test_ten_thousand_models_let_others_have_their_turn(stage: Stage, monk
                 await anyio.sleep(0)
                 longest = max(longest, time.perf_counter() - before)
 
-        async def ask(handler: Any, asked: _Asked) -> dict[str, Any]:
+        async def ask(handler: Any, asked: Asked) -> dict[str, Any]:
             nonlocal longest
             await anyio.sleep(0)
             longest, before = 0.0, time.perf_counter()
@@ -434,17 +375,17 @@ async def test_ten_thousand_models_let_others_have_their_turn(stage: Stage, monk
 
         async with anyio.create_task_group() as group:
             group.start_soon(feel)
-            listed = (await ask(api.models, _Asked()))["models"]
+            listed = (await ask(api.models, Asked()))["models"]
             assert len(listed) == 10_001
-            status = await ask(api.status, _Asked())
+            status = await ask(api.status, Asked())
             assert [model["name"] for model in status["models"]] == ["model-00042"]
             assert status["models_left_out"] == 10_000
             assert status["routers"][0]["model_count"] == 10_000
             assert status["routers"][0]["loaded_count"] == 1
             assert status["folders"][0]["models"] == {"ready": 10_000, "invalid": 1}
-            one = (await ask(api.models, _Asked(name="model-00007")))["models"]
+            one = (await ask(api.models, Asked(name="model-00007")))["models"]
             assert [(model["name"], model["router"]) for model in one] == [("model-00007", "main")]
-            assert (await ask(api.model, _Asked("model-00007")))["model"]["name"] == "model-00007"
+            assert (await ask(api.model, Asked("model-00007")))["model"]["name"] == "model-00007"
             group.cancel_scope.cancel()
 
 

@@ -75,6 +75,11 @@ def model(name: str = "alpha", **changes: object) -> dict[str, object]:
     }
 
 
+def folder(path: str = "/srv/models", **changes: object) -> dict[str, object]:
+    """A models folder as the control API shows it; all is well if nothing else is said."""
+    return {"path": path, "stale": None, "mode": "inotify", "mode_reason": None, "models": {"ready": 1}, **changes}
+
+
 def details(*routers: dict[str, object], **changes: object) -> dict[str, object]:
     """Everything about a model as the control API shows it; loaded on one router if nothing else is said."""
     items = routers or (model(),)

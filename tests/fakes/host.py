@@ -55,6 +55,7 @@ class FakeHost:
         reload_refusals: HTTP status and message with which the next reloads are refused, in order.
         offer_error: why the router's files cannot be written, None if they can.
         withholds: models that are withheld, and why.
+        while_writing: what happens once while something new is being written down.
         source: knows the models, where they are not scripted with `models`.
         deliver: who is told of what is in the folder, before every start and by `look`.
         has_stranger: whether somebody else answers on the port, and as a router.
@@ -79,6 +80,7 @@ class FakeHost:
         self.withholds: dict[str, str] = {}
         self.deliver: Callable[[Mapping[str, ModelSpec]], None] = lambda _: None
         self.written = Offer()
+        self.while_writing: Callable[[], None] | None = None
         self.source: ModelSource | None = None
         self.has_stranger = False
         self.prepared_at: list[float] = []
@@ -136,6 +138,10 @@ class FakeHost:
     ) -> Offer:
         """Take note of what the router will read."""
         await anyio.sleep(ANSWER_S)
+        if before.models and self.while_writing is not None:
+            happens, self.while_writing = self.while_writing, None
+            happens()
+            await anyio.sleep(10 * ANSWER_S)  # the news of it is under way
         if self.offer_error is not None:
             raise self.offer_error
         models = dict(kept)
@@ -213,7 +219,7 @@ class FakeUsage:
         for name, child in process.children.items() if process is not None else ():
             if child.port == self._port and not child.ended.is_set():
                 return Usage(in_flight=int(name in process.busy), work=process.work.get(name, 0.0))
-        raise UsageError("nobody answers")
+        raise UsageError(self._port, "nobody answers")
 
     async def aclose(self) -> None:
         """Nothing to close."""

@@ -26,7 +26,7 @@ from llamavisor.flags import (
     resolve,
 )
 from llamavisor.helptext import FlagSet, HelpOption
-from llamavisor.preset import Preset, for_router, lint
+from llamavisor.preset import ALWAYS, Preset, lint
 from llamavisor.reserved import find_reserved
 from llamavisor.rules import ModelSettings
 
@@ -55,6 +55,11 @@ _TYPED: Mapping[str, st.SearchStrategy[object]] = {
     "sleep_idle_seconds": st.integers(1, 86400),
 }
 _OPTIONS = st.fixed_dictionaries({}, optional=dict(_TYPED)).map(lambda fields: ModelOptions(**fields))
+
+
+def for_all(options: LaunchOptions) -> Preset:
+    """A preset that tells all models the same."""
+    return Preset(common=dict(sorted({**options.preset, **ALWAYS}.items())))
 
 
 def _layers(*tables: ModelOptions | Sequence[str]) -> list[OptionLayer]:
@@ -177,7 +182,7 @@ def test_of_several_tables_the_last_word_on_each_option_counts(tables: list[Mode
 def test_what_is_resolved_passes_the_lint(options: ModelOptions) -> None:
     """Whatever typed options ask for, in a new build and an old one, makes a preset that may be written."""
     for flags in (NEW, OLD):
-        lint(for_router(_resolved(options, flags=flags)), flags)
+        lint(for_all(_resolved(options, flags=flags)), flags)
 
 
 @settings(deadline=None)
@@ -216,7 +221,7 @@ def test_args_of_any_kind_are_accepted_and_told_apart(chosen: list[tuple[HelpOpt
             assert options.preset[option.key] == text
         else:
             assert words[-1] in options.listener_args or words[-1] in option.spellings
-    lint(for_router(options), NEW)
+    lint(for_all(options), NEW)
 
 
 def test_a_flag_and_its_negation_are_one_option() -> None:
@@ -508,7 +513,7 @@ def test_the_router_knows_every_key_that_is_not_refused(llama_server: Path, tmp_
     options = resolve(_layers(words), flags, binary=str(llama_server))
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "broken.gguf").write_bytes(b"no model")
-    with BareRouter(llama_server, tmp_path, tmp_path / "models", preset=for_router(options).render()) as router:
+    with BareRouter(llama_server, tmp_path, tmp_path / "models", preset=for_all(options).render()) as router:
         known = router.models()["broken"]["status"]["preset"]
     assert {line.partition(" = ")[0] for line in known.splitlines()} >= set(options.preset)
 
@@ -527,7 +532,7 @@ def test_models_of_the_router_run_as_the_tables_say(llama_server: Path, tmp_path
     )
     flags = probe(llama_server, {}).flags
     layers = _layers(defaults, ["-c", "256", "--reverse-prompt", "a = b \\ “c” {}"])
-    preset: Preset = for_router(resolve(layers, flags, binary=str(llama_server)))
+    preset: Preset = for_all(resolve(layers, flags, binary=str(llama_server)))
     with BareRouter(llama_server, tmp_path / "router", models_dir, preset=preset.render()) as router:
         router.load("alpha")
         alpha = router.models()["alpha"]

@@ -256,7 +256,7 @@ async def test_what_did_not_change_is_not_touched(it: FakeFleet, two: Two) -> No
         await it.all_ready()
         await it["gpu0"].load("alpha")
         before = list(it.machine.alive)
-        assert await it.fleet.apply(told(two)) == ()
+        assert (await it.fleet.apply(told(two))).routers == ()
         await it.fleet.look(within_s=10)
         assert it.machine.alive == before
         assert it["gpu0"].table.residents() == ["alpha"]
@@ -271,7 +271,7 @@ async def test_a_changed_router_is_restarted(it: FakeFleet, two: Two) -> None:
         await it.all_ready()
         await it["gpu0"].load("alpha")
         await it["gpu1"].load("beta")
-        assert await it.fleet.apply(told([replace(first, models_max=2), second])) == ("gpu0",)
+        assert (await it.fleet.apply(told([replace(first, models_max=2), second]))).routers == ("gpu0",)
         await it.reaches("gpu0", RouterState.STOPPING)
         with anyio.fail_after(PATIENCE_S):
             await it["gpu0"].wait_until(lambda: it.story.of(RouterRecovered) != [])
@@ -286,7 +286,7 @@ async def test_a_removed_router_is_gone(it: FakeFleet, two: Two) -> None:
     async with it.running(*two):
         await it.all_ready()
         gone = it["gpu0"]
-        assert await it.fleet.apply(told(two[1:])) == ("gpu0",)
+        assert (await it.fleet.apply(told(two[1:]))).routers == ("gpu0",)
         assert [router.name for router in it.fleet] == ["gpu1"]
         assert [process.host.settings.name for process in it.machine.alive] == ["gpu1"]
         said = len(it.story.all)
@@ -303,7 +303,7 @@ async def test_a_router_is_replaced_by_one_on_its_port(it: FakeFleet, two: Two) 
     it.prepare = lambda host: setattr(host, "usual", FakeStart(term_s=3.0))
     async with it.running(*two):
         await it.all_ready()
-        assert set(await it.fleet.apply(told([it.settings("big", 8081), two[1]]))) == {"gpu0", "big"}
+        assert set((await it.fleet.apply(told([it.settings("big", 8081), two[1]]))).routers) == {"gpu0", "big"}
         await it.reaches("big", RouterState.READY)
         assert len(it.story.of(RouterExited)) == 1
 
@@ -363,8 +363,9 @@ async def test_a_rescan_that_fails_is_a_warning(it: FakeFleet, two: Two) -> None
     async with it.running(*two):
         await it.all_ready()
         it.hosts["gpu0"].reload_refusals.append((500, "option 'x' not recognized"))
-        await it.fleet.look(within_s=10)
-        assert {warned.subject for warned in it.story.of(Warned)} == {"router gpu0"}
+        (problem,) = await it.fleet.look(within_s=10)
+        assert problem.startswith("router gpu0: ")
+        assert problem in [warned.text for warned in it.story.of(Warned)]
         assert it.machine.at(8082).reloads == 1
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from llamavisor.cause import Cause, Verdict
 from llamavisor.launch import Launch, Launcher, ModelSource
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import Spawner
+from llamavisor.rules import ModelRule, ModelSettings
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer
@@ -141,7 +144,10 @@ async def test_own_environment_and_key(launcher: Make) -> None:
 async def test_models_options_are_in_the_preset_alone(launcher: Make, tmp_path: Path) -> None:
     """What concerns models is in the preset, because the command line would beat every model's own settings."""
     layer = OptionLayer("[defaults]", ModelOptions(ctx_size=512, args=("--temp", "0.5")))
-    told = launcher(layers=(layer,))
+    known = await launcher().prepare()
+    assert isinstance(known, Launch)
+    source = Known({name: replace(each, base=(layer,)) for name, each in known.specs.items()})
+    told = launcher(layers=(layer,), source=source)
     launch = await launch_of(told)
     argv = " ".join(told._argv(launch, autoload=True))
     assert "512" not in argv.replace(str(told.settings.port), "")
@@ -224,3 +230,42 @@ async def test_missing_devices(
     """What the options ask for and llama-server does not show is missing; "auto" asks for nothing."""
     told = launcher(llama_server=str(fake_llama_server(devices=shown)), layers=(OptionLayer("x", options),))
     assert await told.missing_devices(await launch_of(told)) == missing
+
+
+async def test_files_that_do_not_answer(launcher: Make, models_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F14: a file that a table names on a dead mount keeps its model from the router, and nothing else waits for it."""
+    answers, looks = threading.Event(), []
+
+    def hang(layers: object) -> None:
+        looks.append(layers)
+        answers.wait()
+
+    monkeypatch.setattr("llamavisor.launch.missing_files", hang)
+    monkeypatch.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.05)
+    table = OptionLayer('[model."alpha"]', ModelSettings(chat_template="/dead/t.jinja"))
+    specs = {path.stem: spec(path.stem, path) for path in models_dir.iterdir()}
+    specs["alpha"] = replace(specs["alpha"], layers=(table,))
+    told = launcher(source=Known(specs))
+    launch = await launch_of(told)
+    try:
+        for _ in range(3):
+            offer = await told.write_offer(launch, specs, kept={}, before=Offer())
+            assert set(offer.models) == {"beta", "gamma"}
+            assert "do not answer" in offer.withheld["alpha"].reason
+        assert len(looks) == 1, "a second look beside one that hangs"
+    finally:
+        answers.set()
+
+
+async def test_rules_are_tried_with_their_files(launcher: Make, tmp_path: Path) -> None:
+    """A table that the found llama-server does not take, or that names a file that is not there, is refused."""
+    gone = tmp_path / "gone.gguf"
+    rules = [
+        ModelRule.of("a*", ModelSettings(mmproj=str(gone))),
+        ModelRule.of("b", ModelSettings(args=("--no-such-option",))),
+        ModelRule.of("c", ModelSettings(ctx_size=512)),
+    ]
+    refused = await launcher().refusals(rules)
+    assert len(refused) == 2
+    assert any("--no-such-option" in line for line in refused)
+    assert any(str(gone) in line for line in refused)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeLlamaServer
-from llamavisor import binary, flags, preset
+from llamavisor import binary, preset
 from llamavisor.catalog import FileId
-from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import FlagSet
 from llamavisor.offer import link_all, make_offer, to_preset
 from llamavisor.options import ModelOptions, OptionLayer
@@ -40,32 +39,30 @@ def table(**settings: object) -> tuple[OptionLayer, ...]:
     return (OptionLayer('[model."x"]', ModelSettings.model_validate(settings)),)
 
 
-def common(known: FlagSet) -> LaunchOptions:
-    """What all models are told."""
-    return flags.resolve(BASE, known, binary="llama-server")
-
-
 def offer_of(
-    known: FlagSet, *specs: ModelSpec, kept: dict[str, Offered] | None = None, before: Offer | None = None
+    known: FlagSet,
+    *specs: ModelSpec,
+    kept: dict[str, Offered] | None = None,
+    before: Offer | None = None,
+    missing: dict[str, str] | None = None,
 ) -> Offer:
     """The offer of these models."""
     return make_offer(
         {each.name: each for each in specs},
         kept=kept or {},
         before=before or Offer(),
-        base=BASE,
-        common=common(known),
+        missing=missing or {},
         flags=known,
         binary="llama-server",
     )
 
 
-def test_a_section_says_only_what_is_the_models_own(known: FlagSet) -> None:
-    """A section names the file, and beyond that only what differs from what all models are told."""
-    offer = offer_of(known, spec("a"), spec("b", layers=table(ctx_size=1024, threads=3)))
+def test_a_section_says_all_that_a_model_is_told(known: FlagSet) -> None:
+    """A section names the file, and all that its model is told, by its router's tables and by its own."""
+    offer = offer_of(known, spec("a"), spec("b", base=BASE, layers=table(threads=3)))
     assert offer.models["a"].section == {"model": "/models/a.gguf"}
-    assert offer.models["b"].section == {"model": "/models/b.gguf", "threads": "3"}
-    preset.lint(to_preset(offer, common(known)), known)
+    assert offer.models["b"].section == {"ctx-size": "1024", "model": "/models/b.gguf", "threads": "3"}
+    preset.lint(to_preset(offer), known)
 
 
 def test_a_model_that_the_build_cannot_serve_is_withheld_alone(known: FlagSet) -> None:
@@ -75,13 +72,12 @@ def test_a_model_that_the_build_cannot_serve_is_withheld_alone(known: FlagSet) -
     assert "--no-such-option" in offer.withheld["b"].reason
 
 
-def test_a_file_that_a_table_names_must_be_there(known: FlagSet, tmp_path: Path) -> None:
-    """A model whose projector is missing is withheld: the whole router might not start with it."""
-    eyes = tmp_path / "eyes.gguf"
-    blind = spec("a", layers=table(mmproj=str(eyes)))
-    assert "eyes.gguf" in offer_of(known, blind).withheld["a"].reason
-    eyes.touch()
-    assert offer_of(known, blind).models["a"].section["mmproj"] == str(eyes)
+def test_a_model_whose_files_are_missing_is_withheld_unless_it_runs(known: FlagSet) -> None:
+    """What a table names and is not there keeps its model from the router, but never takes one away that runs."""
+    missing = {"a": "mmproj /m/eyes.gguf is not there"}
+    assert offer_of(known, spec("a"), missing=missing).withheld["a"].reason == missing["a"]
+    before = offer_of(known, spec("a"))
+    assert list(offer_of(known, spec("a"), kept=dict(before.models), before=before, missing=missing).models) == ["a"]
 
 
 def test_what_is_kept_stays_as_it_was(known: FlagSet) -> None:
@@ -105,7 +101,7 @@ def test_an_alias_of_a_kept_model_is_not_given_away(known: FlagSet) -> None:
     now = spec("a"), spec("b", aliases=("best", "good"))
     meanwhile = offer_of(known, *now, kept=dict(before.models), before=before)
     assert meanwhile.models["b"].section["alias"] == "good"
-    preset.lint(to_preset(meanwhile, common(known)), known)
+    preset.lint(to_preset(meanwhile), known)
     after = offer_of(known, *now, before=meanwhile)
     assert after.models["b"].section["alias"] == "best,good"
 
@@ -116,6 +112,16 @@ def test_a_name_that_is_an_alias_of_a_kept_model(known: FlagSet) -> None:
     meanwhile = offer_of(known, spec("a"), spec("b"), kept=dict(before.models), before=before)
     assert "alias of a model that is loaded" in meanwhile.withheld["b"].reason
     assert set(offer_of(known, spec("a"), spec("b"), before=meanwhile).models) == {"a", "b"}
+
+
+def test_a_name_that_an_unchanged_kept_model_has_as_alias(known: FlagSet) -> None:
+    """A router keeps the aliases of a model that runs: a file of such a name waits, and all others are told."""
+    alpha = spec("alpha", aliases=("foo",))
+    before = offer_of(known, alpha)
+    meanwhile = offer_of(known, alpha, spec("foo"), spec("new"), kept=dict(before.models), before=before)
+    assert set(meanwhile.models) == {"alpha", "new"}
+    assert "alias of a model that is loaded" in meanwhile.withheld["foo"].reason
+    preset.lint(to_preset(meanwhile), known)
 
 
 def test_what_did_not_change_is_not_worked_out_again(known: FlagSet) -> None:

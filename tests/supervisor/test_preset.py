@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,17 @@ from llamavisor.binary import probe
 from llamavisor.errors import OptionError
 from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import FlagSet, HelpOption
-from llamavisor.preset import STOP_TIMEOUT_S, Preset, for_router, lint, write
+from llamavisor.preset import ALWAYS, STOP_TIMEOUT_S, Preset, for_router, lint, write
 
 MODEL = "/srv/models/a.gguf"
 _KEYS = st.sampled_from(["ctx-size", "top-k", "n-gpu-layers", "chat-template-kwargs", "reverse-prompt", "jinja"])
 _NASTY = st.text(st.one_of(st.sampled_from(" \t\r\n;#[]=:\\\"'\0éλ☃"), st.characters(codec="utf-8")), max_size=12)
 _TABLES = st.dictionaries(_KEYS, _NASTY, max_size=4)
+
+
+def for_all(options: LaunchOptions) -> Preset:
+    """A preset that tells all models the same."""
+    return Preset(common=dict(sorted({**options.preset, **ALWAYS}.items())))
 
 
 def _read(text: str) -> dict[str, dict[str, str]]:
@@ -115,11 +121,12 @@ def test_names_that_the_router_would_rename_are_refused(name: str, renamed: str 
 
 
 def test_every_preset_has_metrics_and_a_short_stop_timeout() -> None:
-    """A router's preset says what its options say, and in any case what the supervisor relies on."""
-    preset = for_router(LaunchOptions({"ctx-size": "512"}), {"a": {"model": MODEL}})
-    assert preset.common == {"ctx-size": "512", "metrics": "1", "stop-timeout": str(STOP_TIMEOUT_S)}
-    assert preset.sections == {"a": {"model": MODEL}}
-    assert for_router(LaunchOptions({})).common == {"metrics": "1", "stop-timeout": "3"}
+    """A router's preset says what its models are told, and for all of them what the supervisor relies on."""
+    preset = for_router({"a": {"model": MODEL, "ctx-size": "512"}})
+    assert (
+        preset.common == {"metrics": "1", "stop-timeout": str(STOP_TIMEOUT_S)} == {"metrics": "1", "stop-timeout": "3"}
+    )
+    assert preset.sections == {"a": {"model": MODEL, "ctx-size": "512"}}
     lint(preset, NEW)
     lint(preset, OLD)
 
@@ -127,8 +134,8 @@ def test_every_preset_has_metrics_and_a_short_stop_timeout() -> None:
 def test_equal_presets_are_equal_files() -> None:
     """Nothing in the text depends on when or where it was written, so that an unchanged file needs no reload."""
     options = LaunchOptions({"b": "1", "a": "2"}), LaunchOptions({"a": "2", "b": "1"})
-    assert for_router(options[0]).render() == for_router(options[1]).render()
-    assert for_router(options[0]).render().startswith("# Written by llamavisor")
+    assert for_all(options[0]).render() == for_all(options[1]).render()
+    assert for_all(options[0]).render().startswith("# Written by llamavisor")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_a_preset_is_written_for_its_owner_alone_and_replaces_the_old_one(tmp_pa
     path.chmod(0o644)
     (tmp_path / ".preset.ini.tmp").write_text("left behind")
     (tmp_path / ".preset.ini.tmp").chmod(0o644)
-    preset = for_router(LaunchOptions({"reverse-prompt": "é"}))
+    preset = for_all(LaunchOptions({"reverse-prompt": "é"}))
     write(path, preset)
     assert path.read_text(encoding="utf-8") == preset.render()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -272,7 +279,7 @@ def test_the_true_router_reads_what_was_written(llama_server: Path, tmp_path: Pa
     values = ['{"a": [1, "b c"]}', "back\\slash \\", "'quoted' \"twice\"", "= x = y", "λ ☃ 𝄞", "[x]", "a\tb"]
     names = ["org/name:Q4_K_M", "a;b#c", "with blank", "=", "[x", "λ☃", "-dash", '"q"', "default"]
     sections = {name: {"model": str(model), "reverse-prompt": values[i % len(values)]} for i, name in enumerate(names)}
-    preset = for_router(LaunchOptions({"threads": "1", "cont-batching": "0"}), sections)
+    preset = replace(for_all(LaunchOptions({"threads": "1", "cont-batching": "0"})), sections=sections)
     write(tmp_path / "preset.ini", preset)
     lint(preset, probe(llama_server, {}).flags)
     (tmp_path / "none").mkdir()

@@ -20,7 +20,7 @@ from llamavisor import gguf
 from llamavisor.binary import probe
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.errors import OptionError
-from llamavisor.flags import LaunchOptions, ModelOptions, OptionLayer, resolve
+from llamavisor.flags import ModelOptions, OptionLayer, resolve
 from llamavisor.gguf import Header, Kind
 from llamavisor.helptext import FlagSet
 from llamavisor.preset import for_router, lint, write
@@ -66,22 +66,18 @@ def _spec(entry: Entry, *rules: ModelRule, router: str = "main") -> ModelSpec:
     return spec
 
 
-def _common(base: Sequence[OptionLayer], flags: FlagSet = NEW) -> LaunchOptions:
-    return resolve(base, flags, binary=BINARY)
-
-
 def _section(
     spec: ModelSpec, base: Sequence[OptionLayer] = (), flags: FlagSet = NEW, *, path: bool = False
 ) -> dict[str, str]:
-    entries = dict(section(spec, base, _common(base, flags), flags, binary=BINARY))
-    lint(for_router(_common(base, flags), {spec.name: entries}), None if flags is OLDEST else flags)
+    entries = dict(section(replace(spec, base=tuple(base)), flags, binary=BINARY))
+    lint(for_router({spec.name: entries}), None if flags is OLDEST else flags)
     assert entries["model"] == spec.path
     return entries if path else {key: value for key, value in entries.items() if key != "model"}
 
 
 def _refusal(spec: ModelSpec, base: Sequence[OptionLayer] = (), flags: FlagSet = NEW) -> OptionError:
     with pytest.raises(OptionError) as caught:
-        section(spec, base, _common(base, flags), flags, binary=BINARY)
+        section(replace(spec, base=tuple(base)), flags, binary=BINARY)
     return caught.value
 
 
@@ -89,21 +85,23 @@ def _refusal(spec: ModelSpec, base: Sequence[OptionLayer] = (), flags: FlagSet =
 
 
 def test_a_model_without_tables_is_its_file() -> None:
-    """Its section names the file, and says nothing that [*] says."""
+    """Its section names the file, and says what its router's tables say."""
     entry = _entry(changed_at=5.0)
     spec = _spec(entry)
     assert spec == ModelSpec(name="alpha", path="/m/alpha.gguf", files=(entry.files[0].id,), n_ctx_train=4096)
     assert spec.changed_at == 5.0
-    assert _section(spec, _base(ctx_size=512), path=True) == {"model": "/m/alpha.gguf"}
+    assert _section(spec, path=True) == {"model": "/m/alpha.gguf"}
+    assert _section(spec, _base(ctx_size=512)) == {"ctx-size": "512"}
 
 
-def test_only_what_differs_is_said() -> None:
-    """What a table repeats is left out, what it changes is there, lower tables give way option by option."""
+def test_lower_tables_give_way_option_by_option() -> None:
+    """A section says all that its model is told: the router's tables, and what the model's own say otherwise."""
     rules = [_rule("al*", ctx_size=1, parallel=2, args=["--top-k", "3"]), _rule("alpha", ctx_size=256)]
     base = _base(ctx_size=256, threads=4, args=["--top-p", "0.5"])
-    assert _section(_spec(_entry(), *rules), base) == {"parallel": "2", "top-k": "3"}
-    assert _section(_spec(_entry("albert"), *rules), base) == {"ctx-size": "1", "parallel": "2", "top-k": "3"}
-    assert _section(_spec(_entry("beta"), *rules), base) == {}
+    common = {"ctx-size": "256", "threads": "4", "top-p": "0.5"}
+    assert _section(_spec(_entry(), *rules), base) == {**common, "parallel": "2", "top-k": "3"}
+    assert _section(_spec(_entry("albert"), *rules), base) == {**common, "ctx-size": "1", "parallel": "2", "top-k": "3"}
+    assert _section(_spec(_entry("beta"), *rules), base) == common
 
 
 def test_everything_that_a_table_may_say_reaches_the_section() -> None:
@@ -227,44 +225,15 @@ def test_what_the_build_lacks_is_an_error() -> None:
     assert _section(_spec(_entry(), _rule("*", draft=False, lora=[])), flags=OLDEST) == {}
 
 
-# Taking back
+# What a table takes back
 
 
-@pytest.mark.parametrize(
-    ("common", "own", "flags", "entries"),
-    [
-        ({"load_mode": "mlock"}, {"load_mode": "auto"}, OLD, {"mlock": "0", "mmap": "1"}),
-        ({"load_mode": "dio"}, {"load_mode": "none"}, OLD, {"direct-io": "0", "mmap": "0"}),
-        ({"load_mode": "mlock"}, {"load_mode": "auto"}, NEW, {"load-mode": "auto"}),
-        ({"load_mode": "none"}, {"load_mode": "auto"}, OLDEST, {"no-mmap": "0"}),
-        ({"flash_attn": "on"}, {"flash_attn": "off"}, OLDEST, {"flash-attn": "0"}),
-        ({"jinja": True}, {"jinja": False}, NEW, {"jinja": "0"}),
-        ({"cont_batching": False}, {"cont_batching": True}, OLDEST, {"cont-batching": "1", "no-cont-batching": "0"}),
-        ({"cont_batching": True}, {"cont_batching": False}, OLDEST, {"cont-batching": "0", "no-cont-batching": "1"}),
-    ],
-)
-def test_a_flag_of_all_models_is_taken_back(
-    common: dict[str, object], own: dict[str, object], flags: FlagSet, entries: dict[str, str]
-) -> None:
-    """Where a build says its default by leaving a flag out, the section says the flag is off."""
-    assert _section(_spec(_entry(), _rule("*", **own)), _base(**common), flags) == entries
-
-
-@pytest.mark.parametrize(
-    ("common", "own", "flags"),
-    [
-        ({"gpu_layers": "all"}, {"gpu_layers": "auto"}, OLDEST),
-        ({"args": ["--mmproj", "/p"]}, {"mmproj": False}, NEW),
-        ({"args": ["--lora", "/a"]}, {"lora": ["/b:2"]}, NEW),
-    ],
-)
-def test_a_value_that_cannot_be_taken_back_is_an_error(
-    common: dict[str, object], own: dict[str, object], flags: FlagSet
-) -> None:
-    """A build without a word for its default would silently give the model what all get."""
-    error = _refusal(_spec(_entry(), _rule("al*", **own)), _base(**common), flags)
-    assert "no word for taking back" in str(error)
-    assert "[model] tables" in error.hint
+def test_what_a_table_takes_back_is_not_said() -> None:
+    """A table that goes back to a build's default leaves nothing of what all models are told."""
+    back = _rule("*", load_mode="auto", mmproj=False, lora=["/b:2"])
+    base = _base(load_mode="mlock", args=["--mmproj", "/p", "--lora", "/a"])
+    assert _section(_spec(_entry(), back), base) == _section(_spec(_entry(), back), ())
+    assert _section(_spec(_entry(), _rule("*", gpu_layers="auto")), _base(gpu_layers="all"), OLDEST) == {}
 
 
 # What lies beside it
@@ -330,7 +299,7 @@ def test_an_embedding_model_takes_whole_texts(
 ) -> None:
     """Its batches are as large as its context: what its table says, else the router's, never beyond its training."""
     spec = _spec(_entry(header=_header(Kind.EMBEDDING, context)), _rule("*", **own))
-    layers = layers_in_force(spec, _base(**base, parallel=1))
+    layers = layers_in_force(replace(spec, base=tuple(_base(**base, parallel=1))))
     preset = resolve(layers, NEW, binary=BINARY).preset
     if own.get("ctx_size") != 0:
         assert preset["ctx-size"] == str(expected)
@@ -415,15 +384,15 @@ def test_what_is_left_of_aliases_never_stops_a_router(aliases: Mapping[str, list
     random.shuffle(specs)
     assert without_clashes(specs) == (kept, notes)
     assert kept.keys() == aliases.keys()
-    lint(for_router(LaunchOptions({}), {n: section(s, (), LaunchOptions({}), NEW, binary="") for n, s in kept.items()}))
+    lint(for_router({n: section(s, NEW, binary="") for n, s in kept.items()}))
 
 
 def test_a_rule_is_checked_without_a_model() -> None:
     """What no model of a router could get is told by `config check`."""
     base = _base(ctx_size=1)
-    try_rule(_rule("*", mmproj=True, draft=True, lora=[]), base, _common(base), NEW, binary=BINARY)
+    try_rule(_rule("*", mmproj=True, draft=True, lora=[]), base, NEW, binary=BINARY)
     with pytest.raises(OptionError, match=r'\[model."\*"\]: --nope'):
-        try_rule(_rule("*", args=["--nope"]), base, _common(base), NEW, binary=BINARY)
+        try_rule(_rule("*", args=["--nope"]), base, NEW, binary=BINARY)
 
 
 # Files that tables name
@@ -443,12 +412,12 @@ def test_files_that_a_table_names_must_be_there(tmp_path: Path) -> None:
         "grammar_file": str(there),
         "slot_save_path": str(folder),
     }
-    assert missing_files(_spec(_entry(), _rule("*", **good))) is None
-    assert missing_files(_spec(_entry(), _rule("*", mmproj=False, draft=False, chat_template="chatml"))) is None
+    assert missing_files(_spec(_entry(), _rule("*", **good)).layers) is None
+    assert missing_files(_spec(_entry(), _rule("*", mmproj=False, draft=False, chat_template="chatml")).layers) is None
     gone = str(tmp_path / "gone")
     for key in good:
         value = [f"{gone}:2"] if key == "lora" else gone
-        reason = missing_files(_spec(_entry(), _rule("*", **{**good, key: value})))
+        reason = missing_files(_spec(_entry(), _rule("*", **{**good, key: value})).layers)
         assert reason == f'[model."*"]: {key} {gone} is not there'
     told = {
         "mmproj": (str(pipe), "is no file"),
@@ -458,9 +427,9 @@ def test_files_that_a_table_names_must_be_there(tmp_path: Path) -> None:
         "chat_template": ("/a\0.jinja", "is no path"),
     }
     for key, (path, why) in told.items():
-        assert why in str(missing_files(_spec(_entry(), _rule("*", **{**good, key: path}))))
-    assert "found beside it" in str(missing_files(_spec(_entry(projector=_file(gone)))))
-    assert missing_files(_spec(_entry(projector=_file(gone)), _rule("*", mmproj=str(there)))) is None
+        assert why in str(missing_files(_spec(_entry(), _rule("*", **{**good, key: path})).layers))
+    assert missing_files(_spec(_entry(projector=_file(gone))).layers) is None
+    assert missing_files(_spec(_entry(projector=_file(gone)), _rule("*", mmproj=str(there))).layers) is None
 
 
 # Size and truth
@@ -471,13 +440,12 @@ def test_ten_thousand_models_take_a_second() -> None:
     rules = (_rule("*", ctx_size=512, tags=["t"]), *(_rule(f"m{i}*", args=["--top-k", str(i)]) for i in range(30)))
     entries = [_entry(f"m{i}", aliases=(f"f{i}",)) for i in range(10_000)]
     base = _base(threads=1, ctx_size=256)
-    common = _common(base)
     began = time.perf_counter()
-    specs = [specify(entry, rules, router="main") for entry in entries]
+    specs = [specify(entry, rules, router="main", base=tuple(base)) for entry in entries]
     cleared, notes = without_clashes(spec for spec in specs if spec)
-    sections = {name: section(spec, base, common, NEW, binary=BINARY) for name, spec in cleared.items()}
+    sections = {name: section(spec, NEW, binary=BINARY) for name, spec in cleared.items()}
     made = time.perf_counter()
-    lint(for_router(common, sections), NEW)
+    lint(for_router(sections), NEW)
     linted = time.perf_counter()
     assert (len(sections), notes) == (10_000, {})
     assert sections["m5"]["top-k"] == "5"
@@ -501,12 +469,9 @@ def test_the_true_router_gives_each_model_what_its_section_says(
     )
     names = ["alpha", "beta", *(f"{kind}-{i}" for kind in ("file", "spec", "plain") for i in range(40))]
     entries = [_entry(name, files=(_file(str(models_dir / "alpha.gguf")),)) for name in names]
-    common = resolve(base, flags, binary=str(llama_server))
-    specs, notes = without_clashes(_spec(entry, *rules) for entry in entries)
-    sections = {
-        name: dict(section(spec, base, common, flags, binary=str(llama_server))) for name, spec in specs.items()
-    }
-    preset = for_router(common, sections)
+    specs, notes = without_clashes(replace(_spec(entry, *rules), base=tuple(base)) for entry in entries)
+    sections = {name: dict(section(spec, flags, binary=str(llama_server))) for name, spec in specs.items()}
+    preset = for_router(sections)
     lint(preset, flags)
     write(tmp_path / "preset.ini", preset)
     (tmp_path / "none").mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import anyio
 import pytest
 
 from fakes.host import FakeHost
-from fakes.machine import FakeModel, fake_models
+from fakes.machine import FakeModel, FakeStart, fake_models
 from fakes.supervised import Supervised, supervised
 from llamavisor.errors import ApiError, ModelNotFoundError, RouterNotReadyError
 from llamavisor.events import ModelAdded, ModelRemoved, ModelStale, ModelUnloaded, ModelWithheld, UnloadReason, Warned
@@ -117,7 +118,7 @@ async def test_a_stale_model_is_loaded_anew_when_it_is_idle(
         assert it.process.unloads == ["alpha"]
         assert it.process.loads == ["alpha", "beta", "alpha"]
         assert not other.ended.is_set()
-        assert it.story.of(ModelUnloaded)[-1].reason is UnloadReason.REQUESTED
+        assert it.story.of(ModelUnloaded)[-1].reason is UnloadReason.REFRESHED
         assert it.router.shelf.offer.models["alpha"].spec == host.specs()["alpha"]
 
 
@@ -132,6 +133,124 @@ async def test_the_policy_for_an_overwritten_file(host: FakeHost, policy: str, l
         await anyio.sleep(60)
         assert it.process.loads == loads
         assert it.model("alpha") is (ModelState.LOADED if policy == "keep" else ModelState.UNLOADED)
+
+
+async def test_a_model_that_has_just_begun_to_answer_is_not_unloaded(host: FakeHost) -> None:
+    """What is known of a model may be a second old: right before the unload it is asked once more."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        await anyio.sleep(10.5)
+        it.process.busy.add("alpha")
+        host.models["alpha"].inode = 2
+        host.look()
+        await anyio.sleep(60)
+        assert it.process.unloads == []
+        assert it.model("alpha") is ModelState.LOADED
+        it.process.busy.clear()
+        await it.until(lambda: it.process.loads == ["alpha", "alpha"], within_s=10)
+
+
+async def test_a_model_that_says_nothing_any_more_is_not_idle(host: FakeHost) -> None:
+    """A model that was idle and has stopped telling is not taken to be idle still."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        await anyio.sleep(10)
+        it.process.children["alpha"].port = 1  # nobody answers where it is asked
+        await anyio.sleep(3)
+        host.models["alpha"].inode = 2
+        host.look()
+        await anyio.sleep(60)
+        assert it.process.unloads == []
+
+
+async def test_an_unload_by_a_person_does_not_wait_for_idleness(host: FakeHost) -> None:
+    """While a stale model is asked whether it is idle, a person's word still counts."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        it.process.busy.add("alpha")
+        host.models["alpha"].inode = 2
+        host.look()
+        assert await it.router.unload("alpha")
+        assert it.model("alpha") is ModelState.UNLOADED
+
+
+async def test_a_model_that_runs_is_never_withheld(host: FakeHost) -> None:
+    """A file that a table names vanishes: its model, which runs and has not changed, is left alone by every reload."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        host.withholds["alpha"] = "chat_template /t.jinja is not there"
+        host.models["delta"] = FakeModel()
+        host.look()
+        await it.until(lambda: "delta" in names(it))
+        assert it.model("alpha") is ModelState.LOADED
+        await it.router.unload("alpha")
+
+
+async def test_what_a_client_has_loaded_meanwhile_is_kept(host: FakeHost) -> None:
+    """A model that a client has loaded while a reload is being written is left out of it after all."""
+    async with supervised(host) as it:
+        await up_with(it)
+        host.models["alpha"].options = ("[model.alpha]",)
+        host.while_writing = lambda: it.process.load_for_client("alpha")
+        host.look()
+        await it.until(lambda: it.model("alpha") is ModelState.LOADED)
+        await it.until(lambda: it.process.loads == ["alpha"], within_s=30)  # it was idle, and is loaded anew
+        assert not it.process.failed
+
+
+async def test_a_refresh_pushes_nobody_out(tmp_path: Path) -> None:
+    """A model that was unloaded for its options is not loaded again when a client has filled its place meanwhile."""
+    host = FakeHost(RouterSettings(name="main", models_dir=tmp_path, models_max=1), folder=tmp_path)
+    host.models = fake_models(("alpha", "beta"), load_s=0.1)
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        await anyio.sleep(5)
+        host.models["alpha"].options = ("[model.alpha]",)
+        host.while_writing = lambda: it.process.load_for_client("beta")
+        host.look()
+        await it.until(lambda: it.process.unloads == ["alpha"])
+        await anyio.sleep(60)
+        assert it.model("beta") is ModelState.LOADED
+        assert it.process.loads == ["alpha"]
+
+
+async def test_a_model_that_is_not_for_this_router_any_more(host: FakeHost) -> None:
+    """A model whose table moves it to another router is unloaded when it is idle, and told as that."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha", "beta")
+        it.process.busy.add("alpha")
+        rest = {name: spec for name, spec in host.specs().items() if name != "alpha"}
+        host.deliver = lambda _: it.router.want(rest, {"alpha": Change.MOVED})
+        host.look()
+        await anyio.sleep(60)
+        assert it.process.unloads == []
+        assert "not for this router" in it.story.of(ModelStale)[-1].message()
+        it.process.busy.clear()
+        await it.until(lambda: "alpha" not in names(it))
+        assert it.model("beta") is ModelState.LOADED
+
+
+@pytest.mark.parametrize(("policy", "unloads"), [("reload", []), ("unload", ["alpha"]), ("keep", [])])
+async def test_a_file_that_is_no_longer_fit(host: FakeHost, policy: str, unloads: list[str]) -> None:
+    """A file that is overwritten with junk: the model is unloaded if that is wanted, and never loaded from it."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        rest = {name: spec for name, spec in host.specs().items() if name != "alpha"}
+        host.deliver = lambda _: it.router.want(rest, {"alpha": Change.OVERWRITTEN}, on_overwrite=policy)  # type: ignore[arg-type]
+        host.look()
+        await anyio.sleep(60)
+        assert (it.process.unloads, it.process.loads) == (unloads, ["alpha"])
+        assert "overwritten in place" in it.story.of(ModelStale)[-1].message()
+
+
+async def test_load_on_start_after_a_start_that_failed(host: FakeHost) -> None:
+    """What is to be loaded on start is loaded when the router comes up at last."""
+    host.models["alpha"].load_on_start = True
+    host.starts.extend([FakeStart(ready_at=math.inf, ends_at=0.1)] * 2)
+    async with supervised(host) as it:
+        it.router.start()
+        await it.reaches(RouterState.READY)
+        await it.until(lambda: it.model("alpha") is ModelState.LOADED)
 
 
 async def test_a_model_of_which_nothing_is_known_is_not_idle(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,6 +350,7 @@ async def test_a_withheld_model_is_looked_at_again(host: FakeHost) -> None:
         assert names(it) == ["alpha", "gamma"]
         await anyio.sleep(100)
         assert [event.model for event in it.story.of(ModelWithheld)] == ["beta"]
+        assert it.process.reloads == 0, "the router opens every file in a reload, for nothing"
         del host.withholds["beta"]
         await it.until(lambda: "beta" in names(it), within_s=40)
 

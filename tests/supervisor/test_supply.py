@@ -20,9 +20,10 @@ from llamavisor.errors import ModelNotFoundError
 from llamavisor.events import Bus, EntryChanged, FolderBack, FolderStale, ModelAdded, ModelStale
 from llamavisor.fleet import Fleet
 from llamavisor.launch import ModelSource
+from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.rules import ModelRule, ModelSettings
 from llamavisor.settings import FleetSettings, RouterSettings
-from llamavisor.states import RouterState
+from llamavisor.states import Change, RouterState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
 
@@ -142,7 +143,8 @@ async def test_which_routers_may_hold_a_model(stage: Stage) -> None:
         for name in ("one", "two"):
             await stage.until(name, lambda name=name: stage.fleet[name].is_serving)
         assert [stage.models(name) for name in ("one", "two")] == [["beta"], ["alpha", "beta"]]
-        assert await stage.fleet.apply(stage.settings(*routers, rules=[rule("al*", router=("one",))])) == ()
+        applied = await stage.fleet.apply(stage.settings(*routers, rules=[rule("al*", router=("one",))]))
+        assert (applied.routers, applied.models) == ((), ("alpha",))
         await stage.until("one", lambda: "alpha" in stage.models("one"))
         await stage.until("two", lambda: "alpha" not in stage.models("two"))
         assert len(stage.machine.processes) == 2
@@ -158,7 +160,8 @@ async def test_a_table_touches_only_its_own_model(stage: Stage) -> None:
             await stage.fleet["main"].load(name)
         (process,) = stage.machine.alive
         other = process.children["beta"]
-        assert await stage.fleet.apply(stage.settings(router, rules=[rule("alpha", ctx_size=512)])) == ()
+        applied = await stage.fleet.apply(stage.settings(router, rules=[rule("alpha", ctx_size=512)]))
+        assert (applied.routers, applied.models) == ((), ("alpha",))
         await stage.until("main", lambda: process.loads == ["alpha", "beta", "alpha"])
         assert stage.machine.alive == [process]
         assert not other.ended.is_set()
@@ -275,3 +278,79 @@ async def test_thousands_of_models_at_once(stage: Stage) -> None:
         stage.watch("a").put(*(entry(f"model{at}") for at in range(2000)))
         await stage.until("main", lambda: len(stage.models("main")) == 2000)
         assert stage.machine.alive[0].reloads == 1
+
+
+async def test_a_table_of_all_models_restarts_no_router(stage: Stage) -> None:
+    """An edit of [defaults] is told to each model when it is idle; who is being answered notices nothing."""
+    stage.watch("a").entries = {name: entry(name) for name in ("alpha", "beta")}
+    before = stage.settings(("main", 8081, "a"))
+    layer = OptionLayer("[defaults]", ModelOptions(ctx_size=512))
+    after = replace(before, routers=(replace(before.routers[0], layers=(layer,)),))
+    async with stage.running(before):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        for name in ("alpha", "beta"):
+            await stage.fleet["main"].load(name)
+        (process,) = stage.machine.alive
+        process.busy.add("alpha")
+        await anyio.sleep(3)
+        applied = await stage.fleet.apply(after)
+        assert (applied.routers, applied.models) == ((), ("alpha", "beta"))
+        await stage.until("main", lambda: process.loads == ["alpha", "beta", "beta"])
+        await anyio.sleep(100)
+        assert stage.machine.alive == [process]
+        assert process.unloads == ["beta"]
+        process.busy.clear()
+        await stage.until("main", lambda: process.loads[-1] == "alpha" and len(process.loads) == 4)
+        assert stage.fleet["main"].settings.layers == (layer,)
+
+
+async def test_what_a_routers_own_process_is_told_needs_a_restart(stage: Stage) -> None:
+    """Options of the listener are on the command line: a change of them restarts the router, with its models."""
+    stage.watch("a").entries = {"alpha": entry("alpha")}
+    before = stage.settings(("main", 8081, "a"))
+    layer = OptionLayer("[defaults]", ModelOptions(args=("--cors-origins", "*")))
+    async with stage.running(before):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        applied = await stage.fleet.apply(replace(before, routers=(replace(before.routers[0], layers=(layer,)),)))
+        assert applied.routers == ("main",)
+        await stage.until("main", lambda: len(stage.machine.processes) == 2 and stage.fleet.is_ready)
+
+
+async def test_a_new_watch_of_the_same_folder_takes_nothing_away(stage: Stage) -> None:
+    """Other link_dirs mean another watch: until it has looked, everything stays as it was."""
+    watch = stage.watch("a")
+    watch.entries = {"alpha": entry("alpha")}
+    before = stage.settings(("main", 8081, "a"))
+    async with stage.running(before):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        await stage.fleet["main"].load("alpha")
+        watch.is_hanging = True
+        stage.watches.clear()
+        stage.watch("a").is_hanging = True
+        await stage.fleet.apply(replace(before, link_dirs=(Path("/mnt"),)))
+        await anyio.sleep(10)
+        assert stage.models("main") == ["alpha"]
+        assert stage.story.of(ModelStale) == []
+        stage.watch("a").is_hanging = False
+        stage.watch("a").put(entry("alpha"), entry("beta"))
+        await stage.until("main", lambda: stage.models("main") == ["alpha", "beta"])
+        assert stage.story.of(ModelStale) == []
+
+
+@pytest.mark.parametrize(
+    ("now", "change"),
+    [
+        (entry("alpha", EntryState.INVALID, content=2, reason="no GGUF"), Change.OVERWRITTEN),
+        (entry("alpha", EntryState.INVALID, reason="part 2 is missing"), Change.GONE),
+    ],
+    ids=["overwritten", "otherwise unfit"],
+)
+async def test_why_a_loaded_model_is_not_served_any_more(stage: Stage, now: Entry, change: Change) -> None:
+    """A file that was overwritten with junk is told from one that has gone."""
+    stage.watch("a").entries = {"alpha": entry("alpha")}
+    async with stage.running(stage.settings(("main", 8081, "a"))):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        await stage.fleet["main"].load("alpha")
+        stage.watch("a").put(now)
+        await anyio.sleep(5)
+        assert [event.change for event in stage.story.of(ModelStale)] == [change]

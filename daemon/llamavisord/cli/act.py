@@ -20,6 +20,8 @@ from llamavisord.plain import plain
 
 RELOAD_TIMEOUT_S = 180.0
 """A reload opens the header of every GGUF, and may end a router first."""
+NAMED_MAX = 10
+"""How many routers and models one line names."""
 _GOALS: Mapping[str, frozenset[str]] = {
     "loaded": frozenset({"loaded", "sleeping"}),
     "unloaded": frozenset({"unloaded", "failed"}),
@@ -37,7 +39,8 @@ def load(arguments: Namespace) -> int:
             model = _find_model(client, arguments)
         except CommandError:  # the answer to the load itself will say what is wrong
             return
-        progress.show(model.get("progress"), model.get("stage") or "")
+        is_coming = model.get("state") == "settling"
+        progress.show(model.get("progress"), "waiting for its file" if is_coming else model.get("stage") or "")
 
     try:
         answer = client.call("POST", model_path(arguments.model, "load"), _model_query(arguments), tick=tick)
@@ -81,9 +84,13 @@ def reload(arguments: Namespace) -> int:
     if arguments.json:
         screen.json(answer)
     else:
-        changed = ", ".join(plain(name) for name in answer["changed"])
-        screen.line(f"configuration reloaded, changed: {changed or 'nothing'}")
-    return ExitCode.OK
+        changed = [*(f"router {name}" for name in answer["changed"]), *(f"model {name}" for name in answer["models"])]
+        more = f" and {len(changed) - NAMED_MAX} more" if len(changed) > NAMED_MAX else ""
+        named = ", ".join(map(plain, changed[:NAMED_MAX]))
+        screen.line(f"configuration reloaded, changed: {named or 'nothing'}{more}")
+        for problem in answer["problems"]:
+            print(f"llamavisor: {plain(problem)}", file=sys.stderr)
+    return ExitCode.FAILED if answer["problems"] else ExitCode.OK
 
 
 def _model_query(arguments: Namespace) -> dict[str, object]:

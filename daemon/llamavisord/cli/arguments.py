@@ -15,6 +15,8 @@ ROUTER_TIMEOUT_S = 120.0
 WAIT_MAX_S = 3600.0
 """The daemon lets nobody wait longer; whoever wants to asks again."""
 LOG_LINES = 100
+_SOCKET_HELP = "the daemon's control socket (else LLAMAVISOR_SOCKET)"
+_WITHOUT_SOCKET = frozenset({"config", "demo", "version"})
 
 
 class _Commands:
@@ -39,7 +41,7 @@ class _Commands:
         parser = self._actions.add_parser(name, help=does, description=description, allow_abbrev=False)
         add_debug(parser)
         if talks:
-            parser.add_argument("--socket", metavar="PATH", help="the daemon's control socket (else LLAMAVISOR_SOCKET)")
+            add_socket(parser, _SOCKET_HELP, default=argparse.SUPPRESS)
         if json:
             parser.add_argument("--json", action="store_true", help="answer in JSON")
         return parser
@@ -53,14 +55,23 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     """
     words, server_args = list(words), []
     # argparse would let the words after `--` wander off to other arguments.
-    command = next((word for word in words if not word.startswith("-")), "")
-    if command == "serve" and "--" in words:
+    if _command(words) == "serve" and "--" in words:
         at = words.index("--")
         words, server_args = words[:at], words[at + 1 :]
     parser = _parser()
     arguments = parser.parse_args(words)
     arguments.server_args = tuple(server_args)
+    if arguments.socket is not None and arguments.command in _WITHOUT_SOCKET:
+        parser.error(f"--socket means nothing to {arguments.command}")
     return arguments
+
+
+def _command(words: Sequence[str]) -> str:
+    """The first word that is neither a flag nor the value of one."""
+    at = 0
+    while at < len(words) and words[at].startswith("-"):
+        at += 2 if words[at] == "--socket" else 1
+    return words[at] if at < len(words) else ""
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
@@ -68,6 +79,11 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
     )
+
+
+def add_socket(parser: argparse.ArgumentParser, told: str, *, default: str | None = None) -> None:
+    """`--socket` likewise; behind the command it does not take back what stands before it."""
+    parser.add_argument("--socket", metavar="PATH", default=default, help=told)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_debug(parser)
+    add_socket(parser, _SOCKET_HELP)
     parser.add_argument("--version", action="version", version=f"llamavisor {__version__}")
     commands = _Commands(parser, "commands", "command")
     _add_serve(commands)
@@ -106,7 +123,7 @@ def _add_serve(commands: _Commands) -> None:
     add("--port", type=int, help="port that the router listens on")
     add("--gpu-layers", metavar="N", help='layers in GPU memory: a number, "auto" or "all"')
     add("--llama-server", metavar="PATH", help="the llama-server to run, a path or a command")
-    add("--socket", metavar="PATH", help="where the control socket is to be")
+    add_socket(serve, "where the control socket is to be", default=argparse.SUPPRESS)
     add("--state-dir", metavar="DIR", help="folder for generated files and logs")
     add("--metrics-port", type=int, metavar="PORT", help="port that Prometheus reads")
     add("--no-metrics", action="store_true", help="no Prometheus endpoint")
@@ -115,7 +132,8 @@ def _add_serve(commands: _Commands) -> None:
 
 def _add_reading(commands: _Commands) -> None:
     commands.add("status", "show how the daemon, its routers and its models are", talks=True, json=True)
-    commands.add("models", "list the models", talks=True, json=True)
+    models = commands.add("models", "list the models", talks=True, json=True)
+    models.add_argument("names", nargs="*", metavar="NAME", help='only models with such a name or alias: "qwen*"')
     show = commands.add("show", "show everything that is known of a model", talks=True, json=True)
     show.add_argument("model", help="name of the model, or an alias")
     show.add_argument("--router", metavar="NAME", help="only what this router makes of it")

@@ -52,7 +52,7 @@ def settings_of(config: Config, model: str, router: str | None) -> list[tuple[st
     may_hold = False
     for each in routers:
         entry = _find(config, each, name)
-        spec = specify(entry, config.rules, router=each.name)
+        spec = specify(entry, config.rules, router=each.name, base=each.layers)
         if spec is None:
             _say(f"router {each.name}: may not hold {name}: `router` in its [model] table names others")
             continue
@@ -85,7 +85,7 @@ def _settings(config: Config, router: RouterSettings, spec: ModelSpec, entry: En
         folder = origins.of_router("models_dir")
         yield Setting("model", spec.path, folder)
         yield Setting("kind", spec.kind.value, Origin(spec.path))
-    effective = _effective(layers_in_force(spec, router.layers))
+    effective = _effective(layers_in_force(spec))
     if entry.aliases:
         written = effective.pop("aliases", None)
         place = Origin("its place in the folder")

@@ -146,6 +146,14 @@ class Progress:
             self._screen.rewrite("")
 
 
+def shortened(text: str, room: int) -> str:
+    """`text` in `room` columns: of a longer one the middle is left out, since names differ at both ends."""
+    if len(text) <= room:
+        return text
+    kept = room - 1
+    return f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+
+
 def _cut(text: str, room: int) -> str:
     return text if len(text) <= room else f"{text[: room - 3]}..."
 

@@ -13,12 +13,17 @@ class Event:
     """Something notable that happened; every subclass adds what it happened to.
 
     Class attributes:
-        level: the level of its log line.
+        level: the level of its log line, as a rule.
         is_kept: whether it is worth a place among the events that can be replayed.
     """
 
     level: ClassVar[int] = logging.INFO
     is_kept: ClassVar[bool] = True
+
+    @property
+    def log_level(self) -> int:
+        """The level of this one's log line: that of its kind, unless what happened is graver than usual."""
+        return self.level
 
     def message(self) -> str:
         """One line for a person."""

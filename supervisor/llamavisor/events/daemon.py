@@ -33,14 +33,22 @@ class DaemonStopping(Event):
         return f"stopping: {self.reason}"
 
 
+NAMED_MAX = 10
+"""How many models one line names."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigReloaded(Event):
-    """A new configuration is in force; `changed` names the routers that it touched."""
+    """A new configuration is in force; `changed` names the routers that it touched, `models` the models."""
 
     changed: tuple[str, ...]
+    models: tuple[str, ...] = ()
 
     def message(self) -> str:
-        return f"configuration reloaded, changed: {', '.join(self.changed) or 'nothing'}"
+        told = [*(f"router {name}" for name in self.changed), *(f"model {name}" for name in self.models[:NAMED_MAX])]
+        if len(self.models) > NAMED_MAX:
+            told.append(f"{len(self.models) - NAMED_MAX} more models")
+        return f"configuration reloaded, changed: {', '.join(told) or 'nothing'}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

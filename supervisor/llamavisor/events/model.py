@@ -15,6 +15,7 @@ class UnloadReason(Enum):
     """Why a model left memory."""
 
     REQUESTED = "requested"  # somebody asked us
+    REFRESHED = "refreshed"  # its file or its options had changed, and it was idle
     EVICTED = "evicted"  # the router made room, or a client asked the router itself
     CRASHED = "crashed"  # its child ended unasked
     FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
@@ -95,7 +96,14 @@ class ModelUnloaded(Event):
     model: str
     reason: UnloadReason
 
+    @property
+    def log_level(self) -> int:
+        """A model that crashed is a warning, one that was unloaded is not."""
+        return logging.WARNING if self.reason in _CRASHES else self.level
+
     def message(self) -> str:
+        if self.reason in _CRASHES:
+            return f"model {self.model}: {_CRASHES[self.reason].format(router=self.router)}"
         return f"model {self.model}: unloaded from {self.router} ({self.reason.value})"
 
 
@@ -179,12 +187,17 @@ class ModelStale(Event):
     then: str
 
     def message(self) -> str:
-        return f"model {self.model}: on {self.router} {_CHANGES[self.change]}; {self.then}"
+        return f"model {self.model}: on {self.router} {CHANGES[self.change]}; {self.then}"
 
 
-_CHANGES = {
+_CRASHES = {
+    UnloadReason.CRASHED: "crashed on {router}",
+    UnloadReason.FILE_CHANGED: "crashed on {router} because its file was overwritten or cut off",
+}
+CHANGES = {
     Change.OPTIONS: "its options have changed",
     Change.REPLACED: "its file was replaced",
     Change.OVERWRITTEN: "its file was overwritten in place while it is in use, and it may answer nonsense or crash",
-    Change.GONE: "its file is gone, or not fit to be served",
+    Change.MOVED: "it is not for this router any more",
+    Change.GONE: "its files have gone, or are not fit to be served now",
 }

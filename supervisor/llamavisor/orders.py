@@ -1,0 +1,294 @@
+"""The queue of those who wait for a model to be loaded, and the one step that takes all of them further.
+
+Written by `admission` alone, which changes the table of slots and then has the step made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from llamavisor.claims import Claims, Lane
+from llamavisor.demands import (
+    CANCEL_BELOW,
+    Action,
+    CancelLoad,
+    Grant,
+    Lease,
+    Limits,
+    Load,
+    Order,
+    Refuse,
+    Rejection,
+    Unload,
+    Why,
+)
+from llamavisor.eviction import Demand, Plan, Reason, Refusal, Resident
+from llamavisor.placement import Candidate, Choice, place
+from llamavisor.quarantine import Quarantine, Quarantines
+from llamavisor.slots import Key, Slot, Slots, Stage
+
+MIN_RETRY_S = 5.0
+MAX_RETRY_S = 300.0
+TYPICAL_LOAD_S = 10.0
+"""The first guess of how long a load takes, for who asks when to come again."""
+
+
+class Orders:
+    """Who waits, in the order of arrival: one order for each model.
+
+    Args:
+        slots: the table.
+        quarantines: what is not to be loaded for now.
+        limits: how long demands may wait.
+
+    Attributes:
+        pinned: the models that are not to be chosen.
+        is_up: which routers can be used, as far as told; of the others their candidates say so.
+        typical_load_s: how long loads have taken of late.
+    """
+
+    def __init__(self, slots: Slots, quarantines: Quarantines, limits: Limits) -> None:
+        self.pinned: set[str] = set()
+        self.is_up: dict[str, bool] = {}
+        self.typical_load_s = TYPICAL_LOAD_S
+        self._slots = slots
+        self._quarantines = quarantines
+        self._limits = limits
+        self._orders: dict[str, Order] = {}  # Invariant: in the order of arrival
+        self._numbers = 0
+
+    def __repr__(self) -> str:
+        return f"<Orders waiting={ {each.model: len(each.tickets) for each in self} }>"
+
+    def __iter__(self) -> Iterator[Order]:
+        return iter(self._orders.values())
+
+    def __len__(self) -> int:
+        return len(self._orders)
+
+    def get(self, model: str) -> Order | None:
+        """Who waits for the model, None if nobody does."""
+        return self._orders.get(model)
+
+    def add(self, order: Order) -> None:
+        """Somebody is the first to wait for a model."""
+        self._orders[order.model] = order
+
+    def settle(self, now: float) -> list[Action]:
+        """The step: who waits is granted, refused, or has what it needs loaded, unloaded and reserved."""
+        actions = self._expire(now)
+        for _ in range(2):  # once more if something was closed in vain: somebody may wait for it
+            actions += self._tell(now)
+            actions += self._grant_all(now)
+            needed = self._advance(now, actions)
+            draining = [slot for slot in self._slots if slot.stage is Stage.DRAINING and not slot.is_dismissed]
+            unneeded = [slot for slot in draining if slot.key not in needed]
+            for slot in unneeded:
+                self.reopen(slot)
+            if not unneeded:
+                break
+        return actions
+
+    def _grant_all(self, now: float) -> list[Action]:
+        """Who waits for a model that can be used has it, before anybody can choose it as a victim."""
+        granted: list[Action] = []
+        for order in list(self._orders.values()):
+            if slot := self.find(order.model, order.candidates, Stage.LOADED):
+                del self._orders[order.model]
+                granted += [self.grant(number, slot, now) for number in order.tickets]
+        return granted
+
+    def _advance(self, now: float, actions: list[Action]) -> set[Key]:
+        """Take every order one step further, the first first; returns the slots that have to go."""
+        claims = Claims(self._slots)
+        needed: set[Key] = set()
+        for order in list(self._orders.values()):
+            order.refusal = None
+            # There are four cases:
+            # 1. Its model is being loaded.
+            # 2. It will never fit, or is not to be loaded for now.
+            # 3. There is no room: what comes free is kept for it.
+            # 4. There is room, or there will be.
+            if slot := self.find(order.model, order.candidates, Stage.LOADING):
+                order.waits = frozenset({slot.key})
+                claims.waits.add(slot.key)
+                continue
+            usable, outcome = self._place(order, claims.reserved, now)
+            if isinstance(outcome, Rejection):
+                del self._orders[order.model]
+                actions += [Refuse(number, outcome) for number in order.tickets]
+            elif isinstance(outcome, Refusal):
+                order.refusal = outcome
+                claims.wait(order, {(each.router, each.name) for each in outcome.blockers})
+                if outcome.reason is not Reason.NOT_READY:
+                    claims.reserve_all(order, usable)
+            else:
+                self._close(order, outcome.plan)
+                actions += self._tell(now)
+                going = {(each.router, each.name) for each in (*outcome.plan.victims, *outcome.plan.waits_for)}
+                needed |= {key for key in going if key[1] != order.model}
+                candidate = next(each for each in usable if each.router == outcome.router)
+                actions += self._begin(order, candidate, going, claims, now)
+        return needed
+
+    def _place(
+        self, order: Order, reserved: Sequence[Demand], now: float
+    ) -> tuple[Sequence[Candidate], Choice | Refusal | Rejection]:
+        """Where the order is loaded and who leaves for it; or what it waits for; or why it is refused.
+
+        Returns the candidates that came into question with it.
+        """
+        usable: list[Candidate] = []
+        failed: list[Quarantine] = []
+        for each in order.candidates:
+            if quarantine := self._quarantines.get(each.router, order.model, now):
+                failed += [quarantine] if each.is_allowed else []
+            elif each.is_allowed:
+                usable.append(replace(each, is_ready=self._is_ready(each)))
+        outcome = self._choose(order, usable, reserved, now)
+        if self._limits.oversize == "fit" and isinstance(outcome, Refusal) and outcome.is_final:
+            usable = [replace(each, bytes=_demand(order, each).within(each.budget).bytes) for each in usable]
+            outcome = self._choose(order, usable, reserved, now)
+        if isinstance(outcome, Choice) or not outcome.is_final:
+            return usable, outcome
+        if failed:
+            first = min(failed, key=lambda each: each.until)
+            detail = f"it could not be loaded: {first.reason}"
+            return usable, Rejection(Why.QUARANTINED, order.model, detail, first.until - now)
+        detail = outcome.text.removeprefix(f"model {order.model}: ")
+        return usable, Rejection(Why.IMPOSSIBLE, order.model, detail, None, outcome)
+
+    def _choose(
+        self, order: Order, usable: Sequence[Candidate], reserved: Sequence[Demand], now: float
+    ) -> Choice | Refusal:
+        return place(
+            order.model,
+            usable,
+            self._slots.residents(now),
+            now=now,
+            reserved=reserved,
+            min_residency_s=self._limits.min_residency_s,
+            may_drain=now - order.since >= self._limits.drain_after_s,
+        )
+
+    def _begin(self, order: Order, candidate: Candidate, going: set[Key], claims: Claims, now: float) -> list[Action]:
+        """Load the order's model if everything is ready for it; else keep its room and its turn."""
+        key = candidate.router, order.model
+        order.after = {each for each in order.after if (slot := self._slots.get(each)) and slot.resident.is_leaving}
+        lane = Lane.of(candidate.router, candidate.bytes, key)
+        before = claims.in_lane(lane)
+        if key in self._slots or order.after or before or not claims.has_room(candidate):
+            blocking = going | order.after
+            claims.wait(order, blocking | {each.key for each in before})
+            if not claims.is_answering(blocking):  # who waits for that has no right to keep others from loading
+                claims.keep_lane(lane)
+            claims.reserve(order, _demand(order, candidate))
+            return []
+        self.add_slot(*key, candidate.bytes, now).is_ours = True
+        order.waits = frozenset({key})
+        order.progressed_at = now
+        order.victims.clear()
+        claims.waits.add(key)
+        claims.keep_lane(lane)
+        asked = next(each.bytes for each in order.candidates if each.router == candidate.router)
+        return [Load(*key, is_oversize=candidate.bytes != asked)]
+
+    def _close(self, order: Order, plan: Plan) -> None:
+        """The victims of a plan get no new leases from now on."""
+        for each in plan.victims:
+            key = (each.router, each.name)
+            if slot := self._slots.get(key):
+                slot.become(Stage.DRAINING)
+                order.victims.add(key)
+
+    def reopen(self, slot: Slot) -> None:
+        """It was to leave, and may stay."""
+        slot.become(Stage.LOADED)
+        for order in self._orders.values():
+            order.victims.discard(slot.key)
+
+    def _tell(self, now: float) -> list[Action]:
+        """Have those unloaded that were closed and are idle now."""
+        told: list[Action] = []
+        for slot in self._slots:
+            if slot.stage is Stage.DRAINING and slot.may_go(now):
+                slot.become(Stage.LEAVING)
+                told.append(Unload(*slot.key))
+        return told
+
+    def _expire(self, now: float) -> list[Action]:
+        """Refuse who has waited in vain for too long."""
+        actions: list[Action] = []
+        limit_s = self._limits.stall_s
+        for order in list(self._orders.values()):
+            late = [at for at, since in order.tickets.items() if now - max(since, order.progressed_at) >= limit_s]
+            if late:
+                detail = f"nothing has moved for {limit_s:.0f} s: {order.obstacle}"
+                why = Rejection(Why.STALLED, order.model, detail, self.retry_after_s(), order.refusal)
+                actions += [Refuse(number, why) for number in late if order.tickets.pop(number, None) is not None]
+                if not order.tickets:
+                    actions += self.abandon(order)
+        return actions
+
+    def abandon(self, order: Order) -> list[Action]:
+        """Nobody waits for the model any more."""
+        del self._orders[order.model]
+        cancelled: list[Action] = []
+        for slot in self._slots:
+            is_its_load = slot.resident.name == order.model and slot.stage is Stage.LOADING and slot.is_ours
+            if is_its_load and slot.progress < CANCEL_BELOW:
+                slot.become(Stage.LEAVING)
+                cancelled.append(CancelLoad(*slot.key))
+        return cancelled
+
+    def remove(self, key: Key, now: float) -> None:
+        """Its process has ended."""
+        if self._slots.remove(key) is not None:
+            self.note_progress(key, now)
+            for order in self._orders.values():
+                order.victims.discard(key)
+
+    def find(self, model: str, candidates: Iterable[Candidate], stage: Stage) -> Slot | None:
+        """Where the model is in that stage, of all places where it may be."""
+        for each in candidates:
+            slot = self._slots.get((each.router, model))
+            if slot is not None and slot.stage is stage and each.is_allowed and self._is_ready(each):
+                return slot
+        return None
+
+    def _is_ready(self, candidate: Candidate) -> bool:
+        return self.is_up.get(candidate.router, candidate.is_ready)
+
+    def grant(self, number: int, slot: Slot, now: float) -> Grant:
+        """Give a lease on a loaded model to whose demand has that number."""
+        lease = Lease(self.next_number(), *slot.key)
+        slot.add_lease(lease.number, now)
+        return Grant(number, lease)
+
+    def note_progress(self, key: Key, now: float) -> None:
+        """A slot has moved: who waits for it is not late."""
+        for order in self._orders.values():
+            if key in order.waits:
+                order.progressed_at = now
+
+    def retry_after_s(self) -> float:
+        """When to come again: when those who wait now may have been served, one load after the other."""
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, self.typical_load_s * len(self._orders)))
+
+    def next_number(self) -> int:
+        """A number that nothing else has."""
+        self._numbers += 1
+        return self._numbers
+
+    def add_slot(self, router: str, model: str, size: Mapping[str, int], now: float) -> Slot:
+        """A model is being loaded."""
+        is_pinned = model in self.pinned
+        resident = Resident(model, size, now, now, is_pinned=is_pinned, is_loading=True, router=router)
+        slot = Slot(resident, Stage.LOADING, now)
+        self._slots.add(slot)
+        return slot
+
+
+def _demand(order: Order, candidate: Candidate) -> Demand:
+    return Demand(order.model, candidate.bytes, candidate.router)

@@ -1,0 +1,81 @@
+"""When a router that goes on has to make way for a fresh process all the same, and when it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from llamavisor.cause import Cause
+from llamavisor.errors import RouterNotReadyError
+from llamavisor.residency import Residency
+from llamavisor.states import HAS_CHILD
+from llamavisor.troubles import Troubles
+
+
+class Renewal:
+    """Has a router restarted that cannot go on as it is, at a moment when that costs nobody an answer.
+
+    There are three reasons: llama-server was replaced on disk, the router cannot be brought up to date, or it has lost
+    sight of a model's process. Until then nothing is loaded. Used by the router's owner alone.
+
+    Args:
+        name: of the router.
+        residency: its models.
+        troubles: where a reason is noted.
+        restart: has it restarted, for this cause.
+        begin: begins a task that ends with the process; False if there is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        residency: Residency,
+        troubles: Troubles,
+        *,
+        restart: Callable[[Cause], None],
+        begin: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool],
+    ) -> None:
+        self._name = name
+        self._residency = residency
+        self._troubles = troubles
+        self._restart = restart
+        self._begin = begin
+
+    def __repr__(self) -> str:
+        return f"<Renewal of {self._name}{', due' if self._is_unsound else ''}>"
+
+    @property
+    def _is_unsound(self) -> bool:
+        return "unsound" in self._troubles or "corpse" in self._troubles
+
+    def replaced(self) -> None:
+        """Llama-server was replaced on disk: what is loaded serves on, and its successor starts when nothing is."""
+        reason = "llama-server was replaced on disk; it loads nothing more, and is restarted when nothing is loaded"
+        self._close("binary", reason, hint=f"unload its models, or `llamavisor restart {self._name}`")
+
+    def unsound(self, reason: str, *, subject: str = "unsound") -> None:
+        """The router cannot be brought up to date while it runs."""
+        reason = f"{reason}; it is restarted as soon as nobody is being answered"
+        self._close(subject, reason, hint=f"`llamavisor restart {self._name}` does it at once")
+
+    def advance(self, *, now: float) -> None:
+        """Restart the router if the moment has come; called every second while it serves."""
+        table = self._residency.table
+        corpse = table.corpse(now=now)
+        if corpse is not None and "corpse" not in self._troubles:
+            # Nothing that needs a stop may be sent to it now: it would wait for the dead process for ever.
+            reason = f"the process of {corpse} has ended, and the router goes on calling it loaded"
+            self.unsound(reason, subject="corpse")
+        if "binary" in self._troubles and not any(model.state in HAS_CHILD for model in table):
+            self._restart(Cause.UPGRADE)
+        elif self._is_unsound and table.is_all_idle(now=now):
+            self._begin(self._residency.confirm_all_idle)
+
+    def confirmed(self) -> None:
+        """A moment ago nobody was being answered."""
+        if self._is_unsound:
+            self._restart(Cause.UNSOUND)
+
+    def _close(self, subject: str, reason: str, *, hint: str) -> None:
+        self._residency.closed = RouterNotReadyError(f"router {self._name}: {reason}", hint=hint)
+        self._troubles.note(subject, reason)
