@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llamavisor.demands import Order
-from llamavisor.eviction import MODELS, Demand
+from llamavisor.eviction import Demand
 from llamavisor.placement import RAM, Candidate
 from llamavisor.slots import Key, Slots, Stage
 
@@ -59,7 +59,6 @@ class Claims:
         self._slots = slots
         self.reserved: list[Demand] = []
         self.waits: set[Key] = set()
-        self._free: dict[Key, int] = {}  # of the room that is free: what they do not get from their own victims
         loads = [slot.resident for slot in slots if slot.resident.is_loading]
         self._lanes = [Lane.of(each.router, each.bytes, (each.router, each.name)) for each in loads]
 
@@ -76,40 +75,35 @@ class Claims:
         """Somebody loads there, or is about to."""
         self._lanes.append(lane)
 
-    def reserve(self, order: Order, demand: Demand) -> None:
-        """Lay claim to the room that the order needs."""
+    def reserve(self, demand: Demand) -> None:
+        """Lay claim to the room that an order will have."""
         self.reserved.append(demand)
-        own = [slot.resident for key in order.victims if (slot := self._slots.get(key))]
-        for device, size in demand.bytes.items():
-            self._claim((device, ""), size - sum(each.bytes.get(device, 0) for each in own))
-        self._claim((MODELS, demand.router), 1 - sum(each.router == demand.router for each in own))
 
-    def reserve_all(self, order: Order, candidates: Sequence[Candidate]) -> None:
-        """Lay claim to whatever comes free for an order that there is no room for, wherever it may be loaded."""
+    def reserve_all(self, model: str, candidates: Sequence[Candidate]) -> None:
+        """Lay claim to whatever comes free for a model that there is no room for, wherever it may be loaded."""
         taken: dict[str, int] = {}  # a device that two routers share is reserved once
         for each in candidates:
-            demand = Demand(order.model, each.bytes, each.router)
+            demand = Demand(model, each.bytes, each.router)
             if each.is_ready and demand.within(each.budget) == demand:  # else it will never be loaded there
                 more = {device: max(size - taken.get(device, 0), 0) for device, size in each.bytes.items()}
                 taken |= {device: max(size, taken.get(device, 0)) for device, size in each.bytes.items()}
-                self.reserve(order, Demand(order.model, more, each.router))
+                self.reserve(Demand(model, more, each.router))
 
     def has_room(self, candidate: Candidate) -> bool:
-        """Whether there is room at this moment, beside everybody who is there or on the way out."""
-        most, router = candidate.budget.models_max, candidate.router
-        if most > 0 and self._slots.count(router) + self._free.get((MODELS, router), 0) >= most:
+        """Whether there is room at this moment, beside everybody who is there or on the way out.
+
+        What is reserved need not be asked for again: that there will be room for all when those who leave have gone was
+        found when the candidate was chosen.
+        """
+        most = candidate.budget.models_max
+        if most > 0 and self._slots.count(candidate.router) >= most:
             return False
         for device, size in candidate.bytes.items():
             limit = candidate.budget.bytes.get(device)
-            if limit is not None and size > 0:
-                used = self._slots.taken(device) + self._free.get((device, ""), 0)
-                if used + size > limit:
-                    return False
+            if limit is not None and size > 0 and self._slots.taken(device) + size > limit:
+                return False
         return True
 
     def is_answering(self, keys: set[Key]) -> bool:
         """Whether one of the slots goes only when somebody's answer has ended, which may take long."""
         return any((slot := self._slots.get(key)) and slot.stage is Stage.DRAINING for key in keys)
-
-    def _claim(self, room: Key, size: int) -> None:
-        self._free[room] = self._free.get(room, 0) + max(size, 0)

@@ -48,6 +48,7 @@ class Folder:
 
     Attributes:
         answered: set once anything is known of it, be it that it is missing.
+        is_late: whether the last look that somebody waited for has not come to an end yet.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Folder:
         self.link_dirs = tuple(link_dirs)
         self.catalog = Catalog(str(path))
         self.answered = anyio.Event()
+        self.is_late = False
         self.listeners: list[Listener] = []
         self.scope = anyio.CancelScope()
         self._watch = watch
@@ -74,7 +76,9 @@ class Folder:
 
     async def look(self, *, within_s: float) -> bool:
         """Have the folder looked at now; whether that came to an end in time."""
-        return await self._watch.rescan(within_s=within_s)
+        has_looked = await self._watch.rescan(within_s=within_s)
+        self.is_late = not has_looked
+        return has_looked
 
     def _hear(self, news: News) -> None:
         removed = self.catalog.removed_by(news)
@@ -86,6 +90,7 @@ class Folder:
             for listener in self.listeners:
                 listener.update(changed, removed)
         if isinstance(news, Looked):
+            self.is_late = False
             if self._is_dirty or not self.answered.is_set():
                 for listener in self.listeners:
                     listener.settle()

@@ -313,7 +313,9 @@ class Generation:
                 self._post(ChildFound(model, child))
                 await self._until_ended(model, child)
                 self._post(ChildEnded(model, child.pid))
-                await anyio.sleep(AFTERMATH_S)
+                async with anyio.create_task_group() as group:
+                    group.start_soon(anyio.sleep, AFTERMATH_S)
+                    group.start_soon(self._host.look_again)  # a file that was cut off explains a crash
                 if self._api is not None:
                     await self._relist(self._api)
         finally:

@@ -122,7 +122,7 @@ class Orders:
                 order.refusal = outcome
                 claims.wait(order, {(each.router, each.name) for each in outcome.blockers})
                 if outcome.reason is not Reason.NOT_READY:
-                    claims.reserve_all(order, usable)
+                    claims.reserve_all(order.model, usable)
             else:
                 self._close(order, outcome.plan)
                 actions += self._tell(now)
@@ -183,12 +183,11 @@ class Orders:
             claims.wait(order, blocking | {each.key for each in before})
             if not claims.is_answering(blocking):  # who waits for that has no right to keep others from loading
                 claims.keep_lane(lane)
-            claims.reserve(order, _demand(order, candidate))
+            claims.reserve(_demand(order, candidate))
             return []
         self.add_slot(*key, candidate.bytes, now).is_ours = True
         order.waits = frozenset({key})
         order.progressed_at = now
-        order.victims.clear()
         claims.waits.add(key)
         claims.keep_lane(lane)
         asked = next(each.bytes for each in order.candidates if each.router == candidate.router)

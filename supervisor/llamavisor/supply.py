@@ -18,7 +18,7 @@ from llamavisor.states import Change
 
 FIRST_LOOK_S = 10.0
 """How long a start waits for the first look at its folder; ten thousand headers take five seconds."""
-LOOK_AGAIN_S = 0.3
+LOOK_AGAIN_S = 1.0
 """How long the end of a model waits for a look at its file."""
 _BATCH = 256
 
@@ -121,5 +121,5 @@ class Supply:
 
     async def look_again(self) -> None:
         """See that what is known of the files is not older than this call, or give up soon."""
-        if not self.folder.catalog.stale:
+        if not self.folder.catalog.stale and not self.folder.is_late:  # the second of two need not wait for nothing
             await self.folder.look(within_s=LOOK_AGAIN_S)

@@ -165,7 +165,9 @@ class FakeHost:
     async def look_again(self) -> None:
         """Look into the folder again."""
         await anyio.sleep(ANSWER_S)
-        if self.source is None:
+        if self.source is not None:
+            await self.source.look_again()
+        else:
             self.look()
 
     def usage_of(self, port: int) -> FakeUsage:

@@ -194,6 +194,28 @@ async def test_a_folder_that_does_not_answer(stage: Stage) -> None:
         assert "does not answer" in (stage.fleet["dead"].reason or "")
 
 
+async def test_a_folder_that_hangs_is_waited_for_once(stage: Stage) -> None:
+    """F14: the end of a model waits a moment for a look at its file, and not again while that look has not come back."""
+    stage.watch("a").entries = {"alpha": entry("alpha")}
+    async with stage.running(stage.settings(("main", 8081, "a"))):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        stage.watch("a").is_hanging = True
+        source = stage.hosts["main"].source
+        assert source is not None
+        waits = []
+        for _ in range(3):
+            began = anyio.current_time()
+            await source.look_again()
+            waits.append(anyio.current_time() - began)
+        assert waits[0] == pytest.approx(1.0, abs=0.1)
+        assert waits[1:] == [0.0, 0.0]
+        stage.watch("a").is_hanging = False
+        stage.watch("a").look()
+        began = anyio.current_time()
+        await source.look_again()
+        assert anyio.current_time() - began < 0.5
+
+
 async def test_a_folder_that_vanishes_later(stage: Stage) -> None:
     """F7: what is known of a folder stays when it cannot be looked at, through a restart of the router too."""
     stage.watch("a").entries = {"alpha": entry("alpha")}
