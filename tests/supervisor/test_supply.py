@@ -195,7 +195,7 @@ async def test_a_folder_that_does_not_answer(stage: Stage) -> None:
 
 
 async def test_a_folder_that_hangs_is_waited_for_once(stage: Stage) -> None:
-    """F14: the end of a model waits a moment for a look at its file, and not again while that look has not come back."""
+    """F14: the end of a model waits a moment for a look at its file, and not again until that has come back."""
     stage.watch("a").entries = {"alpha": entry("alpha")}
     async with stage.running(stage.settings(("main", 8081, "a"))):
         await stage.until("main", lambda: stage.fleet.is_ready)
