@@ -51,16 +51,19 @@ class Claims:
         slots: the table.
 
     Attributes:
-        reserved: what they will take, wherever they may be loaded.
-        waits: the slots that they wait for.
+        waits: the slots that those of them wait for that are not being loaded yet.
     """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self.reserved: list[Demand] = []
+        self._bytes: dict[str, int] = {}
+        self._counts: list[Demand] = []
         self.waits: set[Key] = set()
         loads = [slot.resident for slot in slots if slot.resident.is_loading]
         self._lanes = [Lane.of(each.router, each.bytes, (each.router, each.name)) for each in loads]
+
+    def __repr__(self) -> str:
+        return f"<Claims {self._bytes} by {len(self._counts)}, lanes={[lane.key for lane in self._lanes]}>"
 
     def wait(self, order: Order, keys: set[Key]) -> None:
         """The order waits for these slots, and for all that those before it wait for."""
@@ -75,9 +78,16 @@ class Claims:
         """Somebody loads there, or is about to."""
         self._lanes.append(lane)
 
+    @property
+    def reserved(self) -> list[Demand]:
+        """What they will take, wherever they may be loaded: added up, for it is asked for with every candidate."""
+        return [Demand("", self._bytes), *self._counts]
+
     def reserve(self, demand: Demand) -> None:
         """Lay claim to the room that an order will have."""
-        self.reserved.append(demand)
+        for device, size in demand.bytes.items():
+            self._bytes[device] = self._bytes.get(device, 0) + size
+        self._counts.append(Demand(demand.name, {}, demand.router))
 
     def reserve_all(self, model: str, candidates: Sequence[Candidate]) -> None:
         """Lay claim to whatever comes free for a model that there is no room for, wherever it may be loaded."""

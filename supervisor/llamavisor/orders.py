@@ -112,7 +112,6 @@ class Orders:
             # 4. There is room, or there will be.
             if slot := self.find(order.model, order.candidates, Stage.LOADING):
                 order.waits = frozenset({slot.key})
-                claims.waits.add(slot.key)
                 continue
             usable, outcome = self._place(order, claims.reserved, now)
             if isinstance(outcome, Rejection):
@@ -188,7 +187,6 @@ class Orders:
         self.add_slot(*key, candidate.bytes, now).is_ours = True
         order.waits = frozenset({key})
         order.progressed_at = now
-        claims.waits.add(key)
         claims.keep_lane(lane)
         asked = next(each.bytes for each in order.candidates if each.router == candidate.router)
         return [Load(*key, is_oversize=candidate.bytes != asked)]

@@ -1,0 +1,311 @@
+"""Who may load, who waits, who is refused: one synchronous step over one table of all routers.
+
+Every method takes what has happened and the time, and returns what is to be done about it, in order. Nothing here
+waits: `fleet` carries the actions out and tells what came of them. Choosing victims and granting leases is one step, so
+no model can be chosen between its load and its first request, and no two demands can choose the same one.
+
+How a demand is met. (1) Its model is loaded: at once. (2) It is being loaded: with everybody else who waits for it.
+(3) Else it waits in the order of arrival. With every step all who wait are planned anew, the first first; what one
+needs is reserved before the next is looked at, even while there is no room for it. Who is in the way is closed to new
+leases and unloaded when idle; once the process has gone and there is room, and nobody loads on the same device, the
+model is loaded.
+
+Times are monotonic seconds (FAULTS.md, T1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from llamavisor.demands import Action, Lease, Limits, Order, Refuse, Rejection, Why
+from llamavisor.eviction import Resident, relieve
+from llamavisor.orders import Orders
+from llamavisor.placement import Candidate
+from llamavisor.quarantine import Quarantine, Quarantines
+from llamavisor.slots import Key, Slots, Stage
+
+STUCK_S = 60.0
+"""A model that its router would not unload is left alone for so long: the next best is chosen."""
+
+
+class Admission:
+    """The table and the queue.
+
+    Args:
+        limits: how long, and how many, demands may wait.
+    """
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._limits = limits or Limits()
+        self._slots = Slots()
+        self._quarantines = Quarantines()
+        self._orders = Orders(self._slots, self._quarantines, self._limits)
+
+    def __repr__(self) -> str:
+        return f"<Admission {list(self._slots)} {self._orders}>"
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """All who wait, in the order of arrival; to be read only."""
+        return tuple(self._orders)
+
+    @property
+    def waiting(self) -> int:
+        """How many demands wait."""
+        return sum(len(order.tickets) for order in self._orders)
+
+    def residents(self, now: float) -> list[Resident]:
+        """Everybody in the table."""
+        return self._slots.residents(now)
+
+    def quarantined(self, router: str, model: str, now: float) -> Quarantine | None:
+        """Why the model is not loaded on that router for now; None if nothing speaks against it."""
+        return self._quarantines.get(router, model, now)
+
+    # What clients want
+
+    def ask(self, model: str, candidates: Sequence[Candidate], now: float) -> tuple[int, list[Action]]:
+        """Somebody wants the model; returns the number of the demand, of which every one is granted or refused once.
+
+        Args:
+            model: its name.
+            candidates: where it may be, in the order of preference.
+            now: monotonic time in seconds.
+        """
+        number = self._orders.next_number()
+        candidates = tuple(candidates)
+        order = self._orders.get(model)
+        if order is None:
+            if slot := self._orders.find(model, candidates, Stage.LOADED):  # never behind a load
+                return number, [self._orders.grant(number, slot, now)]
+            count = 0
+        else:
+            count = len(order.tickets)
+        if self.waiting >= self._limits.max_waiting or count >= self._limits.max_waiting_per_model:
+            detail = f"{count} others wait for it, and {self.waiting} altogether"
+            return number, [Refuse(number, Rejection(Why.QUEUE_FULL, model, detail, self._orders.retry_after_s()))]
+        if order is None:
+            order = Order(model, candidates, since=now, progressed_at=now)
+            self._orders.add(order)
+        elif order.candidates == candidates:  # it changes nothing that one more waits
+            order.tickets[number] = now
+            return number, []
+        order.candidates = candidates
+        order.tickets[number] = now
+        return number, self._orders.settle(now)
+
+    def give_up(self, number: int, now: float) -> list[Action]:
+        """Who made the demand has left. One that was granted meanwhile is unknown here: its lease is to be released."""
+        for order in self._orders:
+            if order.tickets.pop(number, None) is not None:
+                if order.tickets:
+                    return []
+                return [*self._orders.abandon(order), *self._orders.settle(now)]
+        return []
+
+    def release(self, lease: Lease, now: float) -> list[Action]:
+        """A lease has ended. A second time, or after the model's process has ended, it means nothing."""
+        slot = self._slots.get((lease.router, lease.model))
+        if slot is None or not slot.end_lease(lease.number, now):
+            return []
+        if slot.stage is Stage.DRAINING:
+            self._orders.note_progress(slot.key, now)
+        return self._orders.settle(now) if slot.may_go(now) and (self._orders or slot.stage is Stage.DRAINING) else []
+
+    # What routers say
+
+    def loading(self, router: str, model: str, size: Mapping[str, int], now: float) -> list[Action]:
+        """Somebody else is having the model loaded: a person, a client of the router, the daemon at its start."""
+        if (router, model) not in self._slots:
+            self._orders.add_slot(router, model, size, now)
+        return self._orders.settle(now)
+
+    def progressed(self, router: str, model: str, fraction: float, now: float) -> None:
+        """A load has got further, to that fraction of it (0 to 1)."""
+        slot = self._slots.get((router, model))
+        if slot is not None and slot.stage is Stage.LOADING:
+            slot.progress = max(fraction, slot.progress)  # a further stage begins at 0 again
+            self._orders.note_progress(slot.key, now)
+
+    def loaded(
+        self, router: str, model: str, size: Mapping[str, int] | None, now: float, *, last_used: float | None = None
+    ) -> list[Action]:
+        """A model can be used; or, of one that could be already: what it takes has been measured.
+
+        Args:
+            router: where.
+            model: which. One that is on its way out stays so.
+            size: what it takes of each device, as measured; None to go on with what was expected.
+            now: monotonic time in seconds.
+            last_used: of a model that was loaded again, with its router: when it was last used before.
+        """
+        key = (router, model)
+        slot = self._slots.get(key) or self._orders.add_slot(router, model, size or {}, now)
+        slot.resident = replace(slot.resident, bytes=slot.resident.bytes if size is None else size)
+        if slot.stage is Stage.LOADING:
+            used = now if last_used is None else last_used
+            slot.resident = replace(slot.resident, reload_cost_s=now - slot.since, loaded_at=now, last_used=used)
+            slot.become(Stage.LOADED)
+            if slot.is_ours:
+                self._orders.typical_load_s += (now - slot.since - self._orders.typical_load_s) / 4
+            self._quarantines.loaded(key, now)
+            self._orders.note_progress(key, now)
+        return self._orders.settle(now)
+
+    def load_failed(
+        self, router: str, model: str, reason: str, *, for_memory: bool = False, now: float
+    ) -> list[Action]:
+        """A load did not succeed. Its slot is kept until `gone`: what it had taken may not be back yet.
+
+        The first time that it was for memory, who is idle leaves, and it is tried once more. Else the model is not
+        loaded on that router for a while; who waits for it is served by another router, or refused.
+        """
+        slot = self._slots.get((router, model))
+        if slot is None or slot.stage is not Stage.LOADING:  # a load that was cancelled fails, of course
+            return []
+        slot.become(Stage.LEAVING)
+        order = self._orders.get(model)
+        if order is None or not for_memory or order.has_failed_for_memory:
+            return [self._quarantines.failed(slot.key, reason, now), *self._orders.settle(now)]
+        order.has_failed_for_memory = True
+        order.progressed_at = now
+        victims = self._relieve(slot.resident.bytes, now)
+        order.victims.update(victims)
+        order.after = {slot.key, *victims}
+        return self._orders.settle(now)
+
+    def gone(self, router: str, model: str, now: float) -> list[Action]:
+        """A model's process has ended, asked or not, and its memory has come back or was waited for long enough."""
+        key = (router, model)
+        actions: list[Action] = []
+        slot = self._slots.get(key)
+        if slot is not None and slot.stage is Stage.LOADING:
+            actions += self.load_failed(router, model, "its process ended while it was loading", now=now)
+        self._orders.remove(key, now)
+        return [*actions, *self._orders.settle(now)]
+
+    def crashed(self, router: str, model: str, reason: str, now: float) -> list[Action]:
+        """A model that could be loaded is not to be loaded again at once: it ends too often (P6), or for memory (P7).
+
+        To be called before `gone`. One end of a serving process is no reason to call this (DESIGN.md 11).
+        """
+        if (slot := self._slots.get((router, model))) is not None:
+            slot.become(Stage.LEAVING)
+        return [self._quarantines.failed((router, model), reason, now), *self._orders.settle(now)]
+
+    def leaving(self, router: str, model: str, now: float) -> list[Action]:
+        """Somebody else is having the model unloaded."""
+        slot = self._slots.get((router, model))
+        if slot is not None and slot.stage is not Stage.LEAVING:
+            slot.become(Stage.LEAVING)
+        return self._orders.settle(now)
+
+    def stayed(self, router: str, model: str, now: float) -> list[Action]:
+        """The router would not unload a loaded model: it can be used again, and another is chosen (FAULTS.md, R4)."""
+        slot = self._slots.get((router, model))
+        if slot is None or slot.stage is not Stage.LEAVING or slot.resident.is_loading:
+            return []
+        slot.stuck_until = now + STUCK_S
+        self._orders.reopen(slot)
+        if slot.is_dismissed:
+            slot.become(Stage.DRAINING)
+        return self._orders.settle(now)
+
+    def observed(self, router: str, model: str, in_flight: int, now: float) -> list[Action]:
+        """A model was seen to answer so many requests, whether or not they have leases."""
+        slot = self._slots.get((router, model))
+        if slot is None or slot.stage not in {Stage.LOADED, Stage.DRAINING}:
+            return []
+        if in_flight:
+            slot.resident = replace(slot.resident, in_flight=in_flight, last_used=now)
+        elif slot.resident.in_flight:
+            slot.resident = replace(slot.resident, in_flight=0)
+            if slot.may_go(now):
+                return self._orders.settle(now)
+        return []
+
+    def router_up(self, router: str, now: float) -> list[Action]:
+        """A router can be used."""
+        self._orders.is_up[router] = True
+        for order in self._orders:
+            if any(each.router == router for each in order.candidates):
+                order.progressed_at = now
+        return self._orders.settle(now)
+
+    def router_down(self, router: str, *, has_crashed: bool, now: float) -> list[Action]:
+        """A router, and every process of it, has ended.
+
+        Args:
+            router: which.
+            has_crashed: whether nobody had asked for it. What was loading then may have been the poison.
+            now: monotonic time in seconds.
+        """
+        self._orders.is_up[router] = False
+        actions: list[Action] = []
+        for slot in [slot for slot in self._slots if slot.resident.router == router]:
+            if has_crashed and slot.stage is Stage.LOADING:
+                actions.append(self._quarantines.failed(slot.key, "its router ended while it was loading", now))
+            self._orders.remove(slot.key, now)
+        return [*actions, *self._orders.settle(now)]
+
+    # What people and the configuration want
+
+    def pin(self, model: str, now: float) -> list[Action]:
+        """The model is not to be chosen any more. Where it has been told to leave already, it does."""
+        return self._set_pin(model, is_pinned=True, now=now)
+
+    def unpin(self, model: str, now: float) -> list[Action]:
+        """The model may be chosen again."""
+        return self._set_pin(model, is_pinned=False, now=now)
+
+    def dismiss(self, router: str, model: str, now: float) -> list[Action]:
+        """The model is to leave as soon as it is idle, though nobody needs its room: its ttl, or a new file of it."""
+        slot = self._slots.get((router, model))
+        if slot is None or slot.stage not in {Stage.LOADED, Stage.DRAINING}:
+            return []
+        slot.is_dismissed = True
+        slot.become(Stage.DRAINING)
+        return self._orders.settle(now)
+
+    def relieve(self, lacking: Mapping[str, int], now: float) -> list[Action]:
+        """Memory is short: who is idle leaves until so much of each device comes free, beside what comes already."""
+        self._relieve(lacking, now)
+        return self._orders.settle(now)
+
+    def candidates_changed(self, model: str, candidates: Sequence[Candidate], now: float) -> list[Action]:
+        """The configuration, a budget or an estimate has changed for who waits."""
+        if order := self._orders.get(model):
+            order.candidates = tuple(candidates)
+        return self._orders.settle(now)
+
+    def forgive(self, model: str, now: float) -> list[Action]:
+        """The model's file or options have changed, or a person says so: its failures are forgotten."""
+        self._quarantines.forgive(model)
+        return self._orders.settle(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Time has passed. To be called about every second."""
+        return self._orders.settle(now)
+
+    def _relieve(self, lacking: Mapping[str, int], now: float) -> list[Key]:
+        """Close who is idle until so much comes free beside what those bring who leave already; returns whom."""
+        residents = self._slots.residents(now)
+        coming = [each for each in residents if each.is_leaving and not each.is_loading]  # what failed frees nothing
+        short = {device: lack - sum(each.bytes.get(device, 0) for each in coming) for device, lack in lacking.items()}
+        victims = relieve(residents, short, now=now, min_residency_s=self._limits.min_residency_s)
+        keys = [(each.router, each.name) for each in victims]
+        for key in keys:
+            if slot := self._slots.get(key):
+                slot.is_dismissed = True
+                slot.become(Stage.DRAINING)
+        return keys
+
+    def _set_pin(self, model: str, *, is_pinned: bool, now: float) -> list[Action]:
+        (self._orders.pinned.add if is_pinned else self._orders.pinned.discard)(model)
+        for slot in self._slots:
+            if slot.resident.name == model:
+                slot.resident = replace(slot.resident, is_pinned=is_pinned)
+                if is_pinned and slot.stage is Stage.DRAINING and not slot.is_dismissed:
+                    self._orders.reopen(slot)
+        return self._orders.settle(now)
