@@ -186,7 +186,7 @@ class Fleet:
                 if isinstance(found, Verdict) and not (found.cause is Cause.PORT_TAKEN and is_own_port):
                     hint = f" ({found.hint})" if found.hint else ""
                     problems.append(f"router {each.name}: {found.reason}{hint}")
-            if settings.rules != self._settings.rules:
+            if settings.rules != self._settings.rules or router is None or router.settings != each:
                 problems += [f"router {each.name}: {refusal}" for refusal in await host.refusals(settings.rules)]
         if problems:
             self._drop_unused_folders()

@@ -86,6 +86,7 @@ class Generation:
         self._running: set[str] = set()  # models that the router says have a child
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
+        self._gauges: dict[str, tuple[UsageGauge, anyio.Lock]] = {}  # of models with a child; one read at a time
         self._awake: set[str] = set()  # models that the router calls loaded
         self._hint = anyio.Event()  # something was told that is not understood
         self._refusal: Verdict | None = None
@@ -331,29 +332,27 @@ class Generation:
 
     async def _watch_usage(self, model: str, port: int) -> None:
         gauge = self._host.usage_of(port)
+        self._gauges[model] = gauge, anyio.Lock()
         try:
             while True:
                 await anyio.sleep(USAGE_INTERVAL_S)
-                if model not in self._awake:  # one that loads would not answer, one that sleeps does nothing
-                    continue
-                await self._read_usage(model, gauge)
+                if model in self._awake:  # one that loads would not answer, one that sleeps does nothing
+                    await self.usage_now(model)
         finally:
+            del self._gauges[model]
             await gauge.aclose()
 
-    async def _read_usage(self, model: str, gauge: UsageGauge) -> Usage | None:
+    async def usage_now(self, model: str) -> Usage | None:
+        """How busy a model is at this moment, None when it does not say; posted as news besides."""
+        if model not in self._gauges:
+            return None
+        gauge, reading = self._gauges[model]
         usage = None
-        with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
-            usage = await gauge.read()
+        async with reading:
+            with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
+                usage = await gauge.read()
         self._post(Used(model, usage))
         return usage
-
-    async def usage_now(self, model: str, port: int) -> Usage | None:
-        """How busy a model is at this moment, None when it does not say; posted as news besides."""
-        gauge = self._host.usage_of(port)
-        try:
-            return await self._read_usage(model, gauge)
-        finally:
-            await gauge.aclose()
 
     async def _find_child(self, model: str) -> ModelProcess | None:
         with anyio.move_on_after(CHILD_DEADLINE_S):

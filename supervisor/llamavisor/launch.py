@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import anyio.to_thread
 import psutil
@@ -29,7 +29,7 @@ from llamavisor.offer import link_all, make_offer, to_preset
 from llamavisor.output import OutputFile
 from llamavisor.process import Process, Spawner
 from llamavisor.rules import ModelRule
-from llamavisor.sections import ModelSpec, missing_files, names_files, try_rule
+from llamavisor.sections import ModelSpec, NamedFile, named_files, section, try_rule
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered
 from llamavisor.usage import UsageReader
@@ -38,10 +38,11 @@ REQUEST_TIMEOUT_S = 3600
 """llama-server's own read and write timeout, said explicitly: a long prompt is silent for minutes."""
 FILES_TIMEOUT_S = 5.0
 """How long files that tables name may take to be found: they may lie on a dead mount."""
+LOOKS_MAX = 16
+"""How many such files are looked at side by side, those included that never answer."""
 HTTP_THREADS = 256
 """llama-server starves when requests outnumber its HTTP threads; 256 never did in our trials."""
 
-_T = TypeVar("_T")
 _PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
 _PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
 _START_LINES = 1000
@@ -112,7 +113,7 @@ class Launcher:
         self._links = self._dir / "models"
         self._probes = probes
         self._source = source
-        self._is_looking = False  # a thread looks for files that tables name, and may never come back
+        self._looked_at: set[str] = set()  # files that a thread is looking at, which may never come back
         self._environ = environ
 
     def __repr__(self) -> str:
@@ -200,36 +201,49 @@ class Launcher:
         return await anyio.to_thread.run_sync(work)
 
     async def _missing(self, specs: Mapping[str, ModelSpec]) -> dict[str, str]:
-        """Which models cannot be served because of files that their tables name, and why.
+        """Which models cannot be served because of files that their tables name, and why."""
+        named = {name: files for name, spec in specs.items() if (files := named_files(spec.layers))}
+        problems = await self._look_at({file for files in named.values() for file in files})
+        found = {name: [problem for file in files if (problem := problems[file])] for name, files in named.items()}
+        return {name: reasons[0] for name, reasons in found.items() if reasons}
 
-        Such a file may lie on a dead mount: its look is given up then, and no second one is begun beside it.
+    async def _look_at(self, files: Collection[NamedFile]) -> dict[NamedFile, str | None]:
+        """What is wrong with each of these files.
+
+        One may lie on a dead mount: it is given up then, and not looked at again before that look has come back.
         """
-        named = {name: spec.layers for name, spec in specs.items() if names_files(spec)}
-        if not named:
-            return {}
+        problems: dict[NamedFile, str | None] = {}
 
-        def look() -> dict[str, str]:
-            found = {name: missing_files(layers) for name, layers in named.items()}
-            return {name: reason for name, reason in found.items() if reason is not None}
+        async def look(file: NamedFile) -> None:
+            problems[file] = file.complain("does not answer")
+            if file.path in self._looked_at or len(self._looked_at) >= LOOKS_MAX:
+                return
+            self._looked_at.add(file.path)
+            with anyio.move_on_after(FILES_TIMEOUT_S):
+                problems[file] = await anyio.to_thread.run_sync(work, file, abandon_on_cancel=True)
 
-        found = await self._look_at_files(look)
-        return dict.fromkeys(named, "the files that its table names do not answer") if found is None else found
-
-    async def _look_at_files(self, look: Callable[[], _T]) -> _T | None:
-        """What `look` finds, None if it does not come back in time, or another one has not come back yet."""
-        if self._is_looking:
-            return None
-        self._is_looking = True
-
-        def work() -> _T:
+        def work(file: NamedFile) -> str | None:
             try:
-                return look()
+                return file.problem()
             finally:
-                self._is_looking = False
+                self._looked_at.discard(file.path)
 
-        with anyio.move_on_after(FILES_TIMEOUT_S):
-            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
-        return None
+        remaining = sorted(files, key=lambda file: (file.path, file.key, file.source))
+        while remaining:
+            batch, remaining = remaining[: LOOKS_MAX // 2], remaining[LOOKS_MAX // 2 :]
+            async with anyio.create_task_group() as group:
+                for file in batch:
+                    group.start_soon(look, file)
+        return problems
+
+    async def objection(self, launch: Launch, spec: ModelSpec) -> str | None:
+        """Why a model would be withheld, None if it would not: it is better left as it is then."""
+        missing = await self._missing({spec.name: spec})
+        try:
+            section(spec, launch.found.flags, binary=str(launch.found.path))
+        except OptionError as error:
+            return str(error)
+        return missing.get(spec.name)
 
     async def put_back(self, launch: Launch, offer: Offer) -> None:
         """Write an earlier offer down again, after the router has refused the one that followed it.
@@ -253,10 +267,8 @@ class Launcher:
         It is looked at with the llama-server that is found, and whether the files are there that they name.
         """
         problems = await anyio.to_thread.run_sync(self._refusals, rules)
-        missing = await self._look_at_files(lambda: [missing_files((rule.layer,)) for rule in rules])
-        if missing is None:
-            return [*problems, "the files that tables of models name do not answer"]
-        return [*problems, *(problem for problem in missing if problem)]
+        missing = await self._look_at({file for rule in rules for file in named_files((rule.layer,))})
+        return [*problems, *(problem for problem in missing.values() if problem)]
 
     def _refusals(self, rules: Sequence[ModelRule]) -> list[str]:
         try:

@@ -355,7 +355,7 @@ class ModelTable:
         model.state, model.since = state, now
         if state is not ModelState.LOADING:
             model.stage = model.progress = None
-        if state is not ModelState.LOADED:
+        if state not in {ModelState.LOADED, ModelState.UNLOADING}:  # from the latter it may come back
             model.in_flight, model.work = None, 0.0
             model.quiet_since = now if state is ModelState.SLEEPING else None
         if state is not ModelState.UNLOADING or model.pid is not None:

@@ -45,15 +45,17 @@ def make_offer(
     cleared, notes = without_clashes(spec for name, spec in specs.items() if name not in kept)
     models: dict[str, Offered] = dict(kept)
     withheld: dict[str, Withheld] = {}
+    waits_for: set[str] = set()
     for name, spec in cleared.items():
         known = before.models.get(name)
-        is_free = taken.isdisjoint((name, *spec.aliases))
+        clashes = {taken[word] for word in (name, *spec.aliases) if word in taken}
+        waits_for |= clashes
         is_same = known is not None and known.spec is spec is specs[name] and name not in before.notes
         if name in taken:
             withheld[name] = Withheld(specs[name], "its name is still an alias of a model that is loaded")
         elif name in missing:
             withheld[name] = Withheld(specs[name], missing[name])
-        elif known is not None and is_same and is_free:
+        elif known is not None and is_same and not clashes:
             models[name] = known
         else:
             free = tuple(alias for alias in spec.aliases if alias not in taken)
@@ -63,7 +65,7 @@ def make_offer(
                 models[name] = Offered(specs[name], section(replace(spec, aliases=free), flags, binary=binary))
             except OptionError as error:
                 withheld[name] = Withheld(specs[name], f"{error}. {error.hint}" if error.hint else str(error))
-    return Offer(dict(sorted(models.items())), withheld, notes)
+    return Offer(dict(sorted(models.items())), withheld, notes, frozenset(waits_for))
 
 
 def to_preset(offer: Offer) -> preset.Preset:

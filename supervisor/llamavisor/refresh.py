@@ -11,6 +11,8 @@ from llamavisor.settings import OnOverwrite
 from llamavisor.shelf import Shelf
 from llamavisor.states import HAS_CHILD, Change
 
+RETRY_S = 5.0
+"""After so long a model that could not be unloaded for a change is tried again."""
 REMEDIES = {
     "reload": "it is loaded again as soon as it is idle",
     "unload": "it is unloaded as soon as it is idle",
@@ -70,6 +72,7 @@ class Refresh:
         self._accept = accept
         self._is_full = is_full
         self._under_way: set[str] = set()  # unloaded because they were stale, to be loaded again when told anew
+        self._put_off: dict[str, float] = {}  # until when a model is let be, because it could not be unloaded
         self._told: dict[str, Change] = {}
 
     def __repr__(self) -> str:
@@ -86,10 +89,15 @@ class Refresh:
                 then = REMEDIES[self._remedy(name, change)]
                 self._publish(ModelStale(router=self._router, model=name, change=change, then=then))
         self._told = stale
+        self._put_off = {name: until for name, until in self._put_off.items() if name in stale}
 
     def forget(self) -> None:
         """The process has ended: the next one is told everything."""
         self._under_way.clear()
+
+    def put_off(self, name: str, *, now: float) -> None:
+        """A model was not unloaded after all: somebody was being answered, or it could not have come back."""
+        self._put_off[name] = now + RETRY_S
 
     def advance(self, *, now: float, is_closed: bool) -> None:
         """Unload what is stale and idle; load again what was unloaded for that, once the router was told of it.
@@ -103,7 +111,7 @@ class Refresh:
             unload = Operation(Kind.UNLOAD, name, if_idle=True)
             if then not in {"reload", "unload"} or self._operations.is_pending(unload):
                 continue
-            if self._table.is_idle(name, now=now):
+            if self._table.is_idle(name, now=now) and now >= self._put_off.get(name, 0.0):
                 if then == "reload":
                     self._under_way.add(name)
                 self._accept(Ticket(unload))

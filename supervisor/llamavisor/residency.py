@@ -6,7 +6,6 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,8 +13,8 @@ import anyio
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
+from llamavisor.announcer import Announcer
 from llamavisor.api import ListedModel, StatusEvent
-from llamavisor.catalog import FileId
 from llamavisor.cause import load_failure, was_told_to_stop
 from llamavisor.errors import (
     ApiError,
@@ -42,8 +41,6 @@ LOAD_DEADLINE_S = 60.0
 LOAD_BYTES_PER_S = 100e6
 LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
-TOLD_MAX = 20
-"""How many models of one offer are told one by one: thousands would bury everything else that happens."""
 LOOK_AGAIN_S = 30.0
 """How often what did not work is tried again: a reload that was refused, a model that is withheld."""
 _LOG_LINES = 1000
@@ -100,8 +97,7 @@ class Residency:
             accept=self.accept,
             is_full=self._is_full,
         )
-        self._began = time.time()
-        self._seen: dict[str, tuple[FileId, ...]] = {}  # of which content each name was that could ever be served
+        self._announcer = Announcer(settings.name)
         self._look_again_at = 0.0
 
     def __repr__(self) -> str:
@@ -177,29 +173,9 @@ class Residency:
 
     def told(self, offer: Offer) -> None:
         """The router has read this offer: say what it can serve now and what it cannot."""
-        before, router = self.shelf.offer, self.settings.name
+        before = self.shelf.offer
         self.shelf.told(offer)
-        happened: list[ev.Event] = []
-        added = [each.spec for name, each in offer.models.items() if name not in before.models]
-        for spec in added[:TOLD_MAX]:
-            since = time.time() - spec.changed_at
-            # What was known before, or has been there since before we were, nobody has waited for.
-            is_news = self._seen.get(spec.name) != spec.files and 0 <= since <= time.time() - self._began
-            wait_s = since if is_news else None
-            happened.append(ev.ModelAdded(router=router, model=spec.name, path=spec.path, wait_s=wait_s))
-        self._seen.update((spec.name, spec.files) for spec in added)
-        removed = [name for name in before.models if name not in offer.models]
-        happened += [ev.ModelRemoved(router=router, model=name) for name in removed[:TOLD_MAX]]
-        if max(len(added), len(removed)) > TOLD_MAX:
-            happened.append(ev.ModelsChanged(router=router, added=len(added), removed=len(removed)))
-        for name, withheld in offer.withheld.items():
-            known = before.withheld.get(name)
-            if known is None or known.reason != withheld.reason:
-                happened.append(ev.ModelWithheld(router=router, model=name, reason=withheld.reason))
-        for name, note in offer.notes.items():
-            if before.notes.get(name) != note:
-                happened.append(ev.Warned(subject=f"model {name}", text=note))
-        self._publish(happened)
+        self._publish(self._announcer.compare(before, offer))
         self._refresh.tell()
 
     async def confirm_all_idle(self) -> None:
@@ -211,12 +187,13 @@ class Residency:
                 self._post(line.generation, AllIdle())
 
     async def _answers_nobody(self, line: Line, name: str) -> bool:
-        """Whether a model answers nobody at this very moment; what is known of it may be a second old."""
+        """Whether a model answers nobody, and has not since it was last asked, which may be a second ago."""
         model = self.table.get(name)
         if model is None or model.state is ModelState.SLEEPING:
             return True
-        usage = await line.generation.usage_now(name, model.port) if model.port is not None else None
-        return usage is not None and usage.in_flight == 0
+        before = model.work
+        usage = await line.generation.usage_now(name)
+        return usage is not None and usage.in_flight == 0 and usage.work == before
 
     # --- what is heard --------------------------------------------------------------------------------------------
 
@@ -352,22 +329,35 @@ class Residency:
             self._post(line.generation, Unsound(f"a reload did not make it list {count}"))
 
     async def _unload(self, operation: Operation, line: Line) -> None:
-        """Have a model unloaded; one that was to be idle only if it is so at this very moment."""
-        if operation.if_idle and not await self._answers_nobody(line, operation.model):
-            raise ApiError(f"model {operation.model} is answering somebody")
+        """Have a model unloaded; one that is only to be refreshed if it is idle at this moment, and can come back."""
+        wanted = self.shelf.wanted.get(operation.model)
+        if operation.if_idle:
+            objection = await line.host.objection(line.launch, wanted) if wanted is not None else None
+            if objection is not None:
+                raise ApiError(f"model {operation.model} is not loaded anew: {objection}")
+            if not await self._answers_nobody(line, operation.model):
+                raise ApiError(f"model {operation.model} is answering somebody")
         await line.api.unload(operation.model)
 
     async def _write(self, line: Line, kept: Mapping[str, Offered], before: Offer) -> Offer:
-        """Write an offer down that leaves alone whatever runs, also what a client has had loaded meanwhile."""
+        """Write an offer down that leaves alone whatever runs, also what a client has had loaded meanwhile.
+
+        Where something that the router knows would change, the router is asked at the last moment what runs: its events
+        may be late.
+        """
         while True:
             try:
                 offer = await line.host.write_offer(line.launch, self.shelf.wanted, kept=kept, before=before)
             except (OSError, OptionError) as error:
                 raise ApiError(f"not reloaded: {error}") from error
-            running = self.shelf.kept(self.table)
-            if all(offer.models.get(name) == each for name, each in running.items()):
+            changed = {name: each for name, each in before.models.items() if offer.models.get(name) != each}
+            if not changed:
                 return offer
-            kept = running
+            running = {model.name for model in await line.api.models() if model.state in HAS_CHILD}
+            running |= self.shelf.kept(self.table).keys()
+            if not (held := {name: each for name, each in changed.items() if name in running}):
+                return offer
+            kept = {**kept, **held}
 
     async def _put_back(self, line: Line, before: Offer, refusal: ApiError) -> None:
         try:
@@ -411,6 +401,7 @@ class Residency:
                 refusal = None
             else:
                 self.table.still_there(name, now=now)
+                self._refresh.put_off(name, now=now)
         elif error is not None:
             self.shelf.is_blocked = True  # tried again when something changes, or after a while
             self._publish([ev.Warned(subject=f"router {self.settings.name}", text=str(error))])

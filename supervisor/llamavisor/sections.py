@@ -173,32 +173,47 @@ def without_clashes(specs: Iterable[ModelSpec]) -> tuple[dict[str, ModelSpec], d
     return by_name, notes
 
 
-def names_files(spec: ModelSpec) -> bool:
-    """Whether tables of the configuration name files for a model, such as a projector or an adapter."""
-    return any(_named_files(layer) for layer in spec.layers if layer.source != automatic.BESIDE)
+@dataclass(frozen=True, slots=True)
+class NamedFile:
+    """A file that a table of the configuration names for a model, or with `slot_save_path` a folder.
+
+    Attributes:
+        source: the table.
+        key: under which it stands there.
+        path: where it should be.
+    """
+
+    source: str
+    key: str
+    path: str
+
+    def problem(self) -> str | None:
+        """Why it cannot be used, None if it can. Blocking: one stat, which hangs on a dead mount."""
+        found = _path_problem(self.path, is_folder=self.key == "slot_save_path")
+        return self.complain(found) if found else None
+
+    def complain(self, text: str) -> str:
+        """A sentence about it."""
+        return f"{self.source}: {self.key} {self.path} {text}"
 
 
-def missing_files(layers: Iterable[OptionLayer]) -> str | None:
-    """Why a model cannot be served because of the files that its tables name, None if they are there.
+def named_files(layers: Iterable[OptionLayer]) -> tuple[NamedFile, ...]:
+    """The files that tables name, such as a projector or an adapter; what a later table takes back is not among them.
 
-    Blocking: one stat for each, which hangs on a dead mount. A projector that is missing can keep a whole router from
-    starting, so a model with one is not handed to it. What was found beside a model is not looked at: the catalog has.
+    A model whose projector is missing can keep a whole router from starting. What was found beside a model is not among
+    them: the catalog has looked at it.
     """
     effective: dict[str, tuple[str, object]] = {}
     for layer in layers:
         if layer.source != automatic.BESIDE:
-            effective |= {key: (layer.source, value) for key, value in _named_files(layer).items()}
-    for key, (source, value) in effective.items():
-        for path in _paths(key, value):
-            if problem := _path_problem(path, is_folder=key == "slot_save_path"):
-                return f"{source}: {key} {path} {problem}"
-    return None
+            found = {key: getattr(layer.options, key, None) for key in _FILE_KEYS}
+            effective |= {key: (layer.source, value) for key, value in found.items() if value is not None}
+    return tuple(
+        NamedFile(source, key, path) for key, (source, value) in effective.items() for path in _paths(key, value)
+    )
 
 
-def _named_files(layer: OptionLayer) -> dict[str, object]:
-    keys = ("mmproj", "draft", "lora", "chat_template", "grammar_file", "slot_save_path")
-    found = {key: getattr(layer.options, key, None) for key in keys}
-    return {key: value for key, value in found.items() if value is not None}
+_FILE_KEYS = ("mmproj", "draft", "lora", "chat_template", "grammar_file", "slot_save_path")
 
 
 def _last(rules: Sequence[ModelRule], key: str, *, default: object) -> object:

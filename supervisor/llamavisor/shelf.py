@@ -44,11 +44,13 @@ class Offer:
         models: what it may serve, by name.
         withheld: what it may not, by name.
         notes: what a person should know of models that it may serve, by name.
+        waits_for: models that run under names that others are to have; these are told when they run no more.
     """
 
     models: Mapping[str, Offered] = field(default_factory=dict)
     withheld: Mapping[str, Withheld] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    waits_for: frozenset[str] = frozenset()
 
     def specs(self) -> dict[str, ModelSpec]:
         """What was considered when it was made, by name."""
@@ -108,7 +110,9 @@ class Shelf:
 
     def is_due(self, table: ModelTable) -> bool:
         """Whether a reload would tell the router something new."""
-        return not self.is_blocked and any(not _runs(name, table) for name in self._pending)
+        changed = any(not _runs(name, table) for name in self._pending)
+        freed = any(not _runs(name, table) for name in self.offer.waits_for)
+        return not self.is_blocked and (changed or freed)
 
     def is_pending(self, name: str) -> bool:
         """Whether the router has yet to be told of a change of this model."""
@@ -155,9 +159,11 @@ def change(old: ModelSpec, new: ModelSpec) -> Change:
     return Change.OVERWRITTEN if inodes[0] == inodes[1] else Change.REPLACED
 
 
-def told_names(offered: Iterable[Offered]) -> set[str]:
-    """All names by which a router knows these models."""
-    return {name for each in offered for name in (each.spec.name, *_words(each.section.get("alias", "")))}
+def told_names(offered: Iterable[Offered]) -> dict[str, str]:
+    """All names by which a router knows these models, and whose they are."""
+    return {
+        name: each.spec.name for each in offered for name in (each.spec.name, *_words(each.section.get("alias", "")))
+    }
 
 
 def _words(text: str) -> list[str]:

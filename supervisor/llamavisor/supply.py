@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import anyio
 import anyio.lowlevel
@@ -52,7 +53,7 @@ class Supply:
         self._leaving: dict[str, Change] = {}  # what is not to be served any more, and not simply gone
         self._is_delivered = False
         self._settled: Mapping[str, ModelSpec] = {}  # as it was when the last look had ended: never half of one
-        self.update(folder.catalog)
+        self._take_over(folder.catalog, is_news=False)
         self.settle()
 
     def __repr__(self) -> str:
@@ -60,6 +61,10 @@ class Supply:
 
     def update(self, changed: Iterable[Entry], removed: Iterable[str] = ()) -> None:
         """Take over what has changed in the folder."""
+        self._take_over(changed, removed, is_news=True)
+
+    def _take_over(self, changed: Iterable[Entry], removed: Iterable[str] = (), *, is_news: bool) -> None:
+        """Take over entries; those that are no news have been there before, and nobody waited for them."""
         for name in removed:
             self._specs.pop(name, None)
             self._leaving.pop(name, None)
@@ -70,7 +75,7 @@ class Supply:
             self._leaving.pop(entry.name, None)
             if spec is not None and is_ready:
                 if known != spec:
-                    self._specs[entry.name] = spec
+                    self._specs[entry.name] = spec if is_news else replace(spec, changed_at=0.0)
                 continue
             self._specs.pop(entry.name, None)
             if is_ready:
@@ -98,7 +103,7 @@ class Supply:
         self._rules, self._base, before = tuple(rules), base, self._settled
         entries = list(self.folder.catalog)
         for at in range(0, len(entries), _BATCH):
-            self.update(entries[at : at + _BATCH])
+            self._take_over(entries[at : at + _BATCH], is_news=False)
             await anyio.lowlevel.checkpoint()
         self.settle()
         after = self._settled

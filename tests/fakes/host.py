@@ -55,6 +55,7 @@ class FakeHost:
         reload_refusals: HTTP status and message with which the next reloads are refused, in order.
         offer_error: why the router's files cannot be written, None if they can.
         withholds: models that are withheld, and why.
+        waits_for: models that run under names that others are to have.
         while_writing: what happens once while something new is being written down.
         source: knows the models, where they are not scripted with `models`.
         deliver: who is told of what is in the folder, before every start and by `look`.
@@ -80,6 +81,7 @@ class FakeHost:
         self.withholds: dict[str, str] = {}
         self.deliver: Callable[[Mapping[str, ModelSpec]], None] = lambda _: None
         self.written = Offer()
+        self.waits_for: frozenset[str] = frozenset()
         self.while_writing: Callable[[], None] | None = None
         self.source: ModelSource | None = None
         self.has_stranger = False
@@ -150,8 +152,13 @@ class FakeHost:
                 options = ",".join(layer.source for layer in spec.layers)
                 models[name] = Offered(spec, {"model": spec.path, "options": options})
         withheld = {name: Withheld(specs[name], why) for name, why in self.withholds.items() if name in specs}
-        self.written = Offer(models, withheld)
+        self.written = Offer(models, withheld, waits_for=self.waits_for)
         return self.written
+
+    async def objection(self, launch: Launch, spec: ModelSpec) -> str | None:
+        """Why a model would be withheld."""
+        await anyio.sleep(ANSWER_S)
+        return self.withholds.get(spec.name)
 
     async def put_back(self, launch: Launch, offer: Offer) -> None:
         """Take note that the router will read an earlier offer again."""

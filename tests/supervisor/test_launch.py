@@ -19,7 +19,7 @@ from llamavisor.launch import Launch, Launcher, ModelSource
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import Spawner
 from llamavisor.rules import ModelRule, ModelSettings
-from llamavisor.sections import ModelSpec
+from llamavisor.sections import ModelSpec, NamedFile
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer
 
@@ -236,23 +236,29 @@ async def test_files_that_do_not_answer(launcher: Make, models_dir: Path, monkey
     """F14: a file that a table names on a dead mount keeps its model from the router, and nothing else waits for it."""
     answers, looks = threading.Event(), []
 
-    def hang(layers: object) -> None:
-        looks.append(layers)
+    def problem(file: NamedFile) -> str | None:
+        if not file.path.startswith("/dead"):
+            return None
+        looks.append(file.path)
         answers.wait()
+        return None
 
-    monkeypatch.setattr("llamavisor.launch.missing_files", hang)
+    monkeypatch.setattr(NamedFile, "problem", problem)
     monkeypatch.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.05)
-    table = OptionLayer('[model."alpha"]', ModelSettings(chat_template="/dead/t.jinja"))
     specs = {path.stem: spec(path.stem, path) for path in models_dir.iterdir()}
-    specs["alpha"] = replace(specs["alpha"], layers=(table,))
+    for name, folder in (("alpha", "/dead"), ("beta", "/alive")):
+        table = OptionLayer(f'[model."{name}"]', ModelSettings(chat_template=f"{folder}/t.jinja"))
+        specs[name] = replace(specs[name], layers=(table,))
     told = launcher(source=Known(specs))
     launch = await launch_of(told)
     try:
         for _ in range(3):
             offer = await told.write_offer(launch, specs, kept={}, before=Offer())
             assert set(offer.models) == {"beta", "gamma"}
-            assert "do not answer" in offer.withheld["alpha"].reason
-        assert len(looks) == 1, "a second look beside one that hangs"
+            assert offer.withheld["alpha"].reason == '[model."alpha"]: chat_template /dead/t.jinja does not answer'
+            assert await told.objection(launch, specs["alpha"]) == offer.withheld["alpha"].reason
+            assert await told.objection(launch, specs["beta"]) is None
+        assert looks == ["/dead/t.jinja"], "a second look beside one that hangs"
     finally:
         answers.set()
 

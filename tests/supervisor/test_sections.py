@@ -25,7 +25,7 @@ from llamavisor.gguf import Header, Kind
 from llamavisor.helptext import FlagSet
 from llamavisor.preset import for_router, lint, write
 from llamavisor.rules import ModelRule, ModelSettings
-from llamavisor.sections import ModelSpec, layers_in_force, missing_files, section, specify, try_rule, without_clashes
+from llamavisor.sections import ModelSpec, layers_in_force, named_files, section, specify, try_rule, without_clashes
 
 BINARY = "/opt/llama-server"
 _IDS = itertools.count(1)
@@ -396,6 +396,11 @@ def test_a_rule_is_checked_without_a_model() -> None:
 
 
 # Files that tables name
+
+
+def missing_files(layers: Sequence[OptionLayer]) -> str | None:
+    """What is wrong with the first of the files that tables name."""
+    return next(filter(None, (file.problem() for file in named_files(layers))), None)
 
 
 def test_files_that_a_table_names_must_be_there(tmp_path: Path) -> None:

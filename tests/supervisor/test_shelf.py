@@ -150,6 +150,50 @@ async def test_a_model_that_has_just_begun_to_answer_is_not_unloaded(host: FakeH
         await it.until(lambda: it.process.loads == ["alpha", "alpha"], within_s=10)
 
 
+async def test_a_model_that_answers_short_requests_is_not_unloaded_between_two(host: FakeHost) -> None:
+    """A model that answers nobody at this moment, but has worked since it was last asked, is in use."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        await anyio.sleep(10.5)
+        it.process.work["alpha"] = 5.0  # since the last look, half a second ago
+        host.models["alpha"].inode = 2
+        host.look()
+        await anyio.sleep(1)
+        assert it.process.unloads == []
+        await it.until(lambda: it.process.loads == ["alpha", "alpha"], within_s=30)
+
+
+async def test_a_stale_model_that_could_not_come_back_is_left_alone(host: FakeHost) -> None:
+    """A model whose table names a file that has gone meanwhile is not unloaded for a change: it would be withheld."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        host.withholds["alpha"] = "chat_template /t.jinja is not there"
+        host.models["alpha"].inode = 2
+        host.look()
+        await anyio.sleep(600)
+        assert it.process.unloads == []
+        assert it.model("alpha") is ModelState.LOADED
+        del host.withholds["alpha"]
+        await it.until(lambda: it.process.loads == ["alpha", "alpha"], within_s=30)
+
+
+async def test_a_name_that_a_running_model_holds_is_told_as_soon_as_that_leaves(host: FakeHost) -> None:
+    """What waits for the name or the alias of a model that runs is told as soon as that runs no more."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        host.waits_for = frozenset({"alpha"})
+        host.models["delta"] = FakeModel()
+        host.look()
+        await it.until(lambda: "delta" in names(it))
+        reloads = it.process.reloads
+        await anyio.sleep(5)
+        assert it.process.reloads == reloads
+        host.waits_for = frozenset()
+        host.models["foo"] = FakeModel()
+        await it.router.unload("alpha")
+        await it.until(lambda: not it.router.shelf.offer.waits_for, within_s=5)
+
+
 async def test_a_model_that_says_nothing_any_more_is_not_idle(host: FakeHost) -> None:
     """A model that was idle and has stopped telling is not taken to be idle still."""
     async with supervised(host) as it:

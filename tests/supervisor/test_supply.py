@@ -281,7 +281,7 @@ async def test_a_model_that_has_gone_is_remembered_while_it_is_loaded(stage: Sta
 async def test_how_long_a_new_model_took(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time from a file's last change to its model's being servable is told for files that came while we ran."""
     now = 1_000_000.0
-    monkeypatch.setattr("llamavisor.residency.time.time", lambda: now)
+    monkeypatch.setattr("llamavisor.announcer.time.time", lambda: now)
     stage.watch("a").entries = {"old": replace(entry("old"), changed_at=now - 60)}
     async with stage.running(stage.settings(("main", 8081, "a"))):
         await stage.until("main", lambda: stage.fleet.is_ready)

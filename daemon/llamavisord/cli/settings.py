@@ -14,7 +14,7 @@ from llamavisor import binary, flags
 from llamavisor.errors import BinaryError, OptionError
 from llamavisor.options import OptionLayer
 from llamavisor.rules import ModelRule
-from llamavisor.sections import missing_files, try_rule
+from llamavisor.sections import named_files, try_rule
 from llamavisor.settings import RouterSettings
 from llamavisord.cli.errors import CommandError, with_hint
 from llamavisord.cli.render import Screen
@@ -112,7 +112,8 @@ def _missing(rule: ModelRule, key: str) -> str | None:
     """What is to be said of the files that a table names with one key, None if they are there."""
     others = rule.settings.model_fields_set - {key}
     alone = OptionLayer(rule.source, rule.settings.model_copy(update=dict.fromkeys(others)))
-    return missing_files((alone,))
+    problems = (file.problem() for file in named_files((alone,)))
+    return next(filter(None, problems), None)
 
 
 def _names_in(config: Config, models_dir: Path) -> Collection[str] | None:
