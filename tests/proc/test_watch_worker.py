@@ -21,9 +21,8 @@ from llamavisor import procfs
 from llamavisor.catalog.entry import Entry, EntryState, Scan
 from llamavisor.watch import Afresh, FolderWatch, Found, Looked, ModeChanged, News, Silent, WorkerDied
 from llamavisor.watch import watcher as watcher_module
-from llamavisor.watch import workerprocess as workerprocess_module
 from llamavisor.watch.wire import MAX_PART_ENTRIES, Configure, Decoder, ScanDone, ScanNow, encode
-from llamavisor.watch.workerprocess import WorkerProcess
+from llamavisor.workerprocess import WorkerProcess
 
 pytestmark = pytest.mark.anyio
 
@@ -219,7 +218,7 @@ async def test_a_kernel_without_inotify(root: Path, monkeypatch: pytest.MonkeyPa
     prefix = ("/usr/bin/unshare", "-U", "-r", "sh", "-c", script, "sh")
     if subprocess.run([*prefix, "true"], check=False).returncode:
         pytest.skip("no user namespaces here")
-    monkeypatch.setattr(workerprocess_module, "_ARGV", (*prefix, *workerprocess_module._ARGV))
+    monkeypatch.setattr(watcher_module, "_ARGV", (*prefix, *watcher_module._ARGV))
     async with watching(FolderWatch(root, interval_s=0.1)) as listener:
         assert listener.ready() == ["first"]
         drop(root, "second")
@@ -290,7 +289,7 @@ async def test_a_worker_that_hangs_does_not_hold_the_daemon(root: Path) -> None:
 async def test_a_worker_that_hangs_from_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that never says a word is silent too."""
     monkeypatch.setattr(watcher_module, "FIRST_ANSWER_S", 0.2)
-    monkeypatch.setattr(workerprocess_module, "_ARGV", ("/bin/sleep", "60"))
+    monkeypatch.setattr(watcher_module, "_ARGV", ("/bin/sleep", "60"))
     listener = Listener()
     async with anyio.create_task_group() as group:
         group.start_soon(FolderWatch(root).run, listener.tell)
@@ -320,13 +319,13 @@ async def test_a_worker_that_is_killed(root: Path) -> None:
 async def test_a_worker_that_talks_nonsense(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is killed, whatever else it does."""
     code = "import time; print('x' * 99, flush=True); time.sleep(60)"
-    monkeypatch.setattr(workerprocess_module, "_ARGV", (sys.executable, "-c", code))
+    monkeypatch.setattr(watcher_module, "_ARGV", (sys.executable, "-c", code))
     assert (await first_death(root)).reason.startswith("it does not make sense")
 
 
 async def test_a_worker_that_cannot_be_started(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told why, and tried again later."""
-    monkeypatch.setattr(workerprocess_module, "_ARGV", ("/nonexistent",))
+    monkeypatch.setattr(watcher_module, "_ARGV", ("/nonexistent",))
     assert (await first_death(root)).reason == "cannot start it: No such file or directory"
 
 
@@ -344,7 +343,7 @@ async def first_death(root: Path) -> WorkerDied:
 
 async def test_deaths_in_a_row(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next worker is waited for twice as long each time, up to a minute."""
-    monkeypatch.setattr(workerprocess_module, "_ARGV", ("/nonexistent",))
+    monkeypatch.setattr(watcher_module, "_ARGV", ("/nonexistent",))
     monkeypatch.setattr(watcher_module, "BACKOFF_S", 0.001)
     monkeypatch.setattr(watcher_module, "MAX_BACKOFF_S", 0.005)
     listener = Listener()
@@ -387,7 +386,7 @@ async def test_signals_that_are_meant_for_the_daemon(root: Path, number: signal.
 
 async def test_a_worker_without_a_daemon(root: Path) -> None:
     """It ends with its pipes."""
-    worker = WorkerProcess.start({})
+    worker = WorkerProcess.start(watcher_module._ARGV, {})
     await worker.send(encode(Configure(str(root), (), NEVER_S, 0)))
     await worker.receive()
     worker.close()
@@ -400,9 +399,9 @@ def test_a_stopped_worker_whose_daemon_is_killed(root: Path) -> None:
         "import os, signal, sys\n"
         "import anyio\n"
         "from llamavisor.watch.wire import Configure, encode\n"
-        "from llamavisor.watch.workerprocess import WorkerProcess\n"
+        "from llamavisor.workerprocess import WorkerProcess, module_argv\n"
         "async def main():\n"
-        "    worker = WorkerProcess.start({})\n"
+        "    worker = WorkerProcess.start(module_argv('llamavisor.watch.worker'), {})\n"
         "    await worker.send(encode(Configure(sys.argv[1], (), 9.0, 0)))\n"
         "    await worker.receive()\n"
         "    os.kill(worker.pid, signal.SIGSTOP)\n"
@@ -431,7 +430,7 @@ async def test_a_look_that_was_under_way(root: Path) -> None:
 
 async def test_asked_before_it_has_begun(root: Path) -> None:
     """What comes in one piece with the first message is not lost."""
-    worker = WorkerProcess.start({})
+    worker = WorkerProcess.start(watcher_module._ARGV, {})
     await worker.send(encode(Configure(str(root), (), NEVER_S, 0)) + encode(ScanNow(9)))
     decoder, tokens = Decoder(), [0]
     with anyio.fail_after(PATIENCE_S):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -16,7 +14,7 @@ import anyio
 
 from llamavisor.gauge.device import Device, Reading, unknown
 from llamavisor.gauge.wire import MAX_LINE_BYTES, Answer, decode_answer, encode_question
-from llamavisor.watch.workerprocess import INHERITED, WorkerProcess
+from llamavisor.workerprocess import WorkerProcess, module_argv
 
 ANSWER_S = 2.0
 """How long a read waits. The first question to NVML may take longer, then its devices are unknown at first."""
@@ -32,57 +30,13 @@ KILL_WAIT_S = 0.5
 
 
 class Worker(Protocol):
-    """A process that answers: `AskingProcess`. Its methods are those of `WorkerProcess`."""
+    """A process that answers: a `WorkerProcess` that runs `llamavisor.gauge.worker`."""
 
     def send_nowait(self, data: bytes) -> None: ...  # noqa: D102
     async def receive(self) -> bytes: ...  # noqa: D102
     def kill(self) -> None: ...  # noqa: D102
     async def reap(self) -> str: ...  # noqa: D102
     def close(self) -> None: ...  # noqa: D102
-
-
-class AskingProcess(WorkerProcess):
-    """A running `llamavisor.gauge.worker`."""
-
-    @classmethod
-    def begin(cls, kind: Literal["nvidia", "amd"], root: Path, env: Mapping[str, str]) -> Self:
-        """Start one with `env` and little else in its environment.
-
-        Called from the main thread: the parent-death signal is bound to the thread that starts it.
-
-        Raises:
-            OSError: it cannot be started.
-        """
-        argv = (sys.executable, "-P", "-m", "llamavisor.gauge.worker", kind, os.fspath(root))
-        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-        opened: list[int] = []
-        try:
-            opened += os.pipe2(os.O_CLOEXEC)
-            opened += os.pipe2(os.O_CLOEXEC)
-            theirs_in, writing, reading, theirs_out = opened
-            pid = os.posix_spawn(
-                argv[0],
-                argv,
-                {**inherited, **env},
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs_in, 0), (os.POSIX_SPAWN_DUP2, theirs_out, 1)],
-                setsid=True,
-                setsigdef=[signal.SIGPIPE],
-            )
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)  # it has not even begun, so this does not wait for any driver
-                raise
-        except OSError:
-            for descriptor in opened:
-                os.close(descriptor)
-            raise
-        os.close(theirs_in)
-        os.close(theirs_out)
-        os.set_blocking(reading, False)
-        os.set_blocking(writing, False)
-        return cls(pid, pidfd, reading, writing)
 
 
 class _FailedError(Exception):
@@ -142,7 +96,8 @@ class RemoteGauge:
     ) -> Self:
         """The gauge of all devices of one kind."""
         what = "NVML" if kind == "nvidia" else "amdgpu"
-        return cls(what, partial(AskingProcess.begin, kind, root, env), find=find)
+        argv = module_argv("llamavisor.gauge.worker", kind, os.fspath(root))
+        return cls(what, partial(WorkerProcess.start, argv, env), find=find)
 
     async def read(self) -> Sequence[Reading]:
         """Ask the worker now. Ends within `answer_s`, give or take the end of a killed worker."""

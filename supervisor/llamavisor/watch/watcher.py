@@ -11,7 +11,7 @@ import anyio.lowlevel
 
 from llamavisor.watch.news import Afresh, Found, Looked, ModeChanged, News, Silent, WorkerDied
 from llamavisor.watch.wire import Configure, Decoder, Message, Mode, ScanDone, ScanNow, ScanPart, WireError, encode
-from llamavisor.watch.workerprocess import WorkerProcess
+from llamavisor.workerprocess import WorkerProcess, module_argv
 
 INTERVAL_S = 30.0
 """How often the folder is looked at when nothing hints at a change."""
@@ -24,6 +24,7 @@ KILL_WAIT_S = 0.5
 """How long to wait for a killed worker. One that the kernel holds in a dead network mount must not hold the daemon."""
 BACKOFF_S = 1.0
 MAX_BACKOFF_S = 60.0
+_ARGV = module_argv("llamavisor.watch.worker")
 STEADY_S = 60.0
 """A worker that lived for as long has not failed at once, and the next one is not made to wait for it."""
 
@@ -111,7 +112,7 @@ class FolderWatch:
         """Start a worker and pass on what it says until it ends; how it ended."""
         self._mode, self._is_first, self._is_silent = None, True, False
         try:
-            worker = WorkerProcess.start(self._env)
+            worker = WorkerProcess.start(_ARGV, self._env)
         except OSError as error:
             return f"cannot start it: {error.strerror}"
         self._worker, self._due_at = worker, anyio.current_time()

@@ -1,4 +1,4 @@
-"""The daemon's end of the worker process: starts it, talks to it, and gets rid of it without ever waiting for long."""
+"""The daemon's end of a worker process: starts it, talks to it, and gets rid of it without ever waiting for long."""
 
 from __future__ import annotations
 
@@ -19,8 +19,12 @@ INHERITED = (
     *("PYTHONPATH", "PYTHONHOME", "PYTHONUSERBASE", "PYTHONUTF8", "PYTHONDONTWRITEBYTECODE"),
 )
 """Of the daemon's environment: what Python needs to find the same modules and to read file names the same way."""
-_ARGV = (sys.executable, "-P", "-m", "llamavisor.watch.worker")
 _READ_BYTES = 64 * 1024
+
+
+def module_argv(module: str, *arguments: str) -> tuple[str, ...]:
+    """The command line that runs a module of this program in a Python of its own."""
+    return (sys.executable, "-P", "-m", module, *arguments)
 
 
 class WorkerProcess:
@@ -40,46 +44,44 @@ class WorkerProcess:
         return f"<WorkerProcess {self.pid}>"
 
     @classmethod
-    def start(cls, env: Mapping[str, str]) -> Self:
+    def start(cls, argv: tuple[str, ...], env: Mapping[str, str]) -> Self:
         """Start one with `env` and little else in its environment.
 
         Called from the main thread: the parent-death signal is bound to the thread that starts it.
+
+        Args:
+            argv: its command line, such as `module_argv` gives.
+            env: added to what is inherited.
 
         Raises:
             OSError: it cannot be started.
         """
         inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-        theirs_in, writing = os.pipe2(os.O_CLOEXEC)
+        opened: list[int] = []
         try:
-            reading, theirs_out = os.pipe2(os.O_CLOEXEC)
-        except OSError:
-            os.close(theirs_in)
-            os.close(writing)
-            raise
-        try:
+            opened += os.pipe2(os.O_CLOEXEC)
+            opened += os.pipe2(os.O_CLOEXEC)
+            theirs_in, writing, reading, theirs_out = opened
             pid = os.posix_spawn(
-                _ARGV[0],
-                _ARGV,
+                argv[0],
+                argv,
                 {**inherited, **env},
                 file_actions=[(os.POSIX_SPAWN_DUP2, theirs_in, 0), (os.POSIX_SPAWN_DUP2, theirs_out, 1)],
                 setsid=True,
                 setsigdef=[signal.SIGPIPE],
             )
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)  # it has not even begun, so this does not wait for what it is to touch
+                raise
         except OSError:
-            os.close(reading)
-            os.close(writing)
+            for descriptor in opened:
+                os.close(descriptor)
             raise
-        finally:
-            os.close(theirs_in)
-            os.close(theirs_out)
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            os.close(reading)
-            os.close(writing)
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)  # it has not even begun, so this does not wait for any folder
-            raise
+        os.close(theirs_in)
+        os.close(theirs_out)
         # Of the daemon's ends alone: the worker reads and writes as it is used to.
         os.set_blocking(reading, False)
         os.set_blocking(writing, False)
