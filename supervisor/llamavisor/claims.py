@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from llamavisor.demands import Order
 from llamavisor.eviction import Demand
-from llamavisor.placement import RAM, Candidate
+from llamavisor.gauge.device import RAM_ID as RAM
+from llamavisor.placement import Candidate
 from llamavisor.slots import Key, Slots, Stage
 
 

@@ -21,9 +21,8 @@ from llamavisor.eviction import (
     Resident,
     choose,
 )
+from llamavisor.gauge.device import RAM_ID as RAM
 
-RAM = "RAM"
-"""The memory of the machine: every model takes some, whatever devices it is kept to."""
 SOFTEN_S = 60.0
 """Added to the time a model has been idle: one that was used this instant is dear, but not priceless."""
 

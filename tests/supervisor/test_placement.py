@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamavisor.eviction import Budget, Demand, Plan, Reason, Refusal, Resident, choose
-from llamavisor.placement import RAM, Candidate, Choice, loss, place
+from llamavisor.gauge.device import RAM_ID as RAM
+from llamavisor.placement import Candidate, Choice, loss, place
 
 A_GPU, B_GPU = "0000:01:00.0", "0000:02:00.0"
 NOW = 10_000.0

@@ -11,8 +11,9 @@ from llamavisor.footprint.estimate import (
     fit_target,
 )
 from llamavisor.footprint.fitparams import Fit, FitParams, FitRow, find_tool
-from llamavisor.footprint.formula import RAM, Device, Plan, Weights, context_size, work_out
+from llamavisor.footprint.formula import Device, Plan, Weights, context_size, work_out
 from llamavisor.footprint.options import MemoryOptions, read_options
+from llamavisor.gauge.device import RAM_ID as RAM
 
 __all__ = [
     "RAM",

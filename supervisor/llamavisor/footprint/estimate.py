@@ -10,7 +10,6 @@ from enum import Enum
 from llamavisor.footprint.fitparams import Fit
 from llamavisor.footprint.formula import (
     MIB,
-    RAM,
     Parts,
     Plan,
     Weights,
@@ -25,6 +24,7 @@ from llamavisor.footprint.formula import (
     work_out,
 )
 from llamavisor.footprint.layers import Layers, find_layers
+from llamavisor.gauge.device import RAM_ID as RAM
 from llamavisor.gguf import Header
 
 CTX_SHARE = 0.25

@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 
 from llamavisor.footprint.layers import Layer, Layers, at_layer, find_layers
 from llamavisor.footprint.options import MemoryOptions
+from llamavisor.gauge.device import RAM_ID as RAM
 from llamavisor.gguf import Header, PerLayer
 from llamavisor.gguf.tensortypes import TENSOR_TYPES
 
-RAM = "RAM"
-"""The device that the CPU computes on."""
 MIB = 1024 * 1024
 PROCESS_BYTES = 22 * MIB
 """What a llama-server takes that has loaded nothing: 8 MiB of its own and 14 of its libraries, which several share.
