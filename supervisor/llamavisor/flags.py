@@ -123,10 +123,10 @@ _TYPED_BY_SPELLING = {spelling: name for name, spellings in _ALL_SPELLINGS.items
 
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
-    """What the option tables of one router come to, for the build found.
+    """What option tables come to, for the build found: those of a router, or all that speak for one model.
 
     Attributes:
-        preset: entries for the preset's `[*]`, sorted by key.
+        preset: entries for a section of the preset, sorted by key.
         listener_args: words for the router's own command line.
         required_devices: devices by name that must be visible before a model can load.
         needs_gpu: whether a model is to be put onto a GPU, be it a named one or any.
