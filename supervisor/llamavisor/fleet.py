@@ -177,17 +177,19 @@ class Fleet:
         problems = []
         for each in settings.routers:
             router = self._routers.get(each.name)
+            is_changed = router is None or router.settings != each
+            if not is_changed and settings.rules == self._settings.rules:
+                continue
             folder = self._folder(each.models_dir, settings.link_dirs)
             supply = Supply(folder, each.name, settings.rules, base=each.layers, deliver=lambda *_: None)
             host = self._make_host(each, supply)
-            if router is None or router.settings != each:
+            if is_changed:
                 found = await host.prepare()
                 is_own_port = any(held.settings.port == each.port for held in self)
                 if isinstance(found, Verdict) and not (found.cause is Cause.PORT_TAKEN and is_own_port):
                     hint = f" ({found.hint})" if found.hint else ""
                     problems.append(f"router {each.name}: {found.reason}{hint}")
-            if settings.rules != self._settings.rules or router is None or router.settings != each:
-                problems += [f"router {each.name}: {refusal}" for refusal in await host.refusals(settings.rules)]
+            problems += [f"router {each.name}: {refusal}" for refusal in await host.refusals(settings.rules)]
         if problems:
             self._drop_unused_folders()
         return problems
