@@ -16,8 +16,11 @@ class UnloadReason(Enum):
 
     REQUESTED = "requested"  # somebody asked us
     REFRESHED = "refreshed"  # its file or its options had changed, and it was idle
-    EVICTED = "evicted"  # the router made room, or a client asked the router itself
+    EVICTED = "evicted"  # room was made for another model, by us or by the router; or a client asked the router
+    EXPIRED = "expired"  # nobody had used it for as long as its ttl says
+    PRESSURE = "pressure"  # memory was short
     CRASHED = "crashed"  # its child ended unasked
+    OOM = "oom"  # the kernel killed its child for want of memory
     FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
     ROUTER = "router"  # its router ended
 
@@ -192,6 +195,7 @@ class ModelStale(Event):
 
 _CRASHES = {
     UnloadReason.CRASHED: "crashed on {router}",
+    UnloadReason.OOM: "was killed on {router} by the kernel for want of memory",
     UnloadReason.FILE_CHANGED: "crashed on {router} because its file was overwritten or cut off",
 }
 CHANGES = {
