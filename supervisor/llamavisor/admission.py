@@ -16,6 +16,7 @@ Times are monotonic seconds (FAULTS.md, T1).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from llamavisor.demands import Action, Lease, Limits, Order, Refuse, Rejection, Why
@@ -23,7 +24,7 @@ from llamavisor.eviction import Resident, relieve
 from llamavisor.orders import Orders
 from llamavisor.placement import Candidate
 from llamavisor.quarantine import Quarantine, Quarantines
-from llamavisor.slots import Key, Slots, Stage
+from llamavisor.slots import Key, Slot, Slots, Stage
 
 STUCK_S = 60.0
 """A model that its router would not unload is left alone for so long: the next best is chosen."""
@@ -37,13 +38,17 @@ class Admission:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self._limits = limits or Limits()
         self._slots = Slots()
         self._quarantines = Quarantines()
-        self._orders = Orders(self._slots, self._quarantines, self._limits)
+        self._orders = Orders(self._slots, self._quarantines, limits or Limits())
 
     def __repr__(self) -> str:
         return f"<Admission {list(self._slots)} {self._orders}>"
+
+    @property
+    def limits(self) -> Limits:
+        """How long, and how many, demands may wait."""
+        return self._orders.limits
 
     @property
     def orders(self) -> tuple[Order, ...]:
@@ -58,6 +63,14 @@ class Admission:
     def residents(self, now: float) -> list[Resident]:
         """Everybody in the table."""
         return self._slots.residents(now)
+
+    def slot(self, router: str, model: str) -> Slot | None:
+        """What the table says of one model on one router, None if it takes nothing there; to be read only."""
+        return self._slots.get((router, model))
+
+    def slots(self) -> list[Slot]:
+        """All of the table; to be read only."""
+        return list(self._slots)
 
     def quarantined(self, router: str, model: str, now: float) -> Quarantine | None:
         """Why the model is not loaded on that router for now; None if nothing speaks against it."""
@@ -82,7 +95,7 @@ class Admission:
             count = 0
         else:
             count = len(order.tickets)
-        if self.waiting >= self._limits.max_waiting or count >= self._limits.max_waiting_per_model:
+        if self.waiting >= self.limits.max_waiting or count >= self.limits.max_waiting_per_model:
             detail = f"{count} others wait for it, and {self.waiting} altogether"
             return number, [Refuse(number, Rejection(Why.QUEUE_FULL, model, detail, self._orders.retry_after_s()))]
         if order is None:
@@ -131,18 +144,19 @@ class Admission:
     def loaded(
         self, router: str, model: str, size: Mapping[str, int] | None, now: float, *, last_used: float | None = None
     ) -> list[Action]:
-        """A model can be used; or, of one that could be already: what it takes has been measured.
+        """A model can be used.
 
         Args:
             router: where.
             model: which. One that is on its way out stays so.
-            size: what it takes of each device, as measured; None to go on with what was expected.
+            size: what it takes of each device; None to go on with what was expected.
             now: monotonic time in seconds.
             last_used: of a model that was loaded again, with its router: when it was last used before.
         """
         key = (router, model)
         slot = self._slots.get(key) or self._orders.add_slot(router, model, size or {}, now)
-        slot.resident = replace(slot.resident, bytes=slot.resident.bytes if size is None else size)
+        if size is not None:
+            slot.resident = replace(slot.resident, bytes=size)
         if slot.stage is Stage.LOADING:
             used = now if last_used is None else last_used
             slot.resident = replace(slot.resident, reload_cost_s=now - slot.since, loaded_at=now, last_used=used)
@@ -151,6 +165,14 @@ class Admission:
                 self._orders.typical_load_s += (now - slot.since - self._orders.typical_load_s) / 4
             self._quarantines.loaded(key, now)
             self._orders.note_progress(key, now)
+        return self._orders.settle(now)
+
+    def sized(self, router: str, model: str, size: Mapping[str, int], now: float) -> list[Action]:
+        """What a model takes of each device is known, or known better."""
+        slot = self._slots.get((router, model))
+        if slot is None or slot.resident.bytes == size:
+            return []
+        slot.resident = replace(slot.resident, bytes=size)
         return self._orders.settle(now)
 
     def load_failed(
@@ -212,11 +234,23 @@ class Admission:
             slot.become(Stage.DRAINING)
         return self._orders.settle(now)
 
-    def observed(self, router: str, model: str, in_flight: int, now: float) -> list[Action]:
-        """A model was seen to answer so many requests, whether or not they have leases."""
+    def observed(
+        self, router: str, model: str, in_flight: int, now: float, *, used_at: float | None = None
+    ) -> list[Action]:
+        """A model was seen to answer so many requests, whether or not they have leases.
+
+        Args:
+            router: where.
+            model: which.
+            in_flight: how many.
+            now: monotonic time in seconds.
+            used_at: when it was last seen to have done something; None if that is not known.
+        """
         slot = self._slots.get((router, model))
         if slot is None or slot.stage not in {Stage.LOADED, Stage.DRAINING}:
             return []
+        if used_at is not None and used_at > slot.resident.last_used:
+            slot.resident = replace(slot.resident, last_used=used_at)
         if in_flight:
             slot.resident = replace(slot.resident, in_flight=in_flight, last_used=now)
         elif slot.resident.in_flight:
@@ -233,8 +267,10 @@ class Admission:
                 order.progressed_at = now
         return self._orders.settle(now)
 
-    def router_down(self, router: str, *, has_crashed: bool, now: float) -> list[Action]:
-        """A router, and every process of it, has ended.
+    def router_ended(self, router: str, *, has_crashed: bool, now: float) -> list[Action]:
+        """A router's process has ended, or is being ended: nothing on it can be used, or loaded, any more.
+
+        Its models hold what they hold until `router_gone`.
 
         Args:
             router: which.
@@ -243,21 +279,41 @@ class Admission:
         """
         self._orders.is_up[router] = False
         actions: list[Action] = []
-        for slot in [slot for slot in self._slots if slot.resident.router == router]:
+        for slot in self._of(router):
             if has_crashed and slot.stage is Stage.LOADING:
                 actions.append(self._quarantines.failed(slot.key, "its router ended while it was loading", now))
-            self._orders.remove(slot.key, now)
+            slot.become(Stage.LEAVING)
         return [*actions, *self._orders.settle(now)]
+
+    def router_gone(self, router: str, now: float) -> list[Action]:
+        """Nothing is left of a router that has ended."""
+        for slot in self._of(router):
+            self._orders.remove(slot.key, now)
+        return self._orders.settle(now)
 
     # What people and the configuration want
 
-    def pin(self, model: str, now: float) -> list[Action]:
-        """The model is not to be chosen any more. Where it has been told to leave already, it does."""
-        return self._set_pin(model, is_pinned=True, now=now)
+    def pin(self, models: AbstractSet[str], now: float) -> list[Action]:
+        """These models, and no others, are not to be chosen. One that has been told to leave already does."""
+        self._orders.pinned = frozenset(models)
+        for slot in self._slots:
+            is_pinned = slot.resident.name in models
+            if is_pinned is slot.resident.is_pinned:
+                continue
+            slot.resident = replace(slot.resident, is_pinned=is_pinned)
+            if is_pinned and slot.stage is Stage.DRAINING and not slot.is_dismissed:
+                self._orders.reopen(slot)
+        return self._orders.settle(now)
 
-    def unpin(self, model: str, now: float) -> list[Action]:
-        """The model may be chosen again."""
-        return self._set_pin(model, is_pinned=False, now=now)
+    def restrict(self, limits: Limits, now: float) -> list[Action]:
+        """Demands may wait for as long, and as many, as these limits say from now on."""
+        self._orders.limits = limits
+        return self._orders.settle(now)
+
+    def strain(self, why: str, now: float) -> list[Action]:
+        """Memory is so short that nothing may be loaded, and why; "" when that is over. What is loaded can be used."""
+        self._orders.strain = why
+        return self._orders.settle(now)
 
     def dismiss(self, router: str, model: str, now: float) -> list[Action]:
         """The model is to leave as soon as it is idle, though nobody needs its room: its ttl, or a new file of it."""
@@ -293,7 +349,7 @@ class Admission:
         residents = self._slots.residents(now)
         coming = [each for each in residents if each.is_leaving and not each.is_loading]  # what failed frees nothing
         short = {device: lack - sum(each.bytes.get(device, 0) for each in coming) for device, lack in lacking.items()}
-        victims = relieve(residents, short, now=now, min_residency_s=self._limits.min_residency_s)
+        victims = relieve(residents, short, now=now, min_residency_s=self.limits.min_residency_s)
         keys = [(each.router, each.name) for each in victims]
         for key in keys:
             if slot := self._slots.get(key):
@@ -301,11 +357,5 @@ class Admission:
                 slot.become(Stage.DRAINING)
         return keys
 
-    def _set_pin(self, model: str, *, is_pinned: bool, now: float) -> list[Action]:
-        (self._orders.pinned.add if is_pinned else self._orders.pinned.discard)(model)
-        for slot in self._slots:
-            if slot.resident.name == model:
-                slot.resident = replace(slot.resident, is_pinned=is_pinned)
-                if is_pinned and slot.stage is Stage.DRAINING and not slot.is_dismissed:
-                    self._orders.reopen(slot)
-        return self._orders.settle(now)
+    def _of(self, router: str) -> list[Slot]:
+        return [slot for slot in self._slots if slot.resident.router == router]

@@ -115,6 +115,18 @@ def load_failure(model: str, lines: Sequence[str]) -> str | None:
     return reason
 
 
+_NO_MEMORY = re.compile(
+    r"out of memory|(?:failed|unable) to allocate|cannot allocate memory|bad_alloc|OutOf(?:Device|Host)Memory"
+    r"|cudaMalloc failed",
+    re.IGNORECASE,
+)
+
+
+def is_for_memory(reason: str) -> bool:
+    """Whether a load failed for want of memory, by what llama-server or a driver has printed."""
+    return _NO_MEMORY.search(reason) is not None
+
+
 def was_told_to_stop(model: str, lines: Sequence[str]) -> bool:
     """Whether the router itself ended the process of a model, for a client or to make room, says its output.
 

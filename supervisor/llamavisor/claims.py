@@ -95,7 +95,8 @@ class Claims:
         taken: dict[str, int] = {}  # a device that two routers share is reserved once
         for each in candidates:
             demand = Demand(model, each.bytes, each.router)
-            if each.is_ready and demand.within(each.budget) == demand:  # else it will never be loaded there
+            is_usable = each.is_ready and each.is_open
+            if is_usable and demand.within(each.budget) == demand:  # else it will never be loaded there
                 more = {device: max(size - taken.get(device, 0), 0) for device, size in each.bytes.items()}
                 taken |= {device: max(size, taken.get(device, 0)) for device, size in each.bytes.items()}
                 self.reserve(Demand(model, more, each.router))

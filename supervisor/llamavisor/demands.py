@@ -56,6 +56,8 @@ class Why(Enum):
     """Nothing that it waits for has moved for too long."""
     QUARANTINED = "quarantined"
     """Its last load failed, and the next try is not due yet."""
+    STRAINED = "strained"
+    """Memory is short, though it would fit the budget."""
 
 
 @dataclass(frozen=True, slots=True)

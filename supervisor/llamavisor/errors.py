@@ -85,6 +85,21 @@ class ModelsMaxError(LlamavisorError):
     code = "models_max_reached"
 
 
+class DemandRefusedError(LlamavisorError):
+    """Raised when a model that was asked for is not to be had now: too large, too many wait, memory is short.
+
+    `reason` is a `demands.Why` in one word. `retry_after_s` is the number of seconds after which the same demand may
+    succeed, None if that takes a person.
+    """
+
+    code = "demand_refused"
+
+    def __init__(self, message: str, *, hint: str = "", reason: str, retry_after_s: float | None) -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
 class DeviceMissingError(LlamavisorError):
     """Raised when a model needs a device that llama-server does not see: it is never moved to the CPU silently."""
 

@@ -97,6 +97,7 @@ class ModelTable:
         self.revision = 0
         self._members_at = 0  # revision at which a model was last added or removed: an older list knows nothing of it
         self._loads = 0
+        self._processes: dict[str, int] = {}  # which process serves a model, for as long as it lives
 
     def __repr__(self) -> str:
         states = ", ".join(f"{model.name}={model.state.value}" for model in self)
@@ -128,6 +129,10 @@ class ModelTable:
             if model.dead_since is not None and model.state in HAS_CHILD and now - model.dead_since >= DEAD_S:
                 return model.name
         return None
+
+    def running(self) -> list[Model]:
+        """The models that have a process, as far as is known."""
+        return [model for model in self if model.state in HAS_CHILD]
 
     def residents(self) -> list[str]:
         """The names of the models in memory, the most recently loaded first. One that is loading is not among them."""
@@ -194,6 +199,11 @@ class ModelTable:
         """Note which process serves the model."""
         if (model := self._models.get(name)) is not None:
             model.pid, model.port, model.dead_since = pid, port, None
+            self._processes[name] = pid
+
+    def has_process(self, name: str) -> bool:
+        """Whether a process that served the model has not ended yet, whatever its router says."""
+        return name in self._processes
 
     def used(self, name: str, usage: Usage | None, *, now: float) -> None:
         """Note how busy a model is; None when it did not say: it is not known to be idle then."""
@@ -214,6 +224,8 @@ class ModelTable:
 
     def child_ended(self, name: str, pid: int, *, now: float) -> list[Event]:
         """The kernel says that a model's process has ended. The router's word on why follows within milliseconds."""
+        if self._processes.get(name) == pid:
+            del self._processes[name]
         model = self._models.get(name)
         if model is not None and model.pid == pid:
             model.pid = model.port = None
@@ -281,6 +293,7 @@ class ModelTable:
     def router_ended(self, *, now: float) -> list[Event]:
         """The router's process has ended, and with it every child."""
         happened: list[Event] = []
+        self._processes.clear()
         for model in self:
             model.is_asking = model.is_wanted = False  # the call died with the router
             if model.state is ModelState.LOADING:

@@ -13,6 +13,7 @@ from enum import Enum
 import anyio
 
 from llamavisor.errors import LlamavisorError, ModelLoadError
+from llamavisor.events import UnloadReason
 from llamavisor.models import ModelTable
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 
@@ -33,11 +34,13 @@ class Operation:
         kind: what is asked for.
         model: for which model; empty for a reload.
         if_idle: of an unload: whether it is to be done only if the model turns out to answer nobody.
+        reason: of an unload: what it is for.
     """
 
     kind: Kind
     model: str = ""
     if_idle: bool = False
+    reason: UnloadReason = field(default=UnloadReason.REQUESTED, compare=False)
 
 
 @dataclass(eq=False, slots=True)

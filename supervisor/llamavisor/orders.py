@@ -6,6 +6,7 @@ Written by `admission` alone, which changes the table of slots and then has the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from llamavisor.claims import Claims, Lane
@@ -30,6 +31,8 @@ from llamavisor.slots import Key, Slot, Slots, Stage
 
 MIN_RETRY_S = 5.0
 MAX_RETRY_S = 300.0
+STRAINED_RETRY_S = 15.0
+"""When to come again while memory is short: it is looked at every second, and has to be better for a while."""
 TYPICAL_LOAD_S = 10.0
 """The first guess of how long a load takes, for who asks when to come again."""
 
@@ -43,18 +46,21 @@ class Orders:
         limits: how long demands may wait.
 
     Attributes:
+        limits: likewise.
         pinned: the models that are not to be chosen.
-        is_up: which routers can be used, as far as told; of the others their candidates say so.
+        is_up: which routers can be used, as far as told; a candidate has to say so too.
+        strain: why nothing may be loaded for now, "" if it may.
         typical_load_s: how long loads have taken of late.
     """
 
     def __init__(self, slots: Slots, quarantines: Quarantines, limits: Limits) -> None:
-        self.pinned: set[str] = set()
+        self.pinned: AbstractSet[str] = frozenset()
         self.is_up: dict[str, bool] = {}
+        self.strain = ""
         self.typical_load_s = TYPICAL_LOAD_S
         self._slots = slots
         self._quarantines = quarantines
-        self._limits = limits
+        self.limits = limits
         self._orders: dict[str, Order] = {}  # Invariant: in the order of arrival
         self._numbers = 0
 
@@ -138,6 +144,8 @@ class Orders:
 
         Returns the candidates that came into question with it.
         """
+        if self.strain:
+            return (), Rejection(Why.STRAINED, order.model, self.strain, STRAINED_RETRY_S)
         usable: list[Candidate] = []
         failed: list[Quarantine] = []
         for each in order.candidates:
@@ -146,7 +154,7 @@ class Orders:
             elif each.is_allowed:
                 usable.append(replace(each, is_ready=self._is_ready(each)))
         outcome = self._choose(order, usable, reserved, now)
-        if self._limits.oversize == "fit" and isinstance(outcome, Refusal) and outcome.is_final:
+        if self.limits.oversize == "fit" and isinstance(outcome, Refusal) and outcome.is_final:
             usable = [replace(each, bytes=_demand(order, each).within(each.budget).bytes) for each in usable]
             outcome = self._choose(order, usable, reserved, now)
         if isinstance(outcome, Choice) or not outcome.is_final:
@@ -167,8 +175,8 @@ class Orders:
             self._slots.residents(now),
             now=now,
             reserved=reserved,
-            min_residency_s=self._limits.min_residency_s,
-            may_drain=now - order.since >= self._limits.drain_after_s,
+            min_residency_s=self.limits.min_residency_s,
+            may_drain=now - order.since >= self.limits.drain_after_s,
         )
 
     def _begin(self, order: Order, candidate: Candidate, going: set[Key], claims: Claims, now: float) -> list[Action]:
@@ -217,7 +225,7 @@ class Orders:
     def _expire(self, now: float) -> list[Action]:
         """Refuse who has waited in vain for too long."""
         actions: list[Action] = []
-        limit_s = self._limits.stall_s
+        limit_s = self.limits.stall_s
         for order in list(self._orders.values()):
             late = [at for at, since in order.tickets.items() if now - max(since, order.progressed_at) >= limit_s]
             if late:
@@ -255,7 +263,7 @@ class Orders:
         return None
 
     def _is_ready(self, candidate: Candidate) -> bool:
-        return self.is_up.get(candidate.router, candidate.is_ready)
+        return candidate.is_ready and self.is_up.get(candidate.router, True)
 
     def grant(self, number: int, slot: Slot, now: float) -> Grant:
         """Give a lease on a loaded model to whose demand has that number."""

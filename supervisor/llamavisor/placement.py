@@ -36,7 +36,8 @@ class Candidate:
         budget: of its models.
         bytes: what the model would take there of each physical device. Routers differ: each has cards of its own.
         devices: on which the model may be there; None for all. `RAM` is always allowed.
-        is_ready: whether the router is up.
+        is_ready: whether the router is up, and lists the model.
+        is_open: whether it may load anything: one that waits for its restart may only be used.
     """
 
     router: str
@@ -44,6 +45,7 @@ class Candidate:
     bytes: Mapping[str, int]
     devices: frozenset[str] | None = None
     is_ready: bool = True
+    is_open: bool = True
 
     @property
     def is_allowed(self) -> bool:
@@ -103,10 +105,11 @@ def place(
     if found := [each for each in ready if each.router in there]:
         return Choice(min(found, key=lambda each: there[each.router].is_loading).router, Plan())
     choices: list[Choice] = []
+    opened = [each for each in ready if each.is_open]
     refusals = [
-        Refusal(Reason.NOT_READY, Demand(name, each.bytes, each.router)) for each in allowed if not each.is_ready
+        Refusal(Reason.NOT_READY, Demand(name, each.bytes, each.router)) for each in allowed if each not in opened
     ]
-    for each in ready:
+    for each in opened:
         outcome = choose(
             residents,
             each.budget,

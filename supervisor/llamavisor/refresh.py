@@ -45,7 +45,8 @@ class Refresh:
         shelf: what they should be.
         operations: what is asked of the router.
         publish: where events go.
-        accept: takes a wish in.
+        retire: has a stale model unloaded once it is idle.
+        want: has a model loaded.
         is_full: whether one more model would push another out.
 
     Attributes:
@@ -60,7 +61,8 @@ class Refresh:
         operations: Operations,
         *,
         publish: Callable[[Event], None],
-        accept: Callable[[Ticket], None],
+        retire: Callable[[str], None],
+        want: Callable[[Ticket], None],
         is_full: Callable[[], bool],
     ) -> None:
         self.on_overwrite: OnOverwrite = "reload"
@@ -69,7 +71,8 @@ class Refresh:
         self._shelf = shelf
         self._operations = operations
         self._publish = publish
-        self._accept = accept
+        self._retire = retire
+        self._want = want
         self._is_full = is_full
         self._under_way: set[str] = set()  # unloaded because they were stale, to be loaded again when told anew
         self._put_off: dict[str, float] = {}  # until when a model is let be, because it could not be unloaded
@@ -114,7 +117,8 @@ class Refresh:
             if self._table.is_idle(name, now=now) and now >= self._put_off.get(name, 0.0):
                 if then == "reload":
                     self._under_way.add(name)
-                self._accept(Ticket(unload))
+                self.put_off(name, now=now)  # also when it turns out to be used after all
+                self._retire(name)
         for name in sorted(self._under_way):
             model = self._table.get(name)
             if name not in self._shelf.wanted or model is None:
@@ -122,4 +126,4 @@ class Refresh:
             elif model.state not in HAS_CHILD and not self._shelf.is_pending(name):
                 self._under_way.discard(name)
                 if not self._is_full():  # what a client has asked for meanwhile is not pushed out
-                    self._accept(Ticket(Operation(Kind.LOAD, name)))
+                    self._want(Ticket(Operation(Kind.LOAD, name)))

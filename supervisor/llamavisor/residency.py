@@ -15,6 +15,7 @@ from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor.announcer import Announcer
 from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.arbiter import Arbiter
 from llamavisor.cause import load_failure, was_told_to_stop
 from llamavisor.errors import (
     ApiError,
@@ -33,6 +34,7 @@ from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.refresh import Refresh
 from llamavisor.restart import STABLE_AFTER_S
+from llamavisor.restoration import Restoration
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered, Shelf
 from llamavisor.states import HAS_CHILD, ModelState
@@ -65,6 +67,7 @@ class Residency:
         log: what it prints.
         publish: where events go.
         post: where the news of a finished call, and what it brought, go: back to the owner.
+        arbiter: who sees all routers, None without one.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Residency:
         *,
         publish: Callable[[ev.Event], None],
         post: Callable[[gen.Generation, News | CallEnded], None],
+        arbiter: Arbiter | None = None,
     ) -> None:
         self.settings = settings
         self.table = ModelTable(settings.name)
@@ -82,19 +86,20 @@ class Residency:
         self._log = log
         self._publish_one = publish
         self._post = post
+        self._arbiter = arbiter
         self._operations = Operations()
         self._line: Line | None = None  # Invariant: set if and only if the router serves
-        self._has_served = False  # a process of it has come up since it was last wanted up
-        self._ended_at: float | None = None  # when the process ended whose models are being loaded again
-        self._restoring: list[str] = []  # resident before, still to be loaded again
-        self._restored: dict[str, Ticket] = {}
+        self._restoration = Restoration(
+            settings.name, publish=publish, want=self._want, is_full=self._is_full, is_pinned=self._is_pinned
+        )
         self._refresh = Refresh(
             settings.name,
             self.table,
             self.shelf,
             self._operations,
             publish=publish,
-            accept=self.accept,
+            retire=self._retire,
+            want=self._want,
             is_full=self._is_full,
         )
         self._announcer = Announcer(settings.name)
@@ -108,10 +113,10 @@ class Residency:
     def came_up(self, line: Line, models: Iterable[ListedModel]) -> None:
         """The router serves, and has these models."""
         self._line = line
-        self._has_served = True
+        self._restoration.came_up()
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
-        if self._ended_at is None:
+        if not self._restoration.is_under_way:
             self._load_first()
 
     def _load_first(self) -> None:
@@ -123,7 +128,21 @@ class Residency:
             self._publish([ev.Warned(subject=f"router {self.settings.name}", text=text)])
             names = names[:most]
         for name in names:
-            self.accept(Ticket(Operation(Kind.LOAD, name)))
+            self._want(Ticket(Operation(Kind.LOAD, name)))
+
+    def _want(self, ticket: Ticket) -> None:
+        """Have a model loaded that nobody has asked for just now."""
+        if self._arbiter is not None and self._arbiter.decides:
+            self._arbiter.demand(self.settings.name, ticket)
+        else:
+            self.accept(ticket)
+
+    def _retire(self, name: str) -> None:
+        """Have a model unloaded that is not what it should be, once it is idle."""
+        if self._arbiter is not None and self._arbiter.decides:
+            self._arbiter.dismiss(self.settings.name, name)
+        else:
+            self.accept(Ticket(Operation(Kind.UNLOAD, name, if_idle=True, reason=ev.UnloadReason.REFRESHED)))
 
     def settle_on(self, host: Host) -> None:
         """The router has other settings; one that goes on serving writes with them from now on."""
@@ -146,21 +165,19 @@ class Residency:
         self._line = None
         now = anyio.current_time()
         loading = [model.name for model in self.table if model.state is ModelState.LOADING] if is_requested else []
-        wanted = dict.fromkeys([*self.table.residents(), *loading, *self._restoring])
-        self._restoring = list(wanted) if keeps else []
-        self._restored.clear()
-        self._ended_at = (self._ended_at or now) if keeps and self._has_served else None
+        self._restoration.went_down([*self.table.residents(), *loading], keeps=keeps)
         self._refresh.forget()  # the next start tells it everything
         self._operations.end(None)
         self._operations.drop_reloads()
         self._publish(self.table.router_ended(now=now))
 
+    def _is_pinned(self, name: str) -> bool:
+        return self._arbiter is not None and self._arbiter.is_pinned(name)
+
     def given_up(self, error: LlamavisorError, *, forget: bool) -> None:
         """The router is stopped or failed: nobody waits any longer; `forget` also what was resident."""
         if forget:
-            self._restoring.clear()
-            self._ended_at = None
-            self._has_served = False
+            self._restoration.forget()
         self._operations.refuse_all(error)
 
     # --- what is to be served -------------------------------------------------------------------------------------
@@ -224,7 +241,7 @@ class Residency:
             if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
                 model = self.table.get(event.model)
                 if model is not None and model.loaded_at is not None and now - model.loaded_at >= STABLE_AFTER_S:
-                    self.accept(Ticket(Operation(Kind.LOAD, event.model)))
+                    self._want(Ticket(Operation(Kind.LOAD, event.model)))
 
     def accept(self, ticket: Ticket) -> None:
         """Take a wish in. A router that is starting is waited for."""
@@ -234,8 +251,7 @@ class Residency:
         elif operation.kind is Kind.LOAD and self.closed is not None:
             ticket.finish(self.closed)
         else:
-            if operation.kind is Kind.UNLOAD and operation.model in self._restoring:
-                self._restoring.remove(operation.model)  # it would be loaded again after all
+            if operation.kind is Kind.UNLOAD and self._restoration.leave_out(operation.model):
                 ticket.changed = True
             self.shelf.is_forced |= operation.kind is Kind.RELOAD
             self._operations.ask(ticket, self.table)
@@ -244,7 +260,8 @@ class Residency:
         """Do what can be done now: called by the owner after every message."""
         self._operations.settle(self.table)
         self._refresh.advance(now=anyio.current_time(), is_closed=self.closed is not None)
-        self._restore_next()
+        if self._line is not None and self.closed is None:
+            self._restoration.advance()
         reload = Operation(Kind.RELOAD)
         if (
             self._line is not None
@@ -283,11 +300,10 @@ class Residency:
                 continue
             now = anyio.current_time()
             if operation.kind is Kind.LOAD:
-                is_again = operation.model in self._restored
+                is_again = self._restoration.is_of(operation.model)
                 self._publish(self.table.begin_load(operation.model, now=now, is_again=is_again))
             elif operation.kind is Kind.UNLOAD:
-                reason = ev.UnloadReason.REFRESHED if operation.if_idle else ev.UnloadReason.REQUESTED
-                self.table.unloading(operation.model, now=now, reason=reason)
+                self.table.unloading(operation.model, now=now, reason=operation.reason)
             # What runs now is kept as it is; nothing of ours can begin to run before the call has returned.
             kept = self.shelf.kept(self.table) if operation.kind is Kind.RELOAD else {}
             line.generation.start_soon(self._call, operation, line, kept)
@@ -331,12 +347,12 @@ class Residency:
     async def _unload(self, operation: Operation, line: Line) -> None:
         """Have a model unloaded; one that is only to be refreshed if it is idle at this moment, and can come back."""
         wanted = self.shelf.wanted.get(operation.model)
-        if operation.if_idle:
+        if operation.reason is ev.UnloadReason.REFRESHED:
             objection = await line.host.objection(line.launch, wanted) if wanted is not None else None
             if objection is not None:
                 raise ApiError(f"model {operation.model} is not loaded anew: {objection}")
-            if not await self._answers_nobody(line, operation.model):
-                raise ApiError(f"model {operation.model} is answering somebody")
+        if operation.if_idle and not await self._answers_nobody(line, operation.model):
+            raise ApiError(f"model {operation.model} is answering somebody")
         await line.api.unload(operation.model)
 
     async def _write(self, line: Line, kept: Mapping[str, Offered], before: Offer) -> Offer:
@@ -413,33 +429,10 @@ class Residency:
             return ModelsMaxError(text, hint="unload one, or raise models_max")
         return ModelLoadError(f"model {name}: {error}", hint="see `llamavisor logs`")
 
-    def _restore_next(self) -> None:
-        """After a restart, load what was resident before, one after the other; say so when all is done."""
-        if self._line is None or self._ended_at is None or self.closed is not None:
-            return
-        if any(not ticket.is_done for ticket in self._restored.values()):
-            return
-        kept_out: list[str] = []
-        while self._restoring:
-            if self._is_full():  # what somebody has asked for meanwhile, or a lower models_max, leaves no room
-                kept_out, self._restoring = self._restoring, []
-                break
-            name = self._restoring.pop(0)
-            ticket = Ticket(Operation(Kind.LOAD, name))
-            self._restored[name] = ticket
-            self.accept(ticket)
-            if not ticket.is_done:
-                return
-        loaded = tuple(name for name, ticket in self._restored.items() if ticket.error is None)
-        missing = (*(name for name, ticket in self._restored.items() if ticket.error is not None), *kept_out)
-        seconds = anyio.current_time() - self._ended_at
-        self._ended_at = None
-        self._restored.clear()
-        name = self.settings.name
-        self._publish([ev.RouterRecovered(router=name, models=loaded, missing=missing, seconds=seconds)])
-
     def _is_full(self) -> bool:
-        """Whether one more model would push another one out."""
+        """Whether one more model would push another one out. An arbiter sees to that itself."""
+        if self._arbiter is not None and self._arbiter.decides:
+            return False
         held = {model.name for model in self.table if model.state in HAS_CHILD} | self._operations.queued_loads()
         return 0 < self.settings.models_max <= len(held)
 
@@ -473,6 +466,9 @@ class Residency:
             if self.shelf.was_overwritten(event.model):
                 self.table.explain(event.model, "its file was overwritten or cut off while it was in use")
                 return replace(event, reason=ev.UnloadReason.FILE_CHANGED)
+            if self._arbiter is not None and self._arbiter.was_killed_for_memory():
+                self.table.explain(event.model, "the kernel killed its process for want of memory")
+                return replace(event, reason=ev.UnloadReason.OOM)
         return event
 
 

@@ -17,6 +17,7 @@ from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor import news, restart
 from llamavisor.api import StatusEvent
+from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.host import Host, RouterProcess
@@ -47,11 +48,14 @@ class Router:
         host: where it runs.
         bus: where its events go.
         random: a source of numbers in [0, 1), for the jitter of the backoff.
+        arbiter: who sees all routers; without one it decides over its loads by itself.
 
     Everything public may be read at any time on the event loop; only the owner (`run`) writes.
     """
 
-    def __init__(self, host: Host, *, bus: ev.Bus, random: Callable[[], float]) -> None:
+    def __init__(
+        self, host: Host, *, bus: ev.Bus, random: Callable[[], float], arbiter: Arbiter | None = None
+    ) -> None:
         self.life = Life()
         self.since = 0.0
         self.history = restart.RestartHistory()
@@ -68,7 +72,10 @@ class Router:
         self._inbox = Inbox[Message]()
         self._post = self._inbox.post
         self._is_over = False  # it was shut down
-        self._residency = Residency(host.settings, host.output, publish=bus.publish, post=self._post_from)
+        self._arbiter = arbiter
+        self._residency = Residency(
+            host.settings, host.output, publish=bus.publish, post=self._post_from, arbiter=arbiter
+        )
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
         self._why: Cause | None = None  # why the next generation is begun, None for the first
@@ -115,6 +122,11 @@ class Router:
     def is_serving(self) -> bool:
         """Whether clients are answered."""
         return self.state in SERVING
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it serves what is loaded and may load nothing more: a device is missing, or a restart is due."""
+        return self._residency.closed is not None
 
     @property
     def reason(self) -> str | None:
@@ -185,8 +197,15 @@ class Router:
         """
         return await self._ask(Operation(Kind.LOAD, self.shelf.name_of(model)))
 
-    async def unload(self, model: str) -> bool:
+    async def unload(
+        self, model: str, *, reason: ev.UnloadReason = ev.UnloadReason.REQUESTED, if_idle: bool = False
+    ) -> bool:
         """Have `model` unloaded, and wait until it is gone; a load that is under way is cancelled.
+
+        Args:
+            model: its name, or an alias.
+            reason: what it is for.
+            if_idle: whether it is to be done only if the model turns out to answer nobody.
 
         Returns:
             False if it was not loaded.
@@ -196,7 +215,7 @@ class Router:
             RouterNotReadyError: the router is stopped or failed.
             ApiError: the router refused.
         """
-        return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model)))
+        return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model), if_idle=if_idle, reason=reason))
 
     async def rescan(self) -> None:
         """Have the router read what it may serve again, changed or not. Nothing that runs is stopped.
@@ -256,8 +275,10 @@ class Router:
     def _handle(self, message: Message) -> None:
         match message:
             case Heard(generation, heard):
-                if isinstance(heard, news.Gone) and (left := heard.leftovers):  # the next may have begun already
-                    self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
+                if isinstance(heard, news.Gone):  # the next may have begun already
+                    if left := heard.leftovers:
+                        self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
+                    self._publish(ev.RouterGone(router=self.name))
                 if generation is self._generation:
                     self._hear(heard)
             case CallEnded(generation, operation, error):
@@ -359,7 +380,7 @@ class Router:
                 self._residency.hear(heard)
             case news.Unsound(reason):
                 self._renewal.unsound(reason)
-            case news.AllIdle() if self.is_serving:
+            case news.AllIdle() if self.is_serving and not self._is_promised:
                 self._renewal.confirmed()
             case news.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
@@ -448,6 +469,10 @@ class Router:
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
         return self._generation is not None and self._generation.start_soon(work)
+
+    @property
+    def _is_promised(self) -> bool:
+        return self._arbiter is not None and self._arbiter.is_used(self.name)
 
     @property
     def _is_wanted(self) -> bool:

@@ -28,6 +28,7 @@ from llamavisor.demands import (
     Why,
 )
 from llamavisor.eviction import Budget, Demand, Plan, Reason, choose
+from llamavisor.orders import STRAINED_RETRY_S
 from llamavisor.placement import RAM, Candidate
 from llamavisor.quarantine import FIRST_S, FORGIVEN_AFTER_S, MAX_S, Quarantine, Quarantines
 
@@ -244,7 +245,7 @@ def test_nothing_is_kept_where_a_demand_will_never_be_served(desk: Desk) -> None
 
 def test_nothing_is_kept_for_who_waits_for_a_router_to_come_up(desk: Desk) -> None:
     """Where pinned models leave no room, others that are smaller may be loaded."""
-    desk.admission.pin("a", desk.now)
+    desk.admission.pin({"a"}, desk.now)
     desk.has("a", at(size=8))
     desk.ask("b", at(size=8), at("s", size=8, gpu=OTHER_GPU, ready=False))
     assert desk.ask("c", at(size=4))[1] == [Load("r", "c")]
@@ -486,7 +487,7 @@ def test_a_pin_saves_a_closed_model(desk: Desk) -> None:
     busy = desk.has("a", at(size=8))
     number, _ = desk.ask("b", at(size=8))
     desk.wait(DRAIN_AFTER_S)
-    assert desk.note(desk.admission.pin("a", desk.now)) == []
+    assert desk.note(desk.admission.pin({"a"}, desk.now)) == []
     refusal = desk.rejections[number].refusal
     assert refusal is not None
     assert refusal.reason is Reason.ALL_PINNED
@@ -494,13 +495,13 @@ def test_a_pin_saves_a_closed_model(desk: Desk) -> None:
     assert desk.release(busy) == []
     assert desk.ask("c", at(size=2))[1] == [Load("r", "c")]
     desk.loaded("c")
-    assert desk.note(desk.admission.unpin("a", desk.now)) == []
+    assert desk.note(desk.admission.pin(set(), desk.now)) == []
     assert desk.ask("b", at(size=8))[1] == [Unload("r", "a")]
 
 
 def test_a_pin_holds_for_loads_to_come(desk: Desk) -> None:
     """A model may be pinned before it is there."""
-    desk.admission.pin("a", desk.now)
+    desk.admission.pin({"a"}, desk.now)
     desk.has_idle("a", size=8)
     number, _ = desk.ask("b", at(size=8))
     assert desk.rejections[number].why is Why.IMPOSSIBLE
@@ -658,8 +659,32 @@ def test_a_router_that_is_not_up_is_waited_for(desk: Desk) -> None:
     number, actions = desk.ask("a", at(ready=False))
     assert actions == []
     desk.now += STALL_S - 1
-    assert desk.note(desk.admission.router_up("r", desk.now)) == [Load("r", "a")]
+    assert desk.note(desk.admission.router_up("r", desk.now)) == []
+    assert desk.note(desk.admission.candidates_changed("a", [at()], desk.now)) == [Load("r", "a")]
     assert number not in desk.rejections
+
+
+def test_a_router_that_may_load_nothing_more_may_be_used(desk: Desk) -> None:
+    """It waits for its restart: who is loaded there answers, and all else is loaded elsewhere, or waits."""
+    desk.has_idle("a")
+    closed = replace(at(), is_open=False)
+    assert desk.ask("a", closed)[0] in desk.leases
+    assert desk.ask("b", closed)[1] == []
+    assert desk.ask("c", closed, at("s", gpu=OTHER_GPU))[1] == [Load("s", "c")]
+
+
+def test_short_memory_refuses_loads_and_no_leases(desk: Desk) -> None:
+    """Also who waits already is told to come again; once it is over everything is as before."""
+    desk.has_idle("a")
+    waiting = desk.ask("b", at(size=12))[0]
+    desk.note(desk.admission.strain("2 MiB of RAM are free", desk.now))
+    assert desk.rejections[waiting].why is Why.STRAINED
+    number, actions = desk.ask("c")
+    assert (actions, desk.rejections[number].retry_after_s) == ([], STRAINED_RETRY_S)
+    assert "2 MiB of RAM are free" in desk.rejections[number].text
+    desk.note(desk.admission.strain("", desk.now))
+    desk.gone("a")
+    assert desk.ask("c")[1] == [Load("r", "c")]
 
 
 def test_a_router_that_never_comes_up_is_a_stall(desk: Desk) -> None:
@@ -674,11 +699,15 @@ def test_a_router_that_ends_takes_everything_with_it(desk: Desk, has_crashed: bo
     """What was loading may have been the poison if it crashed; else it is loaded again."""
     desk.has("a")
     number, _ = desk.ask("b")
-    actions = desk.note(desk.admission.router_down("r", has_crashed=has_crashed, now=desk.now))
+    actions = desk.note(desk.admission.router_ended("r", has_crashed=has_crashed, now=desk.now))
     assert [type(action) for action in actions] == ([Quarantine] if has_crashed else [])
+    assert {each.name for each in desk.admission.residents(desk.now)} == {"a", "b"}
+    assert desk.ask("a")[1] == []
+    assert desk.note(desk.admission.router_gone("r", desk.now)) == []
     assert desk.admission.residents(desk.now) == []
     assert (number in desk.rejections) is has_crashed
-    assert desk.note(desk.admission.router_up("r", desk.now)) == ([] if has_crashed else [Load("r", "b")])
+    loads = desk.note(desk.admission.router_up("r", desk.now))
+    assert loads == ([Load("r", "a")] if has_crashed else [Load("r", "b")])
 
 
 def test_a_model_that_its_router_will_not_unload_is_left_alone(desk: Desk) -> None:
@@ -724,7 +753,8 @@ def test_what_was_measured_counts_instead_of_what_was_expected(desk: Desk) -> No
     """A model that turns out larger leaves less room, and one that was waiting for it chooses a victim."""
     desk.has_idle("a")
     desk.has_idle("b")
-    desk.admission.loaded("r", "b", {GPU: 8}, desk.now)
+    assert desk.admission.sized("r", "b", {GPU: 8}, desk.now) == []
+    assert desk.admission.sized("r", "z", {GPU: 8}, desk.now) == []
     assert desk.ask("c")[1] == [Unload("r", "a")]
 
 
@@ -949,6 +979,7 @@ class Fleet(RuleBasedStateMachine):
     def stay(self, data: st.DataObject) -> None:
         """A router will not unload a model."""
         key = self.pick(data, "leaving")
+        assume(key[0] in self.up)
         assume(any((each.router, each.name) == key and not each.is_loading for each in self.admission.residents(0)))
         self.processes[key].state = "loaded"
         self.carry(self.admission.stayed(*key, self.now))
@@ -965,9 +996,8 @@ class Fleet(RuleBasedStateMachine):
         """A person pins a model, which is rare, or unpins it."""
         if model not in self.pinned and luck < 3:
             return
-        turn = self.admission.unpin if model in self.pinned else self.admission.pin
         self.pinned ^= {model}
-        self.carry(turn(model, self.now))
+        self.carry(self.admission.pin(self.pinned, self.now))
 
     @rule(router=st.sampled_from(sorted(ROUTERS)), has_crashed=st.booleans(), luck=st.integers(0, 7))
     def turn_router(self, router: str, has_crashed: bool, luck: int) -> None:
@@ -977,9 +1007,12 @@ class Fleet(RuleBasedStateMachine):
                 return
             self.up.remove(router)
             for key in [key for key in self.processes if key[0] == router]:
-                self.drop(key)
-            self.carry(self.admission.router_down(router, has_crashed=has_crashed, now=self.now))
+                self.processes[key].state = "leaving"
+            self.carry(self.admission.router_ended(router, has_crashed=has_crashed, now=self.now))
         else:
+            for key in [key for key in self.processes if key[0] == router]:
+                self.drop(key)
+            self.carry(self.admission.router_gone(router, self.now))
             self.up.add(router)
             self.carry(self.admission.router_up(router, self.now))
 

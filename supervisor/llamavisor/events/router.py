@@ -97,6 +97,19 @@ class RouterExited(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterGone(Event):
+    """Nothing is left of a router's process and of what it had started."""
+
+    level: ClassVar[int] = logging.DEBUG
+    is_kept: ClassVar[bool] = False
+
+    router: str
+
+    def message(self) -> str:
+        return f"router {self.router}: nothing is left of its process"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterRestartScheduled(Event):
     """A router that ended unasked, or never came up, is started again after `delay_s` seconds."""
 
