@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.rules import ModelRule
-from llamavisor.settings import FleetSettings, OnOverwrite, RouterSettings
+from llamavisor.settings import FleetSettings, OnOverwrite, Oversize, RouterSettings, Serve
 from llamavisord.problems import ConfigError, Origin
 
 __all__ = ["Config", "ConfigError", "Metrics", "Setting"]
@@ -47,12 +48,14 @@ class Config:
         rules: what single models are told, in the order of the file.
         link_dirs: folders outside of a models folder that symlinks in it may lead to.
         on_overwrite: what becomes of a loaded model whose file is overwritten: "reload", "unload" or "keep".
+        min_residency_s: how long a model that was just loaded is the last to be unloaded to make room.
+        oversize: what becomes of a demand for a model that is larger than its budget: "fit" or "refuse".
         warnings: what a person should know although it works.
         settings: every effective value and its origin.
     """
 
     path: Path | None
-    serve: str
+    serve: Serve
     routers: tuple[RouterSettings, ...]
     metrics: Metrics
     socket: Path
@@ -63,6 +66,8 @@ class Config:
     rules: tuple[ModelRule, ...] = ()
     link_dirs: tuple[Path, ...] = ()
     on_overwrite: OnOverwrite = "reload"
+    min_residency_s: float = MIN_RESIDENCY_S
+    oversize: Oversize = "fit"
     warnings: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = field(default=(), repr=False, compare=False)
 
@@ -74,5 +79,11 @@ class Config:
     def fleet_settings(self) -> FleetSettings:
         """What the routers and their models are told to be."""
         return FleetSettings(
-            routers=self.routers, rules=self.rules, link_dirs=self.link_dirs, on_overwrite=self.on_overwrite
+            routers=self.routers,
+            rules=self.rules,
+            link_dirs=self.link_dirs,
+            on_overwrite=self.on_overwrite,
+            serve=self.serve,
+            min_residency_s=self.min_residency_s,
+            oversize=self.oversize,
         )

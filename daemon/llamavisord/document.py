@@ -12,14 +12,22 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+)
+from pydantic_core import ErrorDetails, core_schema
 
 from llamavisor.options import ModelOptions
+from llamavisor.quantities import parse_duration, parse_size
 from llamavisor.rules import ModelSettings
-from llamavisor.settings import OnOverwrite
+from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize
 from llamavisord.toml_lines import Location
-from llamavisord.units import parse_size
 
 _ROUTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HOST = re.compile(r"[A-Za-z0-9._:%-]{1,255}")
@@ -27,6 +35,10 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 _SHOWN = 60
 """Characters of a wrong value that a message repeats."""
 _MODELS_MAX = 1_000_000
+_DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_.:\[\]-]{0,255}")
+"""How llama-server names devices: CUDA0, Vulkan1, RPC0, RPC[10.0.0.2:50052]."""
+_BUDGET_BYTES_MIN = 1024 * 1024
+"""A smaller budget is a number whose unit was forgotten."""
 
 
 def _whole(value: object, low: int, high: int, expected: str) -> int:
@@ -72,6 +84,46 @@ def _name(value: object) -> str:
     return value
 
 
+def _device(value: object) -> str:
+    if not isinstance(value, str) or not _DEVICE.fullmatch(value):
+        raise ValueError("expected a device as llama-server names it, such as CUDA0, or RAM")
+    if value.upper() in {"CPU", "RAM"} and value != "RAM":
+        raise ValueError("the memory of the machine itself is called RAM here")
+    return value
+
+
+def _budget_of_device(value: object) -> int:
+    return _budget(value, 'a size, such as "22GiB"; leave out a device without a budget of its own')
+
+
+def _budget(value: object, expected: str) -> int:
+    """There are four cases: no size, nothing, a size that cannot be meant, a size."""
+    try:
+        size_bytes = parse_size(value)
+    except ValueError:
+        raise ValueError(f"expected {expected}") from None
+    if size_bytes == 0:
+        raise ValueError(
+            'with a budget of 0 nothing could be loaded: write "auto" for all that is there;'
+            " to keep models off a GPU, name only the others in `devices`"
+        )
+    if size_bytes < _BUDGET_BYTES_MIN:
+        raise ValueError('less than any model takes: write the unit too, as in "22GiB"')
+    return size_bytes
+
+
+def _memory(value: object, read_table: ValidatorFunctionWrapHandler) -> MemoryBudget:
+    """There are four cases: "auto", a table of nothing, a table, which is read key by key, or a size."""
+    if value == "auto":
+        return MemoryBudget()
+    if value == {}:
+        raise ValueError('names no device: write "auto" for all that is there')
+    if isinstance(value, dict):
+        return MemoryBudget(devices=tuple(sorted(read_table(value).items())))
+    either = '"auto", a size such as "22GiB", or sizes by device such as { CUDA0 = "22GiB", RAM = "48GiB" }'
+    return MemoryBudget(_budget(value, either))
+
+
 def _serve(value: object) -> object:
     if value == "gateway":
         raise ValueError('"gateway" comes with a later version; this one serves with "router"')
@@ -94,6 +146,13 @@ Port = Annotated[int, BeforeValidator(_port)]
 Text = Annotated[str, BeforeValidator(_text)]
 Host = Annotated[str, BeforeValidator(_host)]
 Env = dict[str, Annotated[str, Field(strict=True)]]
+_SizesByDevice = dict[Annotated[str, BeforeValidator(_device)], Annotated[int, BeforeValidator(_budget_of_device)]]
+Memory = Annotated[
+    MemoryBudget,
+    GetPydanticSchema(
+        lambda _, schema_of: core_schema.no_info_wrap_validator_function(_memory, schema_of(_SizesByDevice))
+    ),
+]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -112,6 +171,8 @@ class RouterKeys(_Table):
     """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file."""
     models_max: Annotated[int, BeforeValidator(_count)] | None = None
     """How many models a router keeps loaded, 0 = no cap."""
+    memory: Memory | None = None
+    """Memory that a router's models may take: "auto", a size for each GPU, or a table of sizes by device."""
     llama_server: Text | None = None
     """llama-server to run, a path or a command; else LLAMAVISOR_LLAMA_SERVER, PATH, the llama extra."""
     api_key_file: Text | None = None
@@ -150,6 +211,8 @@ class ModelTable(ModelSettings):
 
     load_on_start: Annotated[bool, BeforeValidator(_flag)] | None = None
     """Whether the model is loaded as soon as its router is ready."""
+    pin: Annotated[bool, BeforeValidator(_flag)] | None = None
+    """Whether the model, once it is loaded, is unloaded neither to make room nor for being idle."""
 
 
 class Document(RouterKeys):
@@ -169,6 +232,10 @@ class Document(RouterKeys):
     """Folders outside of models_dir that symlinks in it may lead to; by default none."""
     on_overwrite: OnOverwrite | None = None
     """What becomes of a loaded model whose file is overwritten in place, once it is idle."""
+    min_residency: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    """How long a model that was just loaded is the last to be unloaded to make room, such as "2m"."""
+    oversize: Oversize | None = None
+    """What becomes of a demand for a model larger than its budget: "fit" it as llama.cpp can, or "refuse" it."""
     metrics: MetricsTable = Field(default_factory=MetricsTable)
     """Where Prometheus reads."""
     defaults: DefaultsTable = Field(default_factory=DefaultsTable)

@@ -17,10 +17,11 @@ from typing import Generic, TypeVar
 
 from llamavisor import flags
 from llamavisor.errors import OptionError
+from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.flags import ModelOptions, OptionLayer
 from llamavisor.helptext import normal
 from llamavisor.reserved import check_env, find_reserved
-from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize, RouterSettings, Serve
 from llamavisord import model_tables
 from llamavisord.api_key import read_api_key
 from llamavisord.config import Config, Metrics, Setting
@@ -45,6 +46,8 @@ METRICS_PORT = 9155
 LOG_LEVEL = "info"
 LOG_SIZE_BYTES = 64 * 1024 * 1024
 ON_OVERWRITE: OnOverwrite = "reload"
+SERVE: Serve = "router"
+OVERSIZE: Oversize = "fit"
 SERVE_FLAGS = frozenset({"--host", "--port", "--models-dir", "--models-max"})
 """What llama-server takes, the supervisor keeps for itself, and `serve` has a flag of the same name for."""
 
@@ -174,12 +177,14 @@ class _Assembly:
         """
         sources = (self._given, self._above, self._file, self._below)
         top = _Scope("", [_View(source.document, source) for source in sources])
-        serve = self._pick(top, "serve", lambda table: table.serve, "router")
+        serve = self._pick(top, "serve", lambda table: table.serve, SERVE)
         socket = self._path(top, "socket", lambda table: table.socket, self._places.socket)
         state_dir = self._path(top, "state_dir", lambda table: table.state_dir, self._places.state_dir)
         log_level = self._pick(top, "log_level", lambda table: table.log_level, LOG_LEVEL)
         log_size = self._pick(top, "log_size", lambda table: table.log_size, LOG_SIZE_BYTES)
         on_overwrite = self._pick(top, "on_overwrite", lambda table: table.on_overwrite, ON_OVERWRITE)
+        min_residency = self._pick(top, "min_residency", lambda table: table.min_residency, MIN_RESIDENCY_S)
+        oversize = self._pick(top, "oversize", lambda table: table.oversize, OVERSIZE)
         link_dirs = self._link_dirs(top)
         metrics = self._metrics(top)
         self._check_socket(socket)
@@ -206,6 +211,8 @@ class _Assembly:
             rules=models.rules,
             link_dirs=link_dirs,
             on_overwrite=on_overwrite.value,
+            min_residency_s=min_residency.value,
+            oversize=oversize.value,
             warnings=tuple(dict.fromkeys(self._warnings)),
             settings=tuple(self._settings),
         )
@@ -248,6 +255,7 @@ class _Assembly:
             text = "means nothing to several routers: each [[router]] table has a port of its own"
             self._problems.append(port.problem(text))
         models_max = self._pick(scope, "models_max", lambda keys: keys.models_max, MODELS_MAX)
+        memory = self._memory(scope)
         models_dir = self._models_dir(scope)
         api_key = self._api_key(scope)
         if api_key is None and not _is_loopback(host.value):
@@ -259,6 +267,7 @@ class _Assembly:
             port=port.value,
             models_dir=models_dir,
             models_max=models_max.value,
+            memory=memory,
             llama_server=self._llama_server(scope),
             api_key=api_key,
             layers=self._layers(scope, name, table, at),
@@ -275,6 +284,19 @@ class _Assembly:
             _View(self._below.document, self._below),
         ]
         return _Scope(f"router.{name}", views)
+
+    def _memory(self, scope: _Scope[RouterKeys]) -> MemoryBudget:
+        """The nearest table that speaks of it says it all: one table's devices are not added to another's."""
+        found = scope.find("memory", lambda keys: keys.memory)
+        budget = found.value if found else MemoryBudget()
+        if found is None or not budget.devices:
+            shown = "auto" if budget.size is None else budget.size
+            self._show(scope, "memory", shown, found.origin if found else DEFAULT)
+            return budget
+        for device, size_bytes in budget.devices:
+            picked = _Picked(size_bytes, (*found.location, device), found.source)
+            self._show(scope, f"memory.{device}", picked.value, picked.origin)
+        return budget
 
     def _models_dir(self, scope: _Scope[RouterKeys]) -> Path:
         nowhere = Path("/")

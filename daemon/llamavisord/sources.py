@@ -24,6 +24,7 @@ _VARIABLES: Mapping[str, tuple[str, ...]] = {
     "LLAMAVISOR_PORT": ("port",),
     "LLAMAVISOR_MODELS_DIR": ("models_dir",),
     "LLAMAVISOR_MODELS_MAX": ("models_max",),
+    "LLAMAVISOR_MEMORY": ("memory",),
     "LLAMAVISOR_METRICS_HOST": ("metrics", "host"),
     "LLAMAVISOR_METRICS_PORT": ("metrics", "port"),
 }
@@ -46,6 +47,7 @@ class Overrides:
     """What the flags of `serve` say; None is not given.
 
     Attributes:
+        memory: "auto" or a size.
         gpu_layers: "auto", "all" or a number.
         metrics: False turns them off.
         args: everything after `--`.
@@ -55,6 +57,7 @@ class Overrides:
     port: int | None = None
     models_dir: str | None = None
     models_max: int | None = None
+    memory: str | None = None
     llama_server: str | None = None
     gpu_layers: str | None = None
     socket: str | None = None
@@ -152,6 +155,7 @@ def read_overrides(overrides: Overrides, problems: list[Problem]) -> Source:
         ("port",): ("--port", overrides.port),
         ("models_dir",): ("--models-dir", overrides.models_dir),
         ("models_max",): ("--models-max", overrides.models_max),
+        ("memory",): ("--memory", overrides.memory),
         ("llama_server",): ("--llama-server", overrides.llama_server),
         ("socket",): ("--socket", overrides.socket),
         ("state_dir",): ("--state-dir", overrides.state_dir),

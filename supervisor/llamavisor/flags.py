@@ -20,7 +20,7 @@ from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.reserved import find_reserved
 from llamavisor.rules import is_template_file, split_scale
 
-__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "find_typed", "resolve", "typed_name"]
+__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "find_typed", "resolve", "spelled", "typed_name"]
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "gpu_layers": ("--n-gpu-layers", "--gpu-layers", "-ngl"),
@@ -181,7 +181,7 @@ def check(layers: Sequence[OptionLayer]) -> None:
         for name in seen:
             value = getattr(options, name)
             if value and isinstance(value, str | tuple):
-                _refuse_unfit(source, name, _spelled(value))
+                _refuse_unfit(source, name, spelled(value))
         previous = ""
         for word in options.args:
             if _looks_like_option(word):
@@ -307,14 +307,15 @@ def _typed_text(name: str, value: object, option: HelpOption) -> str | None:
         return "on" if value == "on" else None
     if name == "lora" and isinstance(value, tuple) and any(map(_is_scaled, value)):
         return ",".join(each if _is_scaled(each) else f"{each}:1" for each in value)
-    return _spelled(value)
+    return spelled(value)
 
 
-def _spelled(value: object) -> str:
+def spelled(value: object) -> str:
+    """A typed value in llama-server's words."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, tuple):
-        return ",".join(map(_spelled, value))
+        return ",".join(map(spelled, value))
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 

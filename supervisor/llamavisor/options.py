@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-_SECONDS_OF = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]*)")
+from llamavisor.quantities import parse_duration
+
+RESIDENCY = frozenset({"ttl", "pin"})
+"""What tables say of how long a model stays in memory: it is ours to heed, and llama-server is never told."""
 
 
 def _no_bool(value: object) -> object:
@@ -45,13 +48,11 @@ def _device_names(value: object) -> object:
     return ("none",) if [str(name).lower() for name in names] == ["cpu"] else names
 
 
-def _seconds(value: object) -> object:
-    if isinstance(value, str):
-        found = _DURATION.fullmatch(value.strip())
-        if found is None or found[2] not in _SECONDS_OF:
-            raise ValueError('must be a duration, such as 300 or "5m"')
-        return float(found[1]) * _SECONDS_OF[found[2]]
-    return _no_bool(value)
+def _ttl(value: object) -> float:
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; 0 for never") from None
 
 
 def _words(value: object) -> object:
@@ -69,7 +70,7 @@ GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)
 Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1)]
 _Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
 _OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_on_off)]
-_IdleSeconds = Annotated[int, BeforeValidator(_seconds), Field(ge=1)]
+_IdleSeconds = Annotated[int, BeforeValidator(parse_duration), Field(ge=1)]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
@@ -127,6 +128,8 @@ class ModelOptions(BaseModel):
     """Whether models serve reranking."""
     sleep_idle_seconds: _IdleSeconds | None = None
     """Seconds (or a duration such as "5m") without requests until a model frees its memory, not its slot."""
+    ttl: Annotated[float, BeforeValidator(_ttl)] | None = None
+    """Seconds (or a duration such as "1h30m") without requests until a model is unloaded; 0 = never."""
     args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     """Anything else that llama-server takes, one string per word: ["--top-k", "40"]."""
 
@@ -142,3 +145,20 @@ class OptionLayer:
 
     source: str
     options: ModelOptions
+
+
+@functools.lru_cache(maxsize=512)
+def without_residency(layers: tuple[OptionLayer, ...]) -> tuple[OptionLayer, ...]:
+    """The same tables without what they say of `RESIDENCY`; those that say nothing else are left out. Pure.
+
+    Most models of a folder have the same tables: it is worked out once, and they share the outcome.
+    """
+    kept = []
+    for layer in layers:
+        options = layer.options
+        said = options.model_fields_set & RESIDENCY
+        if said:
+            layer = OptionLayer(layer.source, options.model_copy(update=dict.fromkeys(said)))  # noqa: PLW2901
+        if options.model_fields_set > said:
+            kept.append(layer)
+    return tuple(kept)

@@ -130,6 +130,8 @@ class ModelSettings(ModelOptions):
     """Words that GET /models shows with the model."""
     load_on_start: bool | None = None
     """Whether the model is loaded as soon as its router is ready."""
+    pin: bool | None = None
+    """Whether the model, once it is loaded, is unloaded neither to make room nor for being idle."""
     router: Annotated[tuple[str, ...], BeforeValidator(_texts)] | None = None
     """The routers that may hold the model, by name; by default all."""
     chat_template: _Text | None = None

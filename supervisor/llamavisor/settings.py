@@ -7,8 +7,23 @@ from pathlib import Path
 from typing import Literal
 
 from llamavisor import flags
+from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.flags import OptionLayer
 from llamavisor.rules import ModelRule
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBudget:
+    """How much memory the models of one router may take; what is not said is "auto", what there is less a reserve.
+
+    Attributes:
+        size: bytes of every GPU that the router sees, each, or of RAM when it sees none; None = auto.
+        devices: bytes of single devices, which `size` is not about, as (name, bytes) pairs. A name is the router's own
+            name of a GPU, such as "CUDA0", or "RAM".
+    """
+
+    size: int | None = None
+    devices: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +40,9 @@ class RouterSettings:
         layers: option tables, lowest precedence first.
         env: extra environment of this router and its models, as (name, value) pairs.
         api_key: the key that clients must send, None = no key. Never shown.
+        memory: what its models may take.
+        autoload: whether the router itself loads what clients ask for; if not, it loads only what it is told to, as
+            with `serve = "gateway"`.
     """
 
     name: str
@@ -36,10 +54,12 @@ class RouterSettings:
     layers: tuple[OptionLayer, ...] = ()
     env: tuple[tuple[str, str], ...] = ()
     api_key: str | None = field(default=None, repr=False)
+    memory: MemoryBudget = MemoryBudget()
+    autoload: bool = True
 
     def without_models(self) -> RouterSettings:
-        """The same, without what only its models are told: a router need not be restarted for that."""
-        return replace(self, layers=flags.only_for_routers(self.layers))
+        """The same, without what is only about its models: a router need not be restarted for that."""
+        return replace(self, layers=flags.only_for_routers(self.layers), memory=MemoryBudget())
 
     @property
     def url(self) -> str:
@@ -49,6 +69,10 @@ class RouterSettings:
 
 OnOverwrite = Literal["reload", "unload", "keep"]
 """What happens to a loaded model whose file was overwritten in place, once it is idle."""
+Serve = Literal["router", "gateway"]
+"""Who listens on the public address, and so who decides what is loaded: each router itself, or one gateway for all."""
+Oversize = Literal["fit", "refuse"]
+"""What happens to a demand for a model that is larger than its budget: llama.cpp fits it in, or it is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +84,19 @@ class FleetSettings:
         rules: option tables of single models, in the order of the configuration.
         link_dirs: folders outside of models_dir to which symlinks in it may lead.
         on_overwrite: what happens to a loaded model whose file was overwritten in place.
+        serve: who listens on the public address.
+        min_residency_s: seconds after its load during which a model is the last to be unloaded to make room. It puts
+            victims into an order, and never delays a demand.
+        oversize: what happens to a demand for a model that is larger than its budget; "fit" unloads all else before it.
     """
 
     routers: tuple[RouterSettings, ...]
     rules: tuple[ModelRule, ...] = ()
     link_dirs: tuple[Path, ...] = ()
     on_overwrite: OnOverwrite = "reload"
+    serve: Serve = "router"
+    min_residency_s: float = MIN_RESIDENCY_S
+    oversize: Oversize = "fit"
 
 
 def base_url(host: str, port: int) -> str:

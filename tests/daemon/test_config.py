@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llamavisor.settings import MemoryBudget
 from llamavisord.config import Config
 from llamavisord.document import DefaultsTable, Document, MetricsTable, ModelTable, RouterTable
 from llamavisord.loading import load
@@ -42,6 +43,15 @@ env = { CUDA_VISIBLE_DEVICES = "0" }
 split_mode = "none"
 models_max = 2
 """
+
+AT_THE_TOP = "{}: unknown key here: it belongs at the top of the file, above the first [table]"
+BUDGET = 'expected "auto", a size such as "22GiB", or sizes by device such as { CUDA0 = "22GiB", RAM = "48GiB" }'
+DEVICE_BUDGET = 'expected a size, such as "22GiB"; leave out a device without a budget of its own'
+NO_BUDGET = (
+    'with a budget of 0 nothing could be loaded: write "auto" for all that is there;'
+    " to keep models off a GPU, name only the others in `devices`"
+)
+DURATION = 'expected a duration: a number of seconds, or text such as "30s", "10m" or "1h30m"'
 
 Write = Callable[[str], Path]
 
@@ -186,6 +196,81 @@ def test_sizes_are_written_with_units(write: Write) -> None:
     assert refusal(write('models_dir = "/m"\nlog_size = 12\n'))[0].startswith("2: log_size: expected greater than")
 
 
+GIB = 1024**3
+
+
+@pytest.mark.parametrize(
+    ("written", "budget"),
+    [
+        ("", MemoryBudget()),
+        ('memory = "auto"\n', MemoryBudget()),
+        ('memory = "22GiB"\n', MemoryBudget(22 * GIB)),
+        ("memory = 1073741824\n", MemoryBudget(GIB)),
+        ('memory = { RAM = "48GiB", CUDA0 = "22G" }\n', MemoryBudget(None, (("CUDA0", 22 * GIB), ("RAM", 48 * GIB)))),
+        ('[memory]\n"RPC[10.0.0.2:50052]" = "1GB"\n', MemoryBudget(None, (("RPC[10.0.0.2:50052]", 10**9),))),
+    ],
+)
+def test_a_budget_is_auto_or_a_size_or_sizes_by_device(write: Write, written: str, budget: MemoryBudget) -> None:
+    """The order in which devices are written means nothing."""
+    (router,) = load(write(f'models_dir = "/m"\n{written}'), NOTHING).routers
+    assert router.memory == budget
+
+
+def test_the_nearest_word_on_memory_counts_alone(write: Write) -> None:
+    """A router's own table takes nothing over from that at the top of the file; a variable or a flag replaces both."""
+    path = write(
+        'models_dir = "/m"\nmemory = { CUDA0 = "1GiB", RAM = "4GiB" }\n[[router]]\nname = "a"\nport = 1\n'
+        '[[router]]\nname = "b"\nport = 2\n[router.memory]\nCUDA1 = "2GiB"\n'
+    )
+    top, own = MemoryBudget(None, (("CUDA0", GIB), ("RAM", 4 * GIB))), MemoryBudget(None, (("CUDA1", 2 * GIB),))
+    assert [router.memory for router in load(path, NOTHING).routers] == [top, own]
+    environ = {"LLAMAVISOR_MEMORY": "3GiB"}
+    config = load(path, environ)
+    assert [router.memory for router in config.routers] == [MemoryBudget(3 * GIB)] * 2
+    origins = {each.key: (each.value, str(each.origin)) for each in config.settings}
+    assert origins["router.b.memory"] == (3 * GIB, "LLAMAVISOR_MEMORY")
+    config = load(path, environ, Overrides(memory="auto"))
+    assert [router.memory for router in config.routers] == [MemoryBudget()] * 2
+    origins = {each.key: (each.value, str(each.origin)) for each in config.settings}
+    assert origins["router.a.memory"] == ("auto", "--memory")
+
+
+def test_budgets_are_shown_by_device_with_their_lines(write: Write) -> None:
+    """Each device is a row of its own, in an inline table and in one with a line for each."""
+    path = write('models_dir = "/m"\n[memory]\nRAM = "4GiB"\n\nCUDA0 = "1GiB"\n')
+    shown = {each.key: (each.value, str(each.origin)) for each in load(path, NOTHING).settings}
+    assert shown["router.main.memory.RAM"] == (4 * GIB, f"{path}:3")
+    assert shown["router.main.memory.CUDA0"] == (GIB, f"{path}:5")
+    assert "router.main.memory" not in shown
+    path = write('models_dir = "/m"\n')
+    shown = {each.key: (each.value, str(each.origin)) for each in load(path, NOTHING).settings}
+    assert shown["router.main.memory"] == ("auto", "default")
+
+
+def test_how_room_is_made_reaches_the_fleet(write: Write) -> None:
+    """Both keys have a default, and stand with their lines in what is shown."""
+    config = load(write('models_dir = "/m"\n'), NOTHING)
+    fleet = config.fleet_settings()
+    assert (fleet.serve, fleet.min_residency_s, fleet.oversize) == ("router", 60.0, "fit")
+    path = write('models_dir = "/m"\nmin_residency = "1h30m"\noversize = "refuse"\n')
+    config = load(path, NOTHING)
+    fleet = config.fleet_settings()
+    assert (fleet.min_residency_s, fleet.oversize) == (5400.0, "refuse")
+    shown = {each.key: (each.value, str(each.origin)) for each in config.settings}
+    assert shown["min_residency"] == (5400.0, f"{path}:2")
+    assert shown["oversize"] == ("refuse", f"{path}:3")
+    assert load(write('models_dir = "/m"\nmin_residency = 0\n'), NOTHING).min_residency_s == 0.0
+
+
+def test_a_time_to_live_is_written_like_an_option(write: Write) -> None:
+    """In [defaults] and in a router's table, with the line of each."""
+    path = write('models_dir = "/m"\n[defaults]\nttl = "1h30m"\n[[router]]\nname = "a"\nttl = 0\n')
+    config = load(path, NOTHING)
+    assert [layer.options.ttl for layer in config.routers[0].layers] == [5400.0, 0.0]
+    shown = {each.key: (each.value, str(each.origin)) for each in config.settings}
+    assert shown["router.a.ttl"] == (0.0, f"{path}:6")
+
+
 # Where things are
 
 
@@ -292,6 +377,41 @@ def test_a_user_without_a_home_still_has_places(monkeypatch: pytest.MonkeyPatch)
             '1: serve: "gateway" comes with a later version; this one serves with "router", found "gateway"',
         ),
         ('[defaults]\ntensor_split = [1, "x"]\n', '2: defaults.tensor_split[1]: expected a number, found "x"'),
+        ("[metrics]\nmemory = 1\n", AT_THE_TOP.format("2: metrics.memory")),
+        ('[defaults]\nmemory = "1GiB"\n', AT_THE_TOP.format("2: defaults.memory")),
+        ('[[router]]\nmin_residency = "1m"\n', AT_THE_TOP.format("2: router[0].min_residency")),
+        ('memory = "lots"\n', f'1: memory: {BUDGET}, found "lots"'),
+        ('memory = "-1GiB"\n', f'1: memory: {BUDGET}, found "-1GiB"'),
+        ("memory = -1\n", f"1: memory: {BUDGET}, found -1"),
+        ("memory = true\n", f"1: memory: {BUDGET}, found true"),
+        ('memory = ["22GiB"]\n', f"1: memory: {BUDGET}, found a list"),
+        ("memory = nan\n", f"1: memory: {BUDGET}, found a number beyond all bounds"),
+        ("memory = 22\n", '1: memory: less than any model takes: write the unit too, as in "22GiB", found 22'),
+        ("memory = 0\n", f"1: memory: {NO_BUDGET}, found 0"),
+        ('memory = "0GiB"\n', f'1: memory: {NO_BUDGET}, found "0GiB"'),
+        ("memory = {}\n", '1: memory: names no device: write "auto" for all that is there, found a table'),
+        ('[memory]\nRAM = "1GiB"\nCUDA0 = 0\n', f"3: memory.CUDA0: {NO_BUDGET}, found 0"),
+        ('[memory]\nRAM = "1GiB"\nCUDA0 = "all"\n', f'3: memory.CUDA0: {DEVICE_BUDGET}, found "all"'),
+        ("memory = { CUDA0 = { size = 1 } }\n", f"1: memory.CUDA0: {DEVICE_BUDGET}, found a table"),
+        ("memory = { CUDA0 = false }\n", f"1: memory.CUDA0: {DEVICE_BUDGET}, found false"),
+        (
+            '[[router]]\nname = "a"\nmemory = { cpu = "1GiB" }\n',
+            '3: router[0].memory.cpu: the memory of the machine itself is called RAM here, found "cpu"',
+        ),
+        (
+            'memory = { "CUDA 0" = "1GiB" }\n',
+            '1: memory."CUDA 0": expected a device as llama-server names it, such as CUDA0, or RAM, found "CUDA 0"',
+        ),
+        ('oversize = "swap"\n', "1: oversize: expected 'fit' or 'refuse', found \"swap\""),
+        ('min_residency = "soon"\n', f'1: min_residency: {DURATION}, found "soon"'),
+        ("min_residency = -1\n", f"1: min_residency: {DURATION}, found -1"),
+        ("min_residency = true\n", f"1: min_residency: {DURATION}, found true"),
+        ('[defaults]\nttl = "soon"\n', f'2: defaults.ttl: {DURATION}; 0 for never, found "soon"'),
+        ("[defaults]\nttl = true\n", f"2: defaults.ttl: {DURATION}; 0 for never, found true"),
+        ('[[router]]\nname = "a"\nttl = { a = 1 }\n', f"3: router[0].ttl: {DURATION}; 0 for never, found a table"),
+        ("ttl = 60\n", "1: ttl: unknown key here: it belongs in [defaults] or a [[router]]"),
+        ("[defaults]\npin = true\n", '2: defaults.pin: unknown key here: it belongs in a [model."NAME"]'),
+        ("pin = true\n", '1: pin: unknown key here: it belongs in a [model."NAME"]'),
     ],
 )
 def test_what_is_wrong_is_told_with_its_line_its_key_and_what_is_expected(
@@ -570,7 +690,10 @@ def test_no_file_makes_more_than_a_config_error(raw: bytes) -> None:
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["LLAMAVISOR_PORT", "LLAMAVISOR_HOST", "LLAMAVISOR_MODELS_MAX", "LLAMAVISOR_LOG_LEVEL", "LLAMAVISOR_X"]
+            [
+                *("LLAMAVISOR_PORT", "LLAMAVISOR_HOST", "LLAMAVISOR_MODELS_MAX", "LLAMAVISOR_LOG_LEVEL"),
+                *("LLAMAVISOR_MEMORY", "LLAMAVISOR_X"),
+            ]
         ),
         st.text(max_size=20),
     )

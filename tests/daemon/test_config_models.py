@@ -108,6 +108,12 @@ def test_links_and_overwritten_files(write: Write, tmp_path: Path) -> None:
     [
         ('[model.a]\nload_on_start = "yes"\n', '3: model.a.load_on_start: expected true or false, found "yes"'),
         ("[model.a]\nload_on_start = 1\n", "3: model.a.load_on_start: expected true or false, found 1"),
+        ('[model.a]\npin = "yes"\n', '3: model.a.pin: expected true or false, found "yes"'),
+        ("[model.a]\npin = 1\n", "3: model.a.pin: expected true or false, found 1"),
+        ('[model.a]\nttl = "soon"\n', "3: model.a.ttl: expected a duration: a number of seconds, or text such as"),
+        ("[model.a]\nttl = false\n", "3: model.a.ttl: expected a duration: a number of seconds, or text such as"),
+        ("[model.a]\ntll = 5\n", "3: model.a.tll: unknown key, did you mean ttl?"),
+        ('[model.a]\nmemory = "1GiB"\n', "3: model.a.memory: unknown key here: it belongs at the top of the file"),
         ('[model."*"]\nctx_sise = 1\n', '3: model."*".ctx_sise: unknown key, did you mean ctx_size?'),
         ("[model.a]\nload_on_startup = true\n", "3: model.a.load_on_startup: unknown key, did you mean load_on_start?"),
         ('[model.a]\nctx_size = "x"\n', '3: model.a.ctx_size: expected a whole number, found "x"'),
@@ -220,6 +226,24 @@ def test_config_show_model_says_what_it_gets_and_from_where(
         ("a", "args", ["--top-k", "2"], f'[model."al*"], {path}:16'),
     ]
     assert err == "llamavisor: router b: may not hold alpha: `router` in its [model] table names others\n"
+
+
+def test_config_show_model_says_how_long_it_stays(
+    write: Write, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last word on ttl and pin, with its table, also from tables that say nothing else."""
+    tables = '[defaults]\nttl = "10m"\n[model."al*"]\nttl = 0\nctx_size = 512\n[model.alpha]\npin = true\n'
+    path = write(f'models_dir = "{folder}"\n{tables}')
+
+    def shown(model: str) -> dict[str, tuple[object, str]]:
+        assert main(["config", "show", str(path), "--model", model, "--json"]) == ExitCode.OK
+        return {each["key"]: (each["value"], each["from"]) for each in json.loads(capsys.readouterr().out)}
+
+    alpha = shown("alpha")
+    assert alpha["ttl"] == (0.0, f'[model."al*"], {path}:5')
+    assert alpha["pin"] == (True, f'[model."alpha"], {path}:8')
+    assert list(alpha) == ["model", "kind", "ctx_size", "pin", "ttl"]
+    assert shown("beta") == {"ttl": (600.0, f"[defaults], {path}:3")}
 
 
 def test_config_show_model_as_a_table(write: Write, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

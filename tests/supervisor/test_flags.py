@@ -24,6 +24,7 @@ from llamavisor.flags import (
     OptionLayer,
     check,
     resolve,
+    typed_name,
 )
 from llamavisor.helptext import FlagSet, HelpOption
 from llamavisor.preset import ALWAYS, Preset, lint
@@ -86,19 +87,27 @@ def _refusal(*tables: ModelOptions | Sequence[str], flags: FlagSet = NEW) -> Opt
 
 
 def test_the_table_of_spellings_covers_the_typed_options() -> None:
-    """Every field of the configuration but args has its spellings, and the newest build knows each option."""
-    assert set(SPELLINGS) == set(ModelOptions.model_fields) - {"args"}
+    """Every field of the configuration but args and ttl has its spellings, and the newest build knows each option."""
+    assert set(SPELLINGS) == set(ModelOptions.model_fields) - {"args", "ttl"}
     assert set(_TYPED) == set(SPELLINGS)
     assert all(any(NEW.find(spelling) for spelling in spellings) for spellings in SPELLINGS.values())
 
 
 def test_the_table_of_spellings_covers_the_options_of_single_models() -> None:
     """What [model] tables have besides is an option of the newest build, or the supervisor's own."""
-    ours = {"aliases", "tags", "load_on_start", "router"}
+    ours = {"aliases", "tags", "load_on_start", "pin", "router"}
     assert set(MODEL_SPELLINGS) == ModelSettings.model_fields.keys() - ModelOptions.model_fields.keys() - ours
     assert all(any(flags.find(word) for word in words) for words in MODEL_SPELLINGS.values() for flags in (NEW, OLD))
     spellings = [word for words in (*SPELLINGS.values(), *MODEL_SPELLINGS.values()) for word in words]
     assert len(spellings) == len(set(spellings))
+
+
+@pytest.mark.parametrize("flags", [NEW, OLD])
+def test_how_long_a_model_stays_is_not_for_llama_server(flags: FlagSet) -> None:
+    """Whatever a table says of it, no build is told, and none has to know the option."""
+    table = ModelSettings(ttl=60, pin=True, ctx_size=1, args=("--top-k", "1"))
+    assert _preset(ModelOptions(ttl=0), table, flags=flags) == {"ctx-size": "1", "top-k": "1"}
+    assert typed_name("--ttl") is typed_name("--pin") is None
 
 
 def test_options_of_drafts_are_found_by_their_old_names() -> None:
@@ -467,6 +476,10 @@ def test_it_is_known_which_devices_a_model_waits_for(
         ({"devices": ["cpu"]}, {"devices": ("none",)}),
         ({"flash_attn": True}, {"flash_attn": "on"}),
         ({"sleep_idle_seconds": "5m"}, {"sleep_idle_seconds": 300}),
+        ({"sleep_idle_seconds": "1h30m"}, {"sleep_idle_seconds": 5400}),
+        ({"ttl": "1h30m"}, {"ttl": 5400}),
+        ({"ttl": "90"}, {"ttl": 90}),
+        ({"ttl": "0"}, {"ttl": 0.0}),
         ({"args": ["--threads", 8]}, {"args": ("--threads", "8")}),
     ],
 )
@@ -490,6 +503,15 @@ def test_options_are_taken_in_the_ways_people_write_them(
         {"tensor_split": [float("nan")]},
         {"sleep_idle_seconds": "soon"},
         {"sleep_idle_seconds": 0},
+        {"sleep_idle_seconds": "250ms"},
+        {"sleep_idle_seconds": True},
+        {"ttl": "soon"},
+        {"ttl": "5 parsecs"},
+        {"ttl": -1},
+        {"ttl": True},
+        {"ttl": False},
+        {"ttl": float("nan")},
+        {"ttl": ["5m"]},
         {"args": "--threads 8"},
         {"ctxsize": 1},
     ],

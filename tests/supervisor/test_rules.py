@@ -106,6 +106,8 @@ def test_a_rule_is_called_as_it_is_written() -> None:
         ({"tags": ["a,b"]}, "comma"),
         ({"tags": ["a;b"]}, "comment"),
         ({"load_on_start": "often"}, "boolean"),
+        ({"pin": "often"}, "boolean"),
+        ({"ttl": "soon"}, 'such as "30s", "10m" or "1h30m"; 0 for never'),
         ({"chat_template": ""}, "not empty"),
         ({"chat_template_kwargs": "chatty"}, "table of names"),
         ({"chat_template_kwargs": [1]}, "table of names"),

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamavisor.quantities import parse_duration
 from llamavisord import __version__
 from llamavisord.exit_codes import ExitCode
-from llamavisord.units import parse_duration
 
 LOAD_TIMEOUT_S = 600.0
 ROUTER_TIMEOUT_S = 120.0
@@ -119,6 +119,7 @@ def _add_serve(commands: _Commands) -> None:
     add("--config", type=Path, metavar="FILE", help="the configuration file (else LLAMAVISOR_CONFIG)")
     add("--models-dir", metavar="DIR", help="folder with the GGUF files")
     add("--models-max", type=int, metavar="N", help="how many models are kept loaded, 0 = no cap")
+    add("--memory", metavar="SIZE", help='memory for models on each GPU (in RAM if there is none): "22GiB" or "auto"')
     add("--host", help="address that the router listens on")
     add("--port", type=int, help="port that the router listens on")
     add("--gpu-layers", metavar="N", help='layers in GPU memory: a number, "auto" or "all"')
@@ -138,6 +139,14 @@ def _add_reading(commands: _Commands) -> None:
     show.add_argument("model", help="name of the model, or an alias")
     show.add_argument("--router", metavar="NAME", help="only what this router makes of it")
     show.add_argument("--template", action="store_true", help="only the chat template, as it stands in the file")
+    commands.add(
+        "ps",
+        "list the models in memory",
+        details="Bytes are those of all devices of a model together; a > stands before what is not all of it, a dash "
+        "where nothing is known.",
+        talks=True,
+        json=True,
+    )
     events = commands.add(
         "events", "show what happened", details="With --json, one object on each line.", talks=True, json=True
     )
@@ -165,6 +174,27 @@ def _add_acting(commands: _Commands) -> None:
     _add_model(load, LOAD_TIMEOUT_S)
     unload = commands.add("unload", "unload a model and wait until it is gone", talks=True, json=True)
     _add_model(unload, ROUTER_TIMEOUT_S)
+    pin = commands.add(
+        "pin",
+        "keep models in memory once they are there",
+        details="They are neither evicted nor unloaded when idle; with serve = router llama-server itself may still "
+        "evict them at models_max.",
+        talks=True,
+        json=True,
+    )
+    unpin = commands.add("unpin", "let models that were pinned leave memory again", talks=True, json=True)
+    for kept in (pin, unpin):
+        kept.add_argument("models", nargs="+", metavar="NAME", help="name of a model, or an alias")
+    evict = commands.add(
+        "evict",
+        "show which models would make room for another",
+        details="Models are evicted by themselves; `unload` takes one away.",
+        talks=True,
+        json=True,
+    )
+    evict.add_argument("model", help="name of the model that there is to be room for, or an alias")
+    evict.add_argument("--dry-run", action="store_true", help="only show it: there is no other way")
+    evict.add_argument("--router", metavar="NAME", help="only on this router")
     for name, does in (
         ("restart", "end a router and start it again"),
         ("stop", "end a router, until it is started"),

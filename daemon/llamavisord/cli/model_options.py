@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.flags import OptionLayer, typed_name
+from llamavisor.options import RESIDENCY
+from llamavisor.rules import matching
 from llamavisor.sections import ModelSpec, layers_in_force, specify
 from llamavisor.settings import RouterSettings
 from llamavisord.cli.errors import CommandError
@@ -86,6 +88,9 @@ def _settings(config: Config, router: RouterSettings, spec: ModelSpec, entry: En
         yield Setting("model", spec.path, folder)
         yield Setting("kind", spec.kind.value, Origin(spec.path))
     effective = _effective(layers_in_force(spec))
+    # What the spec makes of these stands in none of its tables.
+    said = _effective((*router.layers, *(rule.layer for rule in matching(config.rules, spec.name))))
+    effective |= {key: said[key] for key in RESIDENCY & said.keys()}
     if entry.aliases:
         written = effective.pop("aliases", None)
         place = Origin("its place in the folder")

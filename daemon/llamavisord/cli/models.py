@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from llamavisord.cli.errors import CommandError
 from llamavisord.cli.look import client_of
-from llamavisord.cli.render import Screen, shortened
+from llamavisord.cli.render import NAME_WIDTH, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
 from llamavisord.units import format_duration, format_size
@@ -38,8 +38,6 @@ _NOT_SHOWN = frozenset({"layout"})
 """What a header says for estimates of memory alone; `--json` has it."""
 _ALL_NAMES = _NOT_SHOWN.union(*_GROUPS.values())
 _INDENT = "  "
-_NAME_WIDTH = 48
-"""Columns of a name on a terminal, with its aliases; of a longer one the middle is left out."""
 _ALIASES_WIDTH = 12
 """So many columns aliases have on a terminal behind whatever name."""
 
@@ -111,8 +109,8 @@ def _names(model: dict[str, Any], *, is_short: bool) -> str:
     """The name, and the aliases in parentheses. What is piped on is whole."""
     name, aliases = plain(model["name"]), plain(", ".join(model["aliases"]))
     if is_short:
-        name = shortened(name, _NAME_WIDTH)
-        aliases = shortened(aliases, max(_ALIASES_WIDTH, _NAME_WIDTH - len(f"{name} ()")))
+        name = shortened(name, NAME_WIDTH)
+        aliases = shortened(aliases, max(_ALIASES_WIDTH, NAME_WIDTH - len(f"{name} ()")))
     return f"{name} ({aliases})" if aliases else name
 
 

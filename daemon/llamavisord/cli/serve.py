@@ -21,6 +21,7 @@ def run(arguments: Namespace) -> int:
         port=arguments.port,
         models_dir=arguments.models_dir,
         models_max=arguments.models_max,
+        memory=arguments.memory,
         llama_server=arguments.llama_server,
         gpu_layers=arguments.gpu_layers,
         socket=arguments.socket,
