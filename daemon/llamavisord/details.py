@@ -66,7 +66,7 @@ async def describe(inventory: Inventory, name: str, *, router: str | None = None
         offered, launch = each.shelf.offer.models.get(known.name), each.launch
         view["command"][each.name] = None
         if offered is not None and launch is not None:
-            layers = layers_in_force(offered.spec)
+            layers = layers_in_force(offered.spec, launch.found.flags)
             effective = {**preset.ALWAYS, **offered.section}
             view["effective"][each.name] = {
                 key: HIDDEN if is_secret(key) else value for key, value in sorted(effective.items())

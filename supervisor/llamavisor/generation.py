@@ -15,6 +15,7 @@ import anyio.abc
 from llamavisor.api import ListedModel
 from llamavisor.cause import Cause, Verdict, classify
 from llamavisor.errors import ApiError, OptionError, SpawnError
+from llamavisor.gaps import was_missed
 from llamavisor.host import Api, Host, ModelProcess, RouterProcess, UsageGauge
 from llamavisor.launch import Launch
 from llamavisor.news import (
@@ -36,6 +37,7 @@ from llamavisor.news import (
 )
 from llamavisor.process import TERM_GRACE_S, Leftovers
 from llamavisor.shelf import Offer
+from llamavisor.shortage import SHORTAGE_HINT, is_shortage
 from llamavisor.states import HAS_CHILD, ModelState
 from llamavisor.usage import Usage, UsageError
 
@@ -57,6 +59,8 @@ POLL_LOADING_S = 0.25
 CHILD_DEADLINE_S = 5.0
 """A child exists within milliseconds after its model is called loading."""
 CHILD_POLL_S = 0.02
+SHORTAGE_POLL_S = 1.0
+"""How often is tried to watch a model's process while there is no descriptor for that."""
 AFTERMATH_S = 0.1
 """How long after a child's end its router is asked what it makes of it: it says "loaded" up to 55 ms longer."""
 LOG_SETTLE_S = 0.05
@@ -160,8 +164,11 @@ class Generation:
             self._post(Ended(Verdict(Cause.BAD_OPTION, str(error), error.hint), str(error), None))
             return
         except OSError as error:
-            reason, hint = f"cannot write the router's files: {error}", "make room, or let this user write to state_dir"
-            self._post(Ended(Verdict(Cause.STATE_DIR, reason, hint), reason, None))
+            reason = f"cannot write the router's files: {error}"
+            cause, hint = Cause.STATE_DIR, "make room, or let this user write to state_dir"
+            if is_shortage(error):
+                cause, hint = Cause.SPAWN, SHORTAGE_HINT
+            self._post(Ended(Verdict(cause, reason, hint), reason, None))
             return
         except SpawnError as error:
             cause = Cause.BAD_BINARY if error.is_permanent else Cause.SPAWN
@@ -199,12 +206,15 @@ class Generation:
         started = anyio.current_time()
         models: list[ListedModel] | None = None
         deadline_s = START_DEADLINE_S + START_DEADLINE_PER_MODEL_S * len(launch.specs)
-        with anyio.move_on_after(deadline_s):
-            models = await self._come_up(api)
-        if models is None:
-            if self._refusal is None:
-                self._post(Overdue(f"not ready within {deadline_s:.0f} s"))
-            return
+        while models is None:
+            with anyio.move_on_after(deadline_s) as scope:
+                models = await self._come_up(api)
+            if scope.cancelled_caught and was_missed(scope.deadline, anyio.current_time()):
+                continue
+            if models is None:
+                if self._refusal is None:
+                    self._post(Overdue(f"not ready within {deadline_s:.0f} s"))
+                return
         ready.set()
         self._post(CameUp(api, models, anyio.current_time() - started, missing))
         async with anyio.create_task_group() as group:
@@ -327,7 +337,7 @@ class Generation:
         async with anyio.create_task_group() as group:
             if child.port is not None:
                 group.start_soon(self._watch_usage, model, child.port)
-            await child.wait()
+            await _wait_for(child)
             group.cancel_scope.cancel()
 
     async def _watch_usage(self, model: str, port: int) -> None:
@@ -384,3 +394,12 @@ class Generation:
             self._post(DevicesMissing(missing))
             await anyio.sleep(DEVICE_POLL_LATE_S)
         self._post(DevicesMissing(()))
+
+
+async def _wait_for(child: ModelProcess) -> None:
+    """Wait until a model's process has ended; without a descriptor to see it with, until there is one."""
+    while True:
+        try:
+            return await child.wait()
+        except OSError:
+            await anyio.sleep(SHORTAGE_POLL_S)

@@ -18,9 +18,10 @@ from typing import Any, Protocol
 import anyio.to_thread
 import psutil
 
-from llamavisor import flags, preset
+from llamavisor import flags, footprint, gauge, preset
 from llamavisor.api import RouterApi
-from llamavisor.binary import Binary, Fingerprint, ProbeCache, find, list_devices
+from llamavisor.appraisal import Appraisal, Appraiser
+from llamavisor.binary import Binary, ProbeCache, find, list_devices
 from llamavisor.cause import Cause, Verdict
 from llamavisor.child import Child
 from llamavisor.child import find as find_child
@@ -32,6 +33,8 @@ from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec, NamedFile, named_files, section, try_rule
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered
+from llamavisor.shortage import SHORTAGE_HINT, is_shortage
+from llamavisor.sight import Sights
 from llamavisor.usage import UsageReader
 
 REQUEST_TIMEOUT_S = 3600
@@ -91,6 +94,8 @@ class Launcher:
         probes: remembers what each llama-server can do.
         source: knows which models there are for this router.
         environ: the daemon's own environment, of which a short list is passed on.
+        sights: knows which GPUs llama-servers see; one for all routers.
+        appraiser: knows what models are expected to take; likewise.
     """
 
     def __init__(
@@ -104,6 +109,8 @@ class Launcher:
         probes: ProbeCache,
         source: ModelSource,
         environ: Mapping[str, str],
+        sights: Sights | None = None,
+        appraiser: Appraiser | None = None,
     ) -> None:
         self.settings = settings
         self.output = OutputFile(log_dir / f"{settings.name}.log", cap_bytes=log_size_bytes)
@@ -113,8 +120,11 @@ class Launcher:
         self._links = self._dir / "models"
         self._probes = probes
         self._source = source
+        self._standing: tuple[Binary, Offer] | None = None  # what was written last, and for which build
         self._looked_at: set[str] = set()  # files that a thread is looking at, which may never come back
         self._environ = environ
+        self._sights = sights or Sights()
+        self._appraiser = appraiser or Appraiser()
 
     def __repr__(self) -> str:
         return f"<Launcher {self.settings.name} in {self._dir}>"
@@ -132,9 +142,11 @@ class Launcher:
     def _prepare(self, specs: Mapping[str, ModelSpec]) -> Launch | Verdict:
         env = self._env()
         try:
-            found = self._probes.probe(find(self.settings.llama_server), env)
+            found = self._find(env)
             options = flags.resolve(self.settings.layers, found.flags, binary=str(found.path))
         except BinaryError as error:
+            if is_shortage(error.__cause__):
+                return Verdict(Cause.SPAWN, str(error), SHORTAGE_HINT)
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
@@ -145,6 +157,34 @@ class Launcher:
         if _SYSTEM_CONFIG.exists():
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
         return Launch(found, options, env, specs, tuple(warnings))
+
+    async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
+        """The GPUs that the router sees, in its order; None when its llama-server cannot be asked.
+
+        Args:
+            devices: all that the gauge has found.
+        """
+        env = self._env()
+        try:
+            found = await anyio.to_thread.run_sync(self._find, env, abandon_on_cancel=True)
+        except BinaryError:
+            return None
+        return await self._sights.look(found, env, devices, router=self.settings.name)
+
+    async def appraise(
+        self, launch: Launch, offered: Offered, devices: tuple[footprint.Device, ...]
+    ) -> Appraisal | None:
+        """What a model is expected to take, None when nobody can say.
+
+        Args:
+            launch: what `prepare` returned.
+            offered: the model, as the router was told of it.
+            devices: the GPUs that the router sees, as `sight` told.
+        """
+        return await self._appraiser.appraise(launch.found, launch.env, offered, devices)
+
+    def _find(self, env: Mapping[str, str]) -> Binary:
+        return self._probes.probe(find(self.settings.llama_server), env)
 
     async def missing_devices(self, launch: Launch) -> tuple[str, ...]:
         """The devices that the options ask for and llama-server does not show, seen with the router's own environment.
@@ -157,9 +197,12 @@ class Launcher:
             visible = await anyio.to_thread.run_sync(list_devices, launch.found.path, launch.env)
         except BinaryError:
             visible = ()
-        if launch.options.required_devices:
-            return tuple(device for device in launch.options.required_devices if device not in visible)
-        return () if visible else ("any GPU",)
+        missing = tuple(device for device in launch.options.required_devices if device not in visible)
+        if not launch.options.required_devices and not visible:
+            missing = ("any GPU",)
+        if missing:
+            self._sights.forget(launch.found, launch.env)
+        return missing
 
     async def is_replaced(self, launch: Launch) -> bool:
         """Whether llama-server or one of its libraries is no longer the file that was started.
@@ -174,11 +217,16 @@ class Launcher:
     ) -> Offer:
         """Write down what the router is told of its models: it reads that when it starts, and in a reload.
 
+        A start on a full disk is a start on what was written last: the models that came since can wait, the others not.
+
         Args:
             launch: what `prepare` returned.
             specs: what it is to serve, by name.
             kept: what must stand there as before, because it runs.
-            before: the last offer to the same process.
+            before: the last offer to the same process; there is none at a start.
+
+        Returns:
+            What stands there.
 
         Raises:
             OptionError: what would be written would stop or wedge the router; the old files stay.
@@ -195,7 +243,13 @@ class Launcher:
                 flags=launch.found.flags,
                 binary=str(launch.found.path),
             )
-            self._write(launch, offer)
+            try:
+                self._write(launch, offer)
+            except OSError:
+                standing = None if before.models else self._still_stands(launch)
+                if standing is None:
+                    raise
+                return standing
             return offer
 
         return await anyio.to_thread.run_sync(work)
@@ -260,6 +314,13 @@ class Launcher:
         preset.lint(wanted, launch.found.flags)
         preset.write(self._preset, wanted)
         link_all(self._links, offer)
+        self._standing = launch.found, offer
+
+    def _still_stands(self, launch: Launch) -> Offer | None:
+        """What was written last for this very build, if there are models in it and the preset still says so."""
+        build, offer = self._standing or (None, Offer())
+        stands = build is launch.found and offer.models and preset.stands(self._preset, to_preset(offer))
+        return offer if stands else None
 
     async def refusals(self, rules: Sequence[ModelRule]) -> list[str]:
         """What of the tables of models cannot be done, one line for each; empty if all can.
@@ -272,7 +333,7 @@ class Launcher:
 
     def _refusals(self, rules: Sequence[ModelRule]) -> list[str]:
         try:
-            found = self._probes.probe(find(self.settings.llama_server), self._env())
+            found = self._find(self._env())
         except BinaryError:
             return []  # nothing can be said without one
         problems = []
@@ -288,7 +349,7 @@ class Launcher:
 
         Args:
             launch: what `prepare` returned.
-            autoload: whether a client's request may load a model.
+            autoload: whether a client's request may load a model, if the settings allow it.
 
         Raises:
             SpawnError: the process could not be started.
@@ -330,12 +391,13 @@ class Launcher:
         argv = [
             *(str(launch.found.path), "--host", settings.host, "--port", str(settings.port)),
             *("--models-dir", str(self._links), "--models-preset", str(self._preset)),
-            *("--models-max", str(settings.models_max)),
+            # Its own cap would cut off whom it does not know to be busy: who decides about loads counts models too.
+            *("--models-max", str(settings.models_max if settings.autoload else 0)),
             *("--timeout", str(REQUEST_TIMEOUT_S), "--threads-http", str(HTTP_THREADS)),
         ]
         if launch.found.flags.find("--log-colors") is not None:
             argv += ["--log-colors", "off"]
-        if not autoload:
+        if not (autoload and settings.autoload):
             argv.append("--no-models-autoload")
         # By default llama-server lets every web page that a browser shows talk to it.
         cors = "--cors-origins"
@@ -362,10 +424,16 @@ class Launcher:
 
 
 def _is_replaced(found: Binary) -> bool:
+    """Looked at by name: to list a folder takes a descriptor, and without one nothing would seem to be there."""
+    return any(_is_other(found.path.parent / name, known) for name, *known in found.fingerprint.files)
+
+
+def _is_other(path: Path, known: Sequence[int]) -> bool:
     try:
-        return Fingerprint.of(found.path) != found.fingerprint
-    except BinaryError:
-        return True
+        now = path.stat()
+    except OSError:
+        return any(known)  # a dangling link is known as such
+    return [now.st_ino, now.st_mtime_ns, now.st_size] != known
 
 
 def _port_obstacle(host: str, port: int) -> Verdict | None:
@@ -378,6 +446,8 @@ def _port_obstacle(host: str, port: int) -> Verdict | None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, UnicodeError) as error:
+        if is_shortage(error):
+            return Verdict(Cause.SPAWN, f"cannot look at port {port}: {error.strerror}", SHORTAGE_HINT)
         if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
             why = error.strerror if isinstance(error, OSError) else error
             hint = "correct `host`; a port below 1024 needs the right to bind it"
@@ -405,7 +475,7 @@ def _listens(pid: int, port: int) -> bool:
         connections = psutil.Process(pid).net_connections(kind="tcp")
     except psutil.AccessDenied:  # a hardened system hides descriptors even of our own child: believe the answer
         return True
-    except psutil.Error:
+    except (psutil.Error, OSError):  # OSError: no descriptor to look with
         return False
     return any(_is_listener(connection, port) for connection in connections)
 

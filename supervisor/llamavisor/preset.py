@@ -7,7 +7,9 @@ is written that `lint` has not passed.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,6 +26,8 @@ The router's default, 10 s, is as long as we wait for the router itself: it woul
 """
 ALWAYS: Mapping[str, str] = {"metrics": "1", "stop-timeout": str(STOP_TIMEOUT_S)}
 """Entries of every preset. Metrics are how it is seen that a model is used, and that it is alive."""
+
+FILE_MODE = 0o600
 
 _PRESET_ONLY = frozenset({"stop-timeout"})
 """Keys that no `--help` shows, because only a preset knows them (`common_params_add_preset_options`)."""
@@ -87,18 +91,34 @@ def write(path: Path, preset: Preset) -> None:
     """Lints `preset` and puts it at `path` in one step: a reader sees the old file or the new one.
 
     The file is readable by its owner alone (0600). A crash leaves at most a `.NAME.tmp` behind, which the
-    next call replaces. Nothing is forced to the disk: it is written anew before every start. One writer at a time.
+    next call replaces. Nothing is forced to the disk: it is looked at before every start. What stands there already is
+    not written again: a full disk keeps no router from coming back. One writer at a time.
 
     Raises:
         OptionError: the preset must not be written; the old file stays.
         OSError: the folder cannot be written; the old file stays.
     """
     lint(preset)
+    if stands(path, preset):
+        return
     draft = path.with_name(f".{path.name}.tmp")
     draft.unlink(missing_ok=True)
-    with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as file:
-        file.write(preset.render().encode())
-    draft.replace(path)
+    try:
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE), "wb") as file:
+            file.write(preset.render().encode())
+        draft.replace(path)
+    except OSError as exc:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)  # half of it would take room that others need
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc  # of a write the kernel does not say where
+
+
+def stands(path: Path, preset: Preset) -> bool:
+    """Whether the file at `path` says exactly this, to its owner alone."""
+    try:
+        return stat.S_IMODE(path.stat().st_mode) == FILE_MODE and path.read_bytes() == preset.render().encode()
+    except OSError:
+        return False
 
 
 class _Keys:

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
 from llamavisor import automatic, ini
+from llamavisor.budgets import Allowance
 from llamavisor.catalog import Entry, FileId
 from llamavisor.errors import OptionError
 from llamavisor.flags import OptionLayer, find_typed, resolve
-from llamavisor.gguf import Kind
+from llamavisor.gguf import Header, Kind
 from llamavisor.helptext import FlagSet
+from llamavisor.options import without_residency
 from llamavisor.rules import ModelRule, alias_problem, is_template_file, matching, split_scale
 
 _DRAFT_TYPES = {
@@ -31,7 +33,7 @@ Left to itself llama-server takes every draft for a small model of the same kind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One model as one router is to serve it. Equal specs mean that nothing has to be loaded anew.
+    """One model as one router is to serve it. Equal specs mean that nothing has to be loaded anew; `is_same` asks more.
 
     Attributes:
         name: what clients call it.
@@ -40,14 +42,18 @@ class ModelSpec:
             used. Files that a configuration names are not among them.
         projector: found beside it and used, None without one.
         draft: likewise.
-        base: the option tables of its router, lowest precedence first.
-        layers: its own above them: what was found beside it, then the rules.
+        base: the option tables of its router, lowest precedence first, as far as a load heeds them.
+        layers: its own above them, likewise: what was found beside it, then the rules.
         aliases: more names, such as its folder's.
         tags: words that are shown with it.
         load_on_start: whether it is loaded when the router is ready.
         n_ctx_train: tokens of context that it was trained for, None when its file does not say.
         kind: what it is for.
         changed_at: Unix seconds at which the last of its files was last changed.
+        ttl_s: seconds without requests after which it is unloaded, None for never.
+        is_pinned: whether it is unloaded neither to make room nor for being idle.
+        header: of its first file, None when it could not be read.
+        allowance: what the memory budgets of its router come to, None when they are not known (yet).
     """
 
     name: str
@@ -63,10 +69,28 @@ class ModelSpec:
     n_ctx_train: int | None = None
     kind: Kind = Kind.MODEL
     changed_at: float = field(default=0.0, compare=False)
+    ttl_s: float | None = field(default=None, compare=False)
+    is_pinned: bool = field(default=False, compare=False)
+    header: Header | None = field(default=None, compare=False, repr=False)
+    allowance: Allowance | None = None
+
+    @property
+    def own_files(self) -> tuple[FileId, ...]:
+        """The contents that it is made of itself, without projector and draft."""
+        return self.files[: len(self.files) - (self.projector is not None) - (self.draft is not None)]
+
+    def is_same(self, other: ModelSpec) -> bool:
+        """Whether `other` says the same, be it something that needs no load; when a file was changed does not count."""
+        return self == other and (self.ttl_s, self.is_pinned) == (other.ttl_s, other.is_pinned)
 
 
 def specify(
-    entry: Entry, rules: Sequence[ModelRule], *, router: str, base: tuple[OptionLayer, ...] = ()
+    entry: Entry,
+    rules: Sequence[ModelRule],
+    *,
+    router: str,
+    base: tuple[OptionLayer, ...] = (),
+    allowance: Allowance | None = None,
 ) -> ModelSpec | None:
     """What a router is to make of an entry of the catalog; None if the rules keep it from that router. Pure.
 
@@ -75,6 +99,7 @@ def specify(
         rules: all of them, in the order of the configuration. A tuple is looked up faster.
         router: name of the router.
         base: the option tables of the router, lowest precedence first.
+        allowance: what the memory budgets of the router come to, None when they are not known.
     """
     own = matching(rules, entry.name)
     routers = _last(own, "router", default=None)
@@ -93,19 +118,47 @@ def specify(
         files=tuple(file.id for file in used),
         projector=projector.path if projector else None,
         draft=draft.path if draft else None,
-        base=base,
-        layers=(beside, *layers) if beside else layers,
+        base=without_residency(base),
+        layers=without_residency((beside, *layers) if beside else layers),
         aliases=tuple(dict.fromkeys((*entry.aliases, *_last_written(own, "aliases")))),
         tags=tuple(dict.fromkeys(_last_written(own, "tags"))),
         load_on_start=bool(_last(own, "load_on_start", default=False)),
         n_ctx_train=header.context_length if header else None,
         kind=header.kind if header else Kind.MODEL,
         changed_at=entry.changed_at,
+        ttl_s=_ttl_s((*base, *(rule.layer for rule in own))),
+        is_pinned=_last(own, "pin", default=False) is True,
+        header=header,
+        allowance=allowance,
     )
 
 
-def layers_in_force(spec: ModelSpec) -> tuple[OptionLayer, ...]:
-    """Every table that speaks for a model, lowest precedence first: its router's, the automatic ones, its own."""
+def layers_in_force(spec: ModelSpec, flags: FlagSet | None = None) -> tuple[OptionLayer, ...]:
+    """Every table that speaks for a model, lowest precedence first: the budget's, its router's, its kind's, its own.
+
+    Args:
+        spec: the model.
+        flags: the options of the build, None when it is not known. What follows from the budget and is no option of it
+            is left out.
+    """
+    memory = for_memory(spec, flags)
+    return (memory, *_told(spec)) if memory else _told(spec)
+
+
+def for_memory(spec: ModelSpec, flags: FlagSet | None = None) -> OptionLayer | None:
+    """What a model is told because of the memory budget, and by nobody else; arguments as for `layers_in_force`."""
+    if spec.allowance is None:
+        return None
+    own = sum(file.size for file in spec.own_files)
+    sizes = own, sum(file.size for file in spec.files) - own
+
+    def knows(option: str) -> bool:
+        return flags is None or flags.find(option) is not None
+
+    return automatic.for_memory(spec.allowance, spec.header, sizes, _told(spec), knows=knows)
+
+
+def _told(spec: ModelSpec) -> tuple[OptionLayer, ...]:
     kind = automatic.for_kind(spec.kind, spec.n_ctx_train, spec.base, spec.layers)
     return (*spec.base, *((kind,) if kind else ()), *spec.layers)
 
@@ -126,7 +179,7 @@ def section(spec: ModelSpec, flags: FlagSet, *, binary: str) -> Mapping[str, str
     """
     try:
         _refuse_unfit(spec)
-        own = _entries(layers_in_force(spec), flags, binary)
+        own = _entries(layers_in_force(spec, flags), flags, binary)
     except OptionError as error:
         raise OptionError(f"model {spec.name}: {error}", hint=error.hint) from error
     entries = {"model": spec.path}
@@ -223,6 +276,12 @@ def _last(rules: Sequence[ModelRule], key: str, *, default: object) -> object:
         if value is not None:
             return value
     return default
+
+
+def _ttl_s(layers: Sequence[OptionLayer]) -> float | None:
+    """What the last table that speaks of it says; None if that is never, or none does."""
+    said = (layer.options.ttl for layer in reversed(layers))
+    return next((ttl for ttl in said if ttl is not None), None) or None
 
 
 def _last_written(rules: Sequence[ModelRule], key: str) -> tuple[str, ...]:

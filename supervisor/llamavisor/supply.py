@@ -8,6 +8,7 @@ from dataclasses import replace
 import anyio
 import anyio.lowlevel
 
+from llamavisor.budgets import Allowance
 from llamavisor.catalog import Entry, EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.folder import Folder
@@ -32,6 +33,7 @@ class Supply:
         router: name of the router.
         rules: tables of options of models, in the order of the configuration.
         base: the option tables of the router, lowest precedence first.
+        allowance: what the memory budgets of the router come to, None when they are not known (yet).
         deliver: told of all that is to be served whenever it has changed, and why some of what was is not any more.
     """
 
@@ -42,12 +44,14 @@ class Supply:
         rules: Sequence[ModelRule],
         *,
         base: tuple[OptionLayer, ...] = (),
+        allowance: Allowance | None = None,
         deliver: Callable[[Mapping[str, ModelSpec], Mapping[str, Change]], None],
     ) -> None:
         self.folder = folder
         self._router = router
         self._rules = tuple(rules)
         self._base = base
+        self._allowance = allowance
         self._deliver = deliver
         self._specs: dict[str, ModelSpec] = {}
         self._leaving: dict[str, Change] = {}  # what is not to be served any more, and not simply gone
@@ -70,11 +74,11 @@ class Supply:
             self._leaving.pop(name, None)
         for entry in changed:
             is_ready = entry.state is EntryState.READY
-            spec = specify(entry, self._rules, router=self._router, base=self._base)
+            spec = specify(entry, self._rules, router=self._router, base=self._base, allowance=self._allowance)
             known = self._specs.get(entry.name)
             self._leaving.pop(entry.name, None)
             if spec is not None and is_ready:
-                if known != spec:
+                if known is None or not known.is_same(spec):
                     self._specs[entry.name] = spec if is_news else replace(spec, changed_at=0.0)
                 continue
             self._specs.pop(entry.name, None)
@@ -87,7 +91,7 @@ class Supply:
         """A look at the folder has ended. Before the first one nothing is known, which is not the same as nothing."""
         if not self.folder.catalog.has_looked:
             return
-        if self._settled != self._specs or not self._is_delivered:
+        if not _is_same(self._settled, self._specs) or not self._is_delivered:
             self._is_delivered = True
             self._settled = dict(self._specs)
             self.deliver()
@@ -96,18 +100,20 @@ class Supply:
         """Tell what is to be served."""
         self._deliver(self._settled, dict(self._leaving))
 
-    async def follow(self, rules: Sequence[ModelRule], base: tuple[OptionLayer, ...]) -> tuple[str, ...]:
-        """Go over to other tables; returns the names of the models for which they say something else."""
-        if (tuple(rules), base) == (self._rules, self._base):
+    async def follow(
+        self, rules: Sequence[ModelRule], base: tuple[OptionLayer, ...], allowance: Allowance | None = None
+    ) -> tuple[str, ...]:
+        """Go over to other tables and budgets; returns the names of the models for which they say something else."""
+        if (tuple(rules), base, allowance) == (self._rules, self._base, self._allowance):
             return ()
-        self._rules, self._base, before = tuple(rules), base, self._settled
+        self._rules, self._base, self._allowance, before = tuple(rules), base, allowance, self._settled
         entries = list(self.folder.catalog)
         for at in range(0, len(entries), _BATCH):
             self._take_over(entries[at : at + _BATCH], is_news=False)
             await anyio.lowlevel.checkpoint()
         self.settle()
         after = self._settled
-        return tuple(sorted(name for name in before.keys() | after if before.get(name) != after.get(name)))
+        return tuple(sorted(name for name in before.keys() | after if before.get(name) is not after.get(name)))
 
     async def take(self) -> Mapping[str, ModelSpec] | Verdict:
         """What is to be served now, or why that is not known: the folder was never seen.
@@ -128,3 +134,8 @@ class Supply:
         """See that what is known of the files is not older than this call, or give up soon."""
         if not self.folder.catalog.stale and not self.folder.is_late:  # the second of two need not wait for nothing
             await self.folder.look(within_s=LOOK_AGAIN_S)
+
+
+def _is_same(one: Mapping[str, ModelSpec], other: Mapping[str, ModelSpec]) -> bool:
+    """Whether both hold the very same specs: one that says nothing new is never replaced by an equal one."""
+    return len(one) == len(other) and all(one.get(name) is spec for name, spec in other.items())

@@ -19,13 +19,16 @@ import anyio
 import anyio.abc
 
 from fakes.machine import ANSWER_S, KILLED, FakeChild, FakeMachine, FakeModel, FakeProcess, FakeStart
+from llamavisor import footprint, gauge
 from llamavisor.api import ListedModel, Props, StatusEvent
+from llamavisor.appraisal import Appraisal
 from llamavisor.binary import Binary, Fingerprint
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.flags import LaunchOptions
 from llamavisor.helptext import parse_help
 from llamavisor.launch import Launch, ModelSource
+from llamavisor.ledger import FootprintKey
 from llamavisor.output import OutputFile
 from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec
@@ -60,6 +63,7 @@ class FakeHost:
         source: knows the models, where they are not scripted with `models`.
         deliver: who is told of what is in the folder, before every start and by `look`.
         has_stranger: whether somebody else answers on the port, and as a router.
+        devices: the GPUs that the router sees; None when its llama-server cannot be asked.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class FakeHost:
         self.while_writing: Callable[[], None] | None = None
         self.source: ModelSource | None = None
         self.has_stranger = False
+        self.devices: tuple[footprint.Device, ...] | None = ()
         self.prepared_at: list[float] = []
 
     def __repr__(self) -> str:
@@ -176,6 +181,31 @@ class FakeHost:
             await self.source.look_again()
         else:
             self.look()
+
+    async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
+        """The GPUs that the router sees, whatever the gauge has found."""
+        await anyio.sleep(ANSWER_S)
+        return self.devices
+
+    async def appraise(
+        self, launch: Launch, offered: Offered, devices: tuple[footprint.Device, ...]
+    ) -> Appraisal | None:
+        """What the model is scripted to take; it does not grow."""
+        await anyio.sleep(ANSWER_S)
+        model = self.models.get(offered.spec.name) or FakeModel()
+        if not model.takes:
+            return None
+        n_ctx = model.n_ctx if model.n_ctx_asked is None else model.n_ctx_asked
+        expected = footprint.Footprint(
+            bytes=dict(model.takes),
+            source=footprint.Source.FIT_PARAMS,
+            parts={},
+            prompt_cache_bytes=0,
+            checkpoint_bytes=0,
+            n_ctx=n_ctx,
+        )
+        key = FootprintKey(offered.spec.name, ",".join(device.id for device in devices), str(self.build))
+        return Appraisal(expected, key, n_ctx, is_ctx_ours=model.n_ctx_asked is None)
 
     def usage_of(self, port: int) -> FakeUsage:
         """A gauge of the model behind a child's port."""

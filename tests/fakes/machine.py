@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from anyio.streams.memory import MemoryObjectSendStream
 from llamavisor.api import ListedModel, StatusEvent
 from llamavisor.catalog import FileId
 from llamavisor.errors import ApiError, SpawnError
+from llamavisor.gauge import RAM_ID
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import KILL_GRACE_S, ExitStatus, Leftovers
 from llamavisor.sections import ModelSpec
@@ -75,6 +76,9 @@ class FakeModel:
         content: which content it has.
         options: its tables in the configuration.
         load_on_start: whether it is to be loaded when the router starts.
+        takes: bytes that it is expected to take, by device id; nothing when nobody can say.
+        n_ctx: tokens of context that it gets.
+        n_ctx_asked: tokens that it was to get, None for as many.
     """
 
     load_s: float = 1.0
@@ -90,6 +94,9 @@ class FakeModel:
     content: int = 1
     options: tuple[str, ...] = ()
     load_on_start: bool = False
+    takes: Mapping[str, int] = field(default_factory=lambda: {RAM_ID: 1024**3})
+    n_ctx: int = 4096
+    n_ctx_asked: int | None = None
 
     def spec(self, name: str) -> ModelSpec:
         """What the catalog and the configuration say of it."""
@@ -350,7 +357,7 @@ class FakeProcess:
                 state=self.state(name),
                 failed=name in self.failed,
                 path=model.path,
-                n_ctx=4096 if self.state(name) is ModelState.LOADED else None,
+                n_ctx=model.n_ctx if self.state(name) is ModelState.LOADED else None,
             )
             for name, model in self.listed.items()
         ]
@@ -393,7 +400,7 @@ class FakeProcess:
             child.ended.set()
             self._has_ended(name, model.exit_code)
         else:
-            self._tell(name, ModelState.LOADED, n_ctx=4096)
+            self._tell(name, ModelState.LOADED, n_ctx=model.n_ctx)
 
     async def _unload(self, name: str, model: FakeModel) -> None:
         child = self.children[name]

@@ -227,6 +227,13 @@ def test_a_model_of_unknown_layout_gets_the_least_context() -> None:
     assert default_ctx_size(replace(WEIGHTS, header=model(block_count=0)), PLAN, 1000 * GIB) == 4096
 
 
+def test_a_header_may_say_anything() -> None:
+    """Neither four billion layers nor a context of as many tokens is believed; no time is lost with them."""
+    assert default_ctx_size(replace(WEIGHTS, header=model(block_count=2**32 - 1)), PLAN, 1000 * GIB) == 4096
+    keeps_nothing = model("bert", context_length=2**32 - 1)
+    assert default_ctx_size(replace(WEIGHTS, header=keeps_nothing), PLAN, 10**30) == 2**30
+
+
 @given(st.integers(0, 10**14), st.integers(1, 10**6))
 def test_an_unset_context_is_never_beyond_its_bounds(budget: int, trained: int) -> None:
     """At least 4096 or what was trained, at most what was trained, and more budget is never less context."""

@@ -10,11 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builds import NEW
 from llamavisor.capture import Captured
 from llamavisor.catalog import FileId
 from llamavisor.errors import BinaryError
-from llamavisor.footprint import FitParams, FitRow, MemoryOptions, Plan, find_tool, read_options
+from llamavisor.flags import resolve
+from llamavisor.footprint import FitParams, FitRow, MemoryOptions, Plan, find_tool, read_options, read_said, said_by
 from llamavisor.footprint.fitparams import FAILURE_KEPT_S, MAX_KNOWN, argv, parse
+from llamavisor.options import ModelOptions, OptionLayer
+from llamavisor.rules import ModelSettings
 
 MIB = 1024 * 1024
 PLAN = Plan(options=MemoryOptions(), n_ctx=4096)
@@ -80,6 +84,38 @@ def test_a_section_wins_over_all() -> None:
     """Whatever it is spelled like."""
     options = read_options({"ctx-size": "1", "kv-unified": "1"}, {"c": "2", "no-kv-unified": "1"})
     assert (options.ctx_size, options.kv_unified) == (2, False)
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        [{}],
+        [{"ctx_size": 512, "parallel": 2}, {"ctx_size": 0}],
+        [{"ctx_size": 512}, {"args": ["-c", "1024", "--top-k", "3", "-np", "-1"]}, {"args": ["--parallel", "3"]}],
+        [{"gpu_layers": "all", "devices": ["CUDA0", "CUDA1"], "tensor_split": [3, 1.5], "split_mode": "row"}],
+        [{"gpu_layers": "all"}, {"gpu_layers": "auto", "devices": ["none"]}, {"args": ["-ngl", "12"]}],
+        [{"flash_attn": True, "cache_type_k": "q8_0"}, {"flash_attn": "auto", "args": ["--swa-full"]}],
+        [{"args": ["--kv-unified", "-nkvo"]}, {"args": ["--no-kv-unified"]}, {"args": ["--kv-offload"]}],
+        [{"load_mode": "mlock"}, {"args": ["--no-mmap"]}],
+        [{"args": ["--load-mode", "dio"]}, {"load_mode": "auto"}],
+        [{"embeddings": True}, {"embeddings": False, "reranking": True}],
+        [{"mmproj": "/p", "draft": "/d", "lora": ["/a", "/b:0.5"], "draft_gpu_layers": 3, "draft_max": 8}],
+        [{"mmproj": "/p", "draft": "/d", "lora": ["/a"]}, {"mmproj": False, "draft": False, "lora": []}],
+        [{"args": ["--lora", "/a", "--lora", "/b"]}, {"args": ["--cpu-moe", "--cache-ram", "100", "-ot", "x=CPU"]}],
+        [{"batch_size": 64, "ubatch_size": 32, "args": ["--ctx_checkpoints", "3", "--no-repack", "--temp", "-1"]}],
+    ],
+)
+def test_tables_are_read_as_the_build_would(tables: list[dict[str, object]]) -> None:
+    """Without its help, and with the same outcome: the last word counts, whatever it is spelled like."""
+    layers = [OptionLayer(f"[{number}]", ModelSettings.model_validate(each)) for number, each in enumerate(tables)]
+    entries = resolve(layers, NEW, binary="").preset
+    assert read_said(said_by(layers)) == read_options(entries)
+
+
+def test_what_only_tables_are_asked_for() -> None:
+    """Whether somebody has bounded what is fitted is known too; a time to live is none of memory's options."""
+    layer = OptionLayer("x", ModelOptions(fit=False, ttl=60, args=("-fitt", "1024,2048", "--cache-ram", "-1")))
+    assert said_by([layer]) == {"fit": "off", "fit_target": "1024,2048", "cache_ram": "-1"}
 
 
 def test_a_prompt_cache_may_have_no_bound() -> None:

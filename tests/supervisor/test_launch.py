@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeLlamaServer
+from llamavisor import footprint, gauge, gguf
 from llamavisor.binary import ProbeCache
 from llamavisor.catalog import FileId
 from llamavisor.cause import Cause, Verdict
@@ -139,6 +140,44 @@ async def test_own_environment_and_key(launcher: Make) -> None:
     assert launch.env["LLAMA_API_KEY"] == "k3y"
     assert "k3y" not in " ".join(told._argv(launch, autoload=True))
     assert "k3y" not in repr(told.settings)
+
+
+async def test_who_decides_about_loads(launcher: Make) -> None:
+    """A router that loads by itself has a cap of its own; one that does not has none, for it would cut off clients."""
+    told = launcher(models_max=3)
+    launch = await launch_of(told)
+    for autoload, expected in ((True, []), (False, ["--no-models-autoload"])):
+        argv = told._argv(launch, autoload=autoload)
+        assert argv[argv.index("--models-max") + 1] == "3"
+        assert [word for word in argv if "autoload" in word] == expected
+    ours = launcher(models_max=3, autoload=False)
+    for autoload in (True, False):
+        argv = ours._argv(launch, autoload=autoload)
+        assert argv[argv.index("--models-max") + 1] == "0"
+        assert argv.count("--no-models-autoload") == 1
+
+
+async def test_what_the_router_sees(launcher: Make, fake_llama_server: Callable[..., FakeLlamaServer]) -> None:
+    """Its llama-server is asked, which need not be able to start a router now; one that is not there sees nothing."""
+    build = fake_llama_server(devices=["CUDA0: NVIDIA A card (100 MiB, 60 MiB free)"])
+    card = gauge.Device("0000:01:00.0", "nvidia", "NVIDIA A card", rank=0)
+    told = launcher(llama_server=str(build), source=Known(FOLDER_MISSING))
+    assert await told.sight((gauge.RAM, card)) == (footprint.Device("CUDA0", card.id, 60 * 1024**2),)
+    assert await launcher().sight((gauge.RAM, card)) == ()
+    assert await launcher(llama_server="/no/llama-server").sight((card,)) is None
+
+
+async def test_what_a_model_is_expected_to_take(launcher: Make, models_dir: Path) -> None:
+    """It is appraised as the router was told of it; a build without the tool leaves what the header says."""
+    path = models_dir / "alpha.gguf"
+    told = launcher(source=Known({"alpha": spec("alpha", path, header=gguf.read(path))}))
+    launch = await launch_of(told)
+    offer = await told.write_offer(launch, launch.specs, kept={}, before=Offer())
+    found = await told.appraise(launch, offer.models["alpha"], ())
+    assert found is not None
+    assert found.footprint.source is footprint.Source.FORMULA
+    assert found.footprint.bytes[footprint.RAM] > path.stat().st_size
+    assert found.n_ctx == 4096
 
 
 async def test_models_options_are_in_the_preset_alone(launcher: Make, tmp_path: Path) -> None:

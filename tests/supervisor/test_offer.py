@@ -8,6 +8,7 @@ import pytest
 
 from fakes import FakeLlamaServer
 from llamavisor import binary, preset
+from llamavisor.budgets import Allowance
 from llamavisor.catalog import FileId
 from llamavisor.helptext import FlagSet
 from llamavisor.offer import link_all, make_offer, to_preset
@@ -63,6 +64,16 @@ def test_a_section_says_all_that_a_model_is_told(known: FlagSet) -> None:
     assert offer.models["a"].section == {"model": "/models/a.gguf"}
     assert offer.models["b"].section == {"ctx-size": "1024", "model": "/models/b.gguf", "threads": "3"}
     preset.lint(to_preset(offer), known)
+
+
+def test_a_section_says_what_follows_from_the_budget(known: FlagSet) -> None:
+    """Another budget is another section; a model that runs keeps its old one to the letter."""
+    before = offer_of(known, spec("a", allowance=Allowance(8 * 1024**3, (), 4)))
+    assert before.models["a"].section == {"cache-ram": "204", "ctx-size": "4096", "model": "/models/a.gguf"}
+    now = spec("a", allowance=Allowance(16 * 1024**3, (), 4))
+    assert offer_of(known, now, before=before).models["a"].section["cache-ram"] == "409"
+    assert offer_of(known, now, kept=dict(before.models), before=before).models["a"] is before.models["a"]
+    preset.lint(to_preset(before), known)
 
 
 def test_a_model_that_the_build_cannot_serve_is_withheld_alone(known: FlagSet) -> None:

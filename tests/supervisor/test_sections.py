@@ -348,6 +348,71 @@ def test_specs_are_equal_until_something_changes() -> None:
     assert spec != _spec(replace(entry, draft=_file("/m/d.gguf")), _rule("*", ctx_size=1, lora=["/x"]))
 
 
+@pytest.mark.parametrize(
+    ("base", "tables", "ttl_s", "is_pinned"),
+    [
+        ({}, [], None, False),
+        ({"ttl": "10m"}, [], 600.0, False),
+        ({"ttl": "10m"}, [{"ctx_size": 1}], 600.0, False),
+        ({"ttl": "10m"}, [{"ttl": "1h30m"}], 5400.0, False),
+        ({"ttl": "10m"}, [{"ttl": 5}, {"ttl": 7, "pin": True}], 7.0, True),
+        ({"ttl": "10m"}, [{"ttl": 5, "pin": True}, {"ttl": 0, "pin": False}], None, False),
+        ({"ttl": 0}, [], None, False),
+        ({"ttl": 0}, [{"pin": True}], None, True),
+    ],
+)
+def test_the_last_table_says_how_long_a_model_stays(
+    base: dict[str, object], tables: list[dict[str, object]], ttl_s: float | None, is_pinned: bool
+) -> None:
+    """A model's own tables beat its router's; a time of 0 is never, be it written above one that is not."""
+    rules = [_rule("al*", **tables[0])] if tables else []
+    rules += [_rule("alpha", **table) for table in tables[1:]]
+    spec = specify(_entry(), rules, router="main", base=tuple(_base(**base)))
+    assert spec is not None
+    assert (spec.ttl_s, spec.is_pinned) == (ttl_s, is_pinned)
+
+
+def test_how_long_a_model_stays_makes_no_other_model_of_it() -> None:
+    """Tables that say nothing else leave no trace, and in the others nothing is left of it; `is_same` sees it still."""
+    entry = _entry()
+
+    def spec(base: Mapping[str, object], *rules: ModelRule) -> ModelSpec:
+        found = specify(entry, rules, router="main", base=tuple(_base(**base)) if base else ())
+        assert found is not None
+        return found
+
+    plain = spec({})
+    for base, rule in (
+        ({"ttl": 60}, _rule("beta", pin=True)),
+        ({}, _rule("alpha", ttl=60)),
+        ({}, _rule("alpha", pin=True)),
+        ({"ttl": 60}, _rule("alpha", ttl=0, pin=True)),
+    ):
+        stays = spec(base, rule)
+        assert (stays, stays.base, stays.layers) == (plain, (), ())
+        assert not plain.is_same(stays)
+        assert not stays.is_same(plain)
+    options: dict[str, object] = {"ctx_size": 512, "args": ["--top-k", "3"]}
+    told = spec(options, _rule("alpha", threads=2))
+    stays = spec({**options, "ttl": 60}, _rule("alpha", threads=2, pin=True))
+    assert stays == told
+    assert section(stays, NEW, binary=BINARY) == section(told, NEW, binary=BINARY)
+    assert layers_in_force(stays) == layers_in_force(told)
+    assert stays.is_same(spec({**options, "ttl": "1m"}, _rule("alpha", threads=2, pin=True)))
+    assert not stays.is_same(spec({**options, "ttl": 60, "ctx_size": 256}, _rule("alpha", threads=2, pin=True)))
+    assert plain.is_same(_spec(replace(entry, changed_at=9.0)))
+
+
+def test_models_share_the_tables_that_they_have_in_common() -> None:
+    """Ten thousand models whose [defaults] have a time to live do not hold ten thousand copies of [defaults]."""
+    base, rules = tuple(_base(ttl=60, ctx_size=512)), (_rule("*", pin=True, threads=2),)
+    one, other = (specify(_entry(name), rules, router="main", base=base) for name in ("alpha", "beta"))
+    assert one is not None
+    assert other is not None
+    assert one.base is other.base
+    assert one.layers is other.layers
+
+
 def test_of_lists_the_last_table_counts() -> None:
     """Aliases and tags of a table replace those of another; the folder's name stays."""
     entry = _entry(aliases=("folder",))

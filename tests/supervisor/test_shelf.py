@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -64,6 +65,20 @@ async def test_what_did_not_change_is_not_told_again(host: FakeHost) -> None:
             host.look()
             await it.settle()
         assert it.process.reloads == 0
+
+
+async def test_how_long_a_model_stays_is_not_told_to_the_router(host: FakeHost) -> None:
+    """Another time to live, or a pin, is wanted from then on and leaves nothing to be told, loaded or not."""
+    async with supervised(host) as it:
+        await up_with(it, "alpha")
+        it.router.want({name: replace(spec, ttl_s=5.0, is_pinned=True) for name, spec in host.specs().items()})
+        await it.settle()
+        shelf = it.router.shelf
+        assert {(spec.ttl_s, spec.is_pinned) for spec in shelf.wanted.values()} == {(5.0, True)}
+        assert not any(shelf.is_pending(name) for name in shelf.wanted)
+        await anyio.sleep(60)
+        assert (it.process.reloads, it.process.unloads) == (0, [])
+        assert it.story.of(ModelStale) == []
 
 
 async def test_a_file_that_has_gone_is_dropped_unless_it_is_loaded(host: FakeHost) -> None:

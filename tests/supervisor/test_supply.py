@@ -10,20 +10,24 @@ from pathlib import Path
 import anyio
 import pytest
 
+from fakes.gauge import fake_meter
 from fakes.host import FakeHost
 from fakes.machine import FakeMachine
 from fakes.supervised import PATIENCE_S, Story
 from fakes.watch import FakeWatch
+from llamavisor.budgets import Allowance
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.cause import Cause
 from llamavisor.errors import ModelNotFoundError
 from llamavisor.events import Bus, EntryChanged, FolderBack, FolderStale, ModelAdded, ModelStale
 from llamavisor.fleet import Fleet
+from llamavisor.folder import Folder
 from llamavisor.launch import ModelSource
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.rules import ModelRule, ModelSettings
-from llamavisor.settings import FleetSettings, RouterSettings
+from llamavisor.settings import FleetSettings, MemoryBudget, RouterSettings
 from llamavisor.states import Change, RouterState
+from llamavisor.supply import Supply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
 
@@ -44,7 +48,13 @@ class Stage:
         self.hosts: dict[str, FakeHost] = {}
         self.bus = Bus()
         self.story = Story(self.bus)
-        self.fleet = Fleet(make_host=self._make_host, make_watch=self._make_watch, bus=self.bus, jitter=lambda: 0.0)
+        self.fleet = Fleet(
+            make_host=self._make_host,
+            make_watch=self._make_watch,
+            meter=fake_meter(self.bus, folder),
+            bus=self.bus,
+            jitter=lambda: 0.0,
+        )
 
     def __repr__(self) -> str:
         return f"<Stage {self.fleet!r}>"
@@ -324,6 +334,98 @@ async def test_a_table_of_all_models_restarts_no_router(stage: Stage) -> None:
         process.busy.clear()
         await stage.until("main", lambda: process.loads[-1] == "alpha" and len(process.loads) == 4)
         assert stage.fleet["main"].settings.layers == (layer,)
+
+
+async def test_how_long_a_model_stays_is_known_at_once_and_loads_nothing(stage: Stage) -> None:
+    """An edit of ttl or pin reaches the router's shelf, for loaded models too, and no model is loaded anew for it."""
+    stage.watch("a").entries = {name: entry(name) for name in ("alpha", "beta")}
+    router = ("main", 8081, "a")
+    async with stage.running(stage.settings(router)):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        await stage.fleet["main"].load("alpha")
+        (process,) = stage.machine.alive
+        shelf = stage.fleet["main"].shelf
+        steps: list[tuple[dict[str, object], float | None, bool]] = [
+            ({"ttl": 60}, 60.0, False),
+            ({"ttl": 60, "pin": True}, 60.0, True),
+            ({"ttl": "2m", "pin": True}, 120.0, True),
+            ({"ttl": 0}, None, False),
+        ]
+        for said, ttl_s, is_pinned in steps:
+            settings = stage.settings(router, rules=[rule("alpha", **said)])
+            applied = await stage.fleet.apply(settings)
+            assert (applied.routers, applied.models) == ((), ("alpha",))
+            await anyio.sleep(1)
+            assert (shelf.wanted["alpha"].ttl_s, shelf.wanted["alpha"].is_pinned) == (ttl_s, is_pinned)
+            assert (await stage.fleet.apply(settings)).models == ()
+        await anyio.sleep(100)
+        assert stage.story.of(ModelStale) == []
+        assert (process.loads, process.unloads, process.reloads) == (["alpha"], [], 0)
+        assert stage.machine.alive == [process]
+
+
+async def test_how_long_all_models_stay_loads_nothing(stage: Stage) -> None:
+    """A ttl in [defaults] is another table of the router: its process and its models go on as they are."""
+    stage.watch("a").entries = {name: entry(name) for name in ("alpha", "beta")}
+    before = stage.settings(("main", 8081, "a"))
+    layer = OptionLayer("[defaults]", ModelOptions(ttl=600))
+    after = replace(before, routers=(replace(before.routers[0], layers=(layer,)),))
+    async with stage.running(before):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        await stage.fleet["main"].load("alpha")
+        (process,) = stage.machine.alive
+        shelf = stage.fleet["main"].shelf
+        applied = await stage.fleet.apply(after)
+        assert (applied.routers, applied.models) == ((), ("alpha", "beta"))
+        await stage.until("main", lambda: {spec.ttl_s for spec in shelf.wanted.values()} == {600.0})
+        stage.watch("a").put(replace(entry("beta"), changed_at=5.0))
+        await anyio.sleep(100)
+        assert shelf.wanted["beta"].ttl_s == 600.0
+        assert stage.story.of(ModelStale) == []
+        assert (process.loads, process.unloads, process.reloads) == (["alpha"], [], 0)
+
+
+async def test_a_budget_restarts_no_router(stage: Stage) -> None:
+    """What models may take of memory is for us to know; who loads them is on the router's command line."""
+    stage.watch("a").entries = {"alpha": entry("alpha")}
+    before = stage.settings(("main", 8081, "a"))
+    (router,) = before.routers
+    budget = MemoryBudget(devices=(("CUDA0", 22 << 30),))
+    async with stage.running(before):
+        await stage.until("main", lambda: stage.fleet.is_ready)
+        await stage.fleet["main"].load("alpha")
+        (process,) = stage.machine.alive
+        applied = await stage.fleet.apply(replace(before, routers=(replace(router, memory=budget),)))
+        assert (applied.routers, applied.models) == ((), ())
+        await stage.until("main", lambda: stage.fleet["main"].settings.memory == budget)
+        await anyio.sleep(100)
+        assert stage.machine.alive == [process]
+        assert process.loads == ["alpha"]
+        other = replace(router, memory=budget, autoload=False)
+        assert (await stage.fleet.apply(replace(before, routers=(other,)))).routers == ("main",)
+        await stage.until("main", lambda: len(stage.machine.processes) == 2 and stage.fleet.is_ready)
+
+
+async def test_another_allowance_is_news_of_every_model(tmp_path: Path) -> None:
+    """What budgets come to is told of all models at once, and the same again is no news."""
+    watch, told = FakeWatch(tmp_path), []
+    watch.entries = {name: entry(name) for name in ("alpha", "beta")}
+    folder = Folder(tmp_path, (), watch=watch, held=set, bus=Bus())
+    small, large = Allowance(1, (), 4), Allowance(2, (), 4)
+    supply = Supply(folder, "main", (), allowance=small, deliver=lambda specs, _: told.append(specs))
+    folder.listeners.append(supply)
+    async with anyio.create_task_group() as group:
+        group.start_soon(folder.run)
+        await folder.answered.wait()
+        assert {spec.allowance for spec in told[-1].values()} == {small}
+        assert await supply.follow((), (), small) == ()
+        assert len(told) == 1
+        assert await supply.follow((), (), large) == ("alpha", "beta")
+        watch.put(entry("gamma"))
+        assert {name: spec.allowance for name, spec in told[-1].items()} == dict.fromkeys(
+            ("alpha", "beta", "gamma"), large
+        )
+        group.cancel_scope.cancel()
 
 
 async def test_what_a_routers_own_process_is_told_needs_a_restart(stage: Stage) -> None:

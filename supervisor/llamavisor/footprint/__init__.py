@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llamavisor.footprint.estimate import (
+    LEAST_CTX,
     Footprint,
     Source,
     cache_ram_bytes,
@@ -12,10 +13,11 @@ from llamavisor.footprint.estimate import (
 )
 from llamavisor.footprint.fitparams import Fit, FitParams, FitRow, find_tool
 from llamavisor.footprint.formula import Device, Plan, Weights, context_size, work_out
-from llamavisor.footprint.options import MemoryOptions, read_options
+from llamavisor.footprint.options import MemoryOptions, read_options, read_said, said_by
 from llamavisor.gauge.device import RAM_ID as RAM
 
 __all__ = [
+    "LEAST_CTX",
     "RAM",
     "Device",
     "Fit",
@@ -33,5 +35,7 @@ __all__ = [
     "find_tool",
     "fit_target",
     "read_options",
+    "read_said",
+    "said_by",
     "work_out",
 ]

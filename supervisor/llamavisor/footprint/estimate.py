@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +33,8 @@ CTX_SHARE = 0.25
 """So much of a budget may be context and compute buffers of one model whose context nobody chose."""
 LEAST_CTX = 4096
 """llama.cpp's own fit does not go below it either (`--fit-ctx`)."""
+MAX_CTX = 1 << 30
+"""What a header says may not fit into the 31 bits that llama-server has for it."""
 CACHE_RAM_SHARE = 0.1
 """So much of the RAM budget all prompt caches together may grow to."""
 MAX_CACHE_RAM_BYTES = 2048 * MIB
@@ -136,18 +140,21 @@ def default_ctx_size(weights: Weights, plan: Plan, budget_bytes: int) -> int:
     """
     options = plan.options
     trained = (weights.header.context_length or LEAST_CTX) * (1 if options.is_unified else options.slots)
-    chosen = tried = min(LEAST_CTX, trained)
-    while tried <= trained:
-        parts = work_out(weights, replace(plan, n_ctx=tried))
+    trained = min(trained, MAX_CTX)
+    on = {device.id for device in plan.used} or {RAM}
+
+    def is_too_much(n_ctx: int) -> bool:
+        parts = work_out(weights, replace(plan, n_ctx=n_ctx))
         if parts is None:
-            break
-        on = {device.id for device in plan.used} or {RAM}
+            return True
         size = sum(total for device, total in parts.total().items() if device in on)
         running = sum(each["context"] + each["compute"] for device, each in parts.of.items() if device in on)
-        if size > budget_bytes or running > CTX_SHARE * budget_bytes:
-            break
-        chosen, tried = tried, tried * 2
-    return chosen
+        return size > budget_bytes or running > CTX_SHARE * budget_bytes
+
+    least = min(LEAST_CTX, trained)
+    choices = list(itertools.takewhile(lambda n_ctx: n_ctx <= trained, (least << step for step in itertools.count())))
+    # More context is never less memory: half of the choices are ruled out with each that is tried.
+    return choices[max(0, bisect.bisect_left(choices, True, key=is_too_much) - 1)]
 
 
 def cache_ram_bytes(ram_budget_bytes: int, models_max: int | None) -> int:

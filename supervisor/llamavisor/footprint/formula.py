@@ -313,8 +313,10 @@ def place_layers(header: Header, plan: Plan) -> list[str]:
         return [RAM] * (n_layer + 1)
     wanted = n_layer + 1 if options.gpu_layers is None else options.gpu_layers
     begin, active = max(n_layer + 1 - wanted, 0), min(wanted, n_layer + 1)
-    bounds = _split(options, used)
     placed = [RAM] * begin
+    if len(used) == 1:
+        return placed + [used[0].id] * active
+    bounds = _split(options, used)
     for at in range(active):
         which = next((number for number, bound in enumerate(bounds) if at / active < bound), len(used) - 1)
         placed.append(used[which].id)
@@ -347,8 +349,10 @@ def context_parts(header: Header, plan: Plan) -> Iterator[tuple[str, int]]:
     layers = find_layers(header)
     if layers is None:
         return
-    for layer, device in zip(layers.trunk, place_layers(header, plan), strict=False):
-        size = layer_context(layer, layers, plan.options, plan.n_ctx)
+    # Most layers are alike: what one of them takes is worked out once.
+    alike = Counter(zip(layers.trunk, place_layers(header, plan), strict=False))
+    for (layer, device), count in alike.items():
+        size = layer_context(layer, layers, plan.options, plan.n_ctx) * count
         yield device if plan.options.kv_offload else RAM, size
 
 
@@ -370,8 +374,7 @@ def _weights(
 ) -> Iterator[tuple[str, int]]:
     """Where the weights lie. Of a split model only the first file's layers are known: the others get equal shares."""
     places, n_layer = header.layout.places, header.layer_count or 0
-    known = [at_layer(places.layer_bytes, layer) for layer in range(n_layer)]
-    experts = [at_layer(places.expert_bytes, layer) for layer in range(n_layer)]
+    known, experts = (_of_layers(sizes, n_layer) for sizes in (places.layer_bytes, places.expert_bytes))
     rest = size_bytes - sum(known) - places.input_bytes - places.other_bytes - header.data_offset
     unknown = [layer for layer, size in enumerate(known) if not size] if header.split else []
     for layer in unknown:
@@ -383,10 +386,17 @@ def _weights(
     yield placed[-1], places.other_bytes
     if placed[-1] != RAM and not header.split and places.other_bytes <= places.input_bytes // 2:
         yield placed[-1], places.input_bytes  # tied: the output is the input once more, on its own device
+    laid: Counter[str] = Counter()
     for layer, device in enumerate(placed[:n_layer]):
         on_cpu = experts[layer] if layer < options.cpu_moe_layers else 0
-        yield RAM, on_cpu
-        yield device, known[layer] - on_cpu
+        laid[RAM] += on_cpu
+        laid[device] += known[layer] - on_cpu
+    yield from laid.items()
+
+
+def _of_layers(sizes: Sequence[int], n_layer: int) -> list[int]:
+    """Bytes of so many layers, 0 of those that a file does not speak of."""
+    return [*sizes[:n_layer], *[0] * (n_layer - len(sizes))]
 
 
 def _split(options: MemoryOptions, used: Sequence[Device]) -> list[float]:

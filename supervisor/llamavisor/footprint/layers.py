@@ -6,10 +6,12 @@ an architecture; the tables here are those of b11434.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from llamavisor.gguf import Header, PerLayer
+from llamavisor.gguf.container import MAX_LAYERS
 
 _NO_MEMORY = frozenset(
     {
@@ -106,9 +108,16 @@ class Layers:
     window: int
 
 
+@functools.lru_cache(maxsize=128)
+def _layer(keys: int, values: int, has_window: bool, state: int) -> Layer:
+    """A layer; of those that are alike the same object, so that they are compared in no time."""
+    return Layer(keys, values, has_window, state)
+
+
+@functools.lru_cache(maxsize=128)
 def find_layers(header: Header) -> Layers | None:
     """What a model of this header keeps; None when the header does not say enough. Pure."""
-    if not header.layer_count or header.embedding_length is None:
+    if not header.layer_count or header.layer_count > MAX_LAYERS or header.embedding_length is None:
         return None
     n_all = header.layer_count
     n_trunk = n_all - min(header.nextn_layer_count or 0, n_all - 1)
@@ -126,7 +135,7 @@ def find_layers(header: Header) -> Layers | None:
         has_attention = not is_recurrent or header.architecture in _BOTH
         has_window = is_trunk and windows[at]
         keys, values = _attention(header, at, has_window=has_window) if has_attention and at < own else (0, 0)
-        layers.append(Layer(keys, values, has_window, state if is_recurrent else 0))
+        layers.append(_layer(keys, values, has_window, state if is_recurrent else 0))
     return Layers(tuple(layers[:n_trunk]), tuple(layers[n_trunk:]), window if any(windows) else 0)
 
 

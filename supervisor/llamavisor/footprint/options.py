@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from llamavisor.flags import MODEL_SPELLINGS, SPELLINGS
+from llamavisor.flags import MODEL_SPELLINGS, SPELLINGS, spelled
+from llamavisor.options import OptionLayer
 from llamavisor.rules import split_scale
 
 AUTO_SLOTS = 4
@@ -32,6 +35,7 @@ _OTHERS: Mapping[str, tuple[str, ...]] = {
     "ctx_checkpoints": ("--ctx-checkpoints", "-ctxcp", "--swa-checkpoints"),
     "checkpoint_step": ("--checkpoint-min-step", "-cms"),
     "cache_ram": ("--cache-ram", "-cram"),
+    "fit_target": ("--fit-target", "-fitt"),
     "pooling": ("--pooling",),
     "override_tensor": ("--override-tensor", "-ot"),
     "n_cpu_ffn": ("--n-cpu-ffn", "-ncffn"),
@@ -50,6 +54,12 @@ _NAMES: Mapping[str, str] = {
     if name not in ("load_mode", "chat_template")
 } | {"load-mode": "load_mode", "lm": "load_mode"}
 """What a preset's key stands for."""
+_TYPED = ("load_mode", *(name for name in (*SPELLINGS, *MODEL_SPELLINGS) if name in _NAMES.values()))
+_LOADING = frozenset({"load_mode", "mmap", "no_mmap", "mlock", "direct_io"})
+"""Options that together are one: a later table takes back all of them."""
+_IN_PIECES = frozenset({"devices", "tensor_split", "draft_devices", "draft_type", "lora", "control_vector"})
+"""Lists, which args may say in several words."""
+_OPTION = re.compile(r"--?[A-Za-z]")
 _TRUTHS = frozenset({"on", "enabled", "true", "1"})
 """`is_truthy` in llama.cpp's common/arg.cpp."""
 _UNKNOWN_EFFECT = ("override_tensor", "n_cpu_ffn", "rpc")
@@ -200,6 +210,46 @@ def read_options(common: Mapping[str, str], section: Mapping[str, str] | None = 
         if name is not None:
             said.pop(name, None)
             said[name] = value
+    return read_said(said)
+
+
+def said_by(layers: Iterable[OptionLayer]) -> dict[str, str]:
+    """What tables say of memory, by names of our own, the last that was said last.
+
+    Without the build's help the words of args cannot be told apart for certain: what looks like an option is taken for
+    one, and what follows it and does not for its value.
+
+    Args:
+        layers: tables of options, lowest precedence first.
+    """
+    said: dict[str, str] = {}
+    for layer in layers:
+        table: dict[str, str] = {}
+        for name in _TYPED:
+            value = getattr(layer.options, name, None)
+            if value is not None:
+                table[name] = "" if isinstance(value, bool) and name in MODEL_SPELLINGS else spelled(value)
+        args = layer.options.args
+        for word, following in itertools.zip_longest(args, args[1:], fillvalue=""):
+            known = _NAMES.get(word.lstrip("-").replace("_", "-")) if _OPTION.match(word) else None
+            if known is not None:
+                value = "1" if not following or _OPTION.match(following) else following
+                table[known] = f"{table[known]},{value}" if known in table and known in _IN_PIECES else value
+        if not _LOADING.isdisjoint(table):
+            said = {name: value for name, value in said.items() if name not in _LOADING}
+        for name, value in table.items():
+            said.pop(name, None)
+            if value:  # nothing is what a table says to take back a projector, a draft, or adapters
+                said[name] = value
+    return said
+
+
+def read_said(said: Mapping[str, str]) -> MemoryOptions:
+    """What that comes to; it is total, as `read_options`.
+
+    Args:
+        said: values by names of our own.
+    """
     numbers = _Numbers(said)
     return MemoryOptions(
         ctx_size=numbers.natural("ctx_size"),
