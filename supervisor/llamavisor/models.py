@@ -123,6 +123,12 @@ class ModelTable:
         running = (model for model in self if model.state in HAS_CHILD)
         return all(model.dead_since is not None or self.is_idle(model.name, now=now) for model in running)
 
+    def was_away(self, gap_s: float) -> None:
+        """We did not run for so long: what happened meanwhile is heard only now, and is not late by that."""
+        for model in self:
+            model.progressed_at += gap_s
+            model.dead_since = None if model.dead_since is None else model.dead_since + gap_s
+
     def corpse(self, *, now: float) -> str | None:
         """A model whose process has ended while the router goes on calling it loaded; None without one."""
         for model in self:

@@ -159,4 +159,4 @@ def test_any_number_is_read_or_unknown(tmp_path_factory: pytest.TempPathFactory,
     device = card(root, "card0", "0000:03:00.0")
     (device / "mem_info_vram_total").write_text(text, encoding="utf-8", errors="replace")
     (reading,) = read_amd(root, 0.0)
-    assert reading.total_bytes is None or reading.total_bytes == int(text) > 0
+    assert reading.total_bytes is None or reading.total_bytes == int(text.strip()) > 0
