@@ -340,6 +340,16 @@ class Admission:
         self._quarantines.forgive(model)
         return self._orders.settle(now)
 
+    def was_away(self, gap_s: float) -> None:
+        """We did not run for so long: nobody who waits is late by that, and nobody was idle (FAULTS.md, T2)."""
+        for slot in self._slots:
+            used, loaded = slot.resident.last_used + gap_s, slot.resident.loaded_at + gap_s
+            slot.resident = replace(slot.resident, last_used=used, loaded_at=loaded)
+        for order in self._orders:
+            order.since += gap_s
+            order.progressed_at += gap_s
+            order.tickets = {number: since + gap_s for number, since in order.tickets.items()}
+
     def tick(self, now: float) -> list[Action]:
         """Time has passed. To be called about every second."""
         return self._orders.settle(now)

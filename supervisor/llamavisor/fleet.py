@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 import anyio.abc
 
+from llamavisor.appraisal import Appraiser
 from llamavisor.binary import ProbeCache
 from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.events import Bus, StraysKilled, Warned
 from llamavisor.folder import Folder, Watch
+from llamavisor.gauge import open_gauge
 from llamavisor.host import Host
 from llamavisor.launch import Launcher, ModelSource
+from llamavisor.ledger import Footprints
+from llamavisor.memory import Memory
+from llamavisor.meter import Meter
 from llamavisor.output import CAP_BYTES
+from llamavisor.pins import Pins
 from llamavisor.process import INSTANCE_VARIABLE, TERM_GRACE_S, Spawner
 from llamavisor.router import Router
+from llamavisor.scheduler import Endpoint
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
+from llamavisor.sight import Sights
 from llamavisor.states import HAS_CHILD, Change, RouterState
 from llamavisor.supply import Supply
 from llamavisor.watch import FolderWatch
@@ -51,6 +60,9 @@ class Fleet:
     Args:
         make_host: where a router with these settings runs, given what knows its models.
         make_watch: sees what is in a folder, and in those outside of it to which links in it may lead.
+        meter: reads how much memory there is.
+        footprints: what models took when they were loaded before.
+        pins: which models people want to stay in memory.
         spawner: reaps what is handed to us; None where nothing is spawned.
         bus: where the events go.
         jitter: a source of numbers in [0, 1).
@@ -61,6 +73,9 @@ class Fleet:
         *,
         make_host: Callable[[RouterSettings, ModelSource], Host],
         make_watch: Callable[[Path, Sequence[Path]], Watch],
+        meter: Meter,
+        footprints: Footprints | None = None,
+        pins: Pins | None = None,
         spawner: Spawner | None = None,
         bus: Bus,
         jitter: Callable[[], float] = random.random,
@@ -74,6 +89,7 @@ class Fleet:
         self._routers: dict[str, Router] = {}
         self._supplies: dict[str, Supply] = {}
         self._settings = FleetSettings(routers=())
+        self.memory = Memory(self._routers, meter=meter, footprints=footprints, pins=pins, bus=bus)
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -105,6 +121,8 @@ class Fleet:
             if self._spawner is not None:
                 self._tasks.start_soon(self._reap, self._spawner)
             self._settings = settings
+            self.memory.follow(settings)
+            self._tasks.start_soon(self.memory.run)
             for each in settings.routers:
                 self._add(each)
 
@@ -113,7 +131,8 @@ class Fleet:
         assert self._tasks is not None  # noqa: S101 (called from run, or while it runs)
         folder = self._folder(settings.models_dir, self._settings.link_dirs)
         supply = self._supply(folder, settings)
-        router = Router(self._make_host(settings, supply), bus=self.bus, random=self._jitter)
+        host = self._make_host(settings, _Sized(self, settings.name, supply))
+        router = Router(host, bus=self.bus, random=self._jitter, arbiter=self.memory.scheduler)
         self._routers[settings.name] = router
         self._tasks.start_soon(router.run)
         if folder.catalog.has_looked:
@@ -130,10 +149,25 @@ class Fleet:
                 router.want(specs, leaving, on_overwrite=self._settings.on_overwrite)
 
         self._drop_supply(name)
-        supply = Supply(folder, settings.name, self._settings.rules, base=settings.layers, deliver=deliver)
+        supply = Supply(
+            folder,
+            settings.name,
+            self._settings.rules,
+            base=settings.layers,
+            allowance=self.memory.capacity.allowance(settings),
+            deliver=deliver,
+        )
         self._supplies[name] = supply
         folder.listeners.append(supply)
         return supply
+
+    async def size_up(self, name: str, supply: Supply) -> None:
+        """See what a router may take of this machine, and have its models told."""
+        router = self._routers.get(name)
+        if router is not None:
+            await self.memory.capacity.look(router.host)
+            allowance = self.memory.capacity.allowance(router.settings)
+            await supply.follow(self._settings.rules, router.settings.layers, allowance)
 
     def _drop_supply(self, name: str) -> None:
         supply = self._supplies.pop(name, None)
@@ -202,6 +236,7 @@ class Fleet:
         """
         has_other_policy = settings.on_overwrite != self._settings.on_overwrite
         self._settings = settings
+        self.memory.follow(settings)
         wanted = {each.name: each for each in settings.routers}
         changed: list[str] = []
         models: set[str] = set()
@@ -211,6 +246,7 @@ class Fleet:
             await self._routers[name].shut_down()
             self._drop_supply(name)
             del self._routers[name]
+        self.memory.forget_all_but(wanted)
         for name, each in wanted.items():
             router = self._routers.get(name)
             if router is None:
@@ -222,13 +258,15 @@ class Fleet:
             if supply.folder is not folder:
                 supply = self._supply(folder, each)
             else:
-                models.update(await supply.follow(settings.rules, each.layers))
+                allowance = self.memory.capacity.allowance(each)
+                models.update(await supply.follow(settings.rules, each.layers, allowance))
                 if has_other_policy:
                     supply.deliver()
             if router.settings != each:
                 needs_restart = router.settings.without_models() != each.without_models()
                 changed += [name] if needs_restart else []
-                router.reconfigure(self._make_host(each, supply), restart=needs_restart)
+                router.reconfigure(self._make_host(each, _Sized(self, name, supply)), restart=needs_restart)
+        self.memory.note_specs()
         self._drop_unused_folders()
         return Applied(tuple(changed), tuple(sorted(models)))
 
@@ -291,11 +329,50 @@ class Fleet:
                 return ModelNotFoundError(f"model {model} is withheld from router {router.name}: {withheld.reason}")
         return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
 
+    def lease(self, model: str, *, router: str | None = None) -> AbstractAsyncContextManager[Endpoint]:
+        """The address of a model, which is loaded if need be and stays loaded until the block ends.
+
+        Only with `serve = "gateway"`: else routers decide themselves what they load and unload.
+
+            async with fleet.lease("qwen3-8b") as endpoint:
+                ...  # endpoint.url
+
+        Args:
+            model: its name, or an alias.
+            router: the only router on which it may be, None for any.
+
+        Raises:
+            RouterNotFoundError: there is no such router.
+            ModelNotFoundError: there is no such model.
+            RouterNotReadyError: all routers that may have it are stopped or failed, or decide themselves.
+            DemandRefusedError: it is not to be had now; `retry_after_s` says when to ask again.
+            ModelLoadError: it was lost while it was asked for.
+        """
+        return self.memory.scheduler.lease(model, router=None if router is None else self[router].name)
+
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""
         async with anyio.create_task_group() as group:
             for router in self:
                 group.start_soon(_shut_down, router, grace_s)
+
+
+class _Sized:
+    """A supply that is told before every start what its router may take of this machine; a `launch.ModelSource`."""
+
+    def __init__(self, fleet: Fleet, router: str, supply: Supply) -> None:
+        self._fleet = fleet
+        self._router = router
+        self._supply = supply
+
+    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
+        """What there is to be served, by name, or why that is not known."""
+        await self._fleet.size_up(self._router, self._supply)
+        return await self._supply.take()
+
+    async def look_again(self) -> None:
+        """See that what is known is not older than this call."""
+        await self._supply.look_again()
 
 
 def _reluctance(router: Router) -> tuple[bool, bool, int]:
@@ -328,6 +405,8 @@ def open_fleet(
     environ: Mapping[str, str],
     bus: Bus,
     log_size_bytes: int = CAP_BYTES,
+    footprints: Footprints | None = None,
+    pins: Pins | None = None,
 ) -> Fleet:
     """A fleet of real routers.
 
@@ -338,8 +417,14 @@ def open_fleet(
         environ: the environment of which a short list is passed on.
         bus: where the events go.
         log_size_bytes: size at which a router's output file is rotated.
+        footprints: what models took when they were loaded before; what is learned is added.
+        pins: which models people want to stay in memory.
     """
-    probes = ProbeCache()
+    probes, sights = ProbeCache(), Sights()
+    footprints = Footprints() if footprints is None else footprints
+    appraiser = Appraiser(footprints=footprints)
+    marker = {INSTANCE_VARIABLE: spawner.instance}
+    meter = Meter(open_gauge(environ, worker_env=marker), bus=bus)
 
     def make_host(settings: RouterSettings, source: ModelSource) -> Host:
         return Launcher(
@@ -350,13 +435,23 @@ def open_fleet(
             log_dir=log_dir,
             log_size_bytes=log_size_bytes,
             probes=probes,
+            sights=sights,
+            appraiser=appraiser,
             environ=environ,
         )
 
     def make_watch(path: Path, link_dirs: Sequence[Path]) -> Watch:
-        return FolderWatch(path, link_dirs=link_dirs, env={INSTANCE_VARIABLE: spawner.instance})
+        return FolderWatch(path, link_dirs=link_dirs, env=marker)
 
-    return Fleet(make_host=make_host, make_watch=make_watch, spawner=spawner, bus=bus)
+    return Fleet(
+        make_host=make_host,
+        make_watch=make_watch,
+        meter=meter,
+        footprints=footprints,
+        pins=pins,
+        spawner=spawner,
+        bus=bus,
+    )
 
 
 async def sweep(spawner: Spawner, bus: Bus) -> None:

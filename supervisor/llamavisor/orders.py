@@ -169,14 +169,27 @@ class Orders:
     def _choose(
         self, order: Order, usable: Sequence[Candidate], reserved: Sequence[Demand], now: float
     ) -> Choice | Refusal:
+        """Where there is room, or will be. Who is idle by now leaves, rather than who was closed and is busy still."""
+        residents = self._slots.residents(now)
+        closed = {slot.key for slot in self._slots if slot.stage is Stage.DRAINING and not slot.is_dismissed}
+        closed = {key for key in closed if key[1] != order.model}  # else a new demand for it would open it again
+        least_s = self.limits.min_residency_s
+        if closed:
+            opened = [
+                replace(each, is_leaving=False) if (each.router, each.name) in closed else each for each in residents
+            ]
+            outcome = place(order.model, usable, opened, now=now, reserved=reserved, min_residency_s=least_s)
+            if isinstance(outcome, Choice):
+                return outcome
+        may_drain = now - order.since >= self.limits.drain_after_s
         return place(
             order.model,
             usable,
-            self._slots.residents(now),
+            residents,
             now=now,
             reserved=reserved,
-            min_residency_s=self.limits.min_residency_s,
-            may_drain=now - order.since >= self.limits.drain_after_s,
+            min_residency_s=least_s,
+            may_drain=may_drain,
         )
 
     def _begin(self, order: Order, candidate: Candidate, going: set[Key], claims: Claims, now: float) -> list[Action]:

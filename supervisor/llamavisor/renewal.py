@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from llamavisor.cause import Cause
-from llamavisor.errors import RouterNotReadyError
+from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.residency import Residency
 from llamavisor.states import HAS_CHILD
 from llamavisor.troubles import Troubles
@@ -15,8 +15,9 @@ from llamavisor.troubles import Troubles
 class Renewal:
     """Has a router restarted that cannot go on as it is, at a moment when that costs nobody an answer.
 
-    There are three reasons: llama-server was replaced on disk, the router cannot be brought up to date, or it has lost
-    sight of a model's process. Until then nothing is loaded. Used by the router's owner alone.
+    There are four reasons: llama-server was replaced on disk, the router cannot be brought up to date, it has lost
+    sight of a model's process, or a device has come late. Until then nothing is loaded. Used by the router's owner
+    alone.
 
     Args:
         name: of the router.
@@ -57,6 +58,17 @@ class Renewal:
         """The router cannot be brought up to date while it runs."""
         reason = f"{reason}; it is restarted as soon as nobody is being answered"
         self._close(subject, reason, hint=f"`llamavisor restart {self._name}` does it at once")
+
+    def devices_missing(self, devices: tuple[str, ...]) -> None:
+        """Devices that the options name are not visible; none once they are."""
+        if devices:
+            reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
+            hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
+            self._residency.closed = DeviceMissingError(f"router {self._name}: {reason}", hint=hint)
+            self._troubles.note("devices", reason)
+        elif "devices" in self._troubles:
+            # It was started without autoload, so that no request could load a model onto the CPU.
+            self._restart(Cause.DEVICE)
 
     def advance(self, *, now: float) -> None:
         """Restart the router if the moment has come; called every second while it serves."""

@@ -279,7 +279,7 @@ class Residency:
             self._look_again_at = now + LOOK_AGAIN_S
             self.shelf.look_again()
         for model in self.table:
-            unload = Operation(Kind.UNLOAD, model.name)
+            unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)
             if model.state is not ModelState.LOADING or self._operations.is_pending(unload):
                 continue
             deadline_s = _deadline_s(self.shelf.size_bytes(model.name))

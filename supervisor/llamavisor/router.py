@@ -17,9 +17,12 @@ from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor import news, restart
 from llamavisor.api import StatusEvent
+from llamavisor.appraisal import Appraisal
 from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
-from llamavisor.errors import DeviceMissingError, RouterNotReadyError
+from llamavisor.errors import RouterNotReadyError
+from llamavisor.footprint import Device
+from llamavisor.gaps import Gaps
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
@@ -33,12 +36,11 @@ from llamavisor.renewal import Renewal
 from llamavisor.residency import Line, Residency
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite, RouterSettings
-from llamavisor.shelf import Shelf
+from llamavisor.shelf import Offered, Shelf
 from llamavisor.states import SERVING, Change, Life, RouterAction, RouterInput, RouterState, step
 from llamavisor.troubles import Troubles
 
 TICK_S = 1.0
-PROBES_TO_DEGRADE = 2
 
 
 class Router:
@@ -81,7 +83,7 @@ class Router:
         self._why: Cause | None = None  # why the next generation is begun, None for the first
         self._waiting: str | None = None  # what a start waits for
         self._troubles = Troubles(self.name, publish=self._publish, signal=self._signal)
-        self._probe_failures = 0
+        self._gaps = Gaps(TICK_S)
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
         self._grace_s = TERM_GRACE_S
@@ -97,6 +99,11 @@ class Router:
     def settings(self) -> RouterSettings:
         """What it is told to be."""
         return self._host.settings
+
+    @property
+    def host(self) -> Host:
+        """Where it runs."""
+        return self._host
 
     @property
     def name(self) -> str:
@@ -226,6 +233,10 @@ class Router:
         """
         await self._ask(Operation(Kind.RELOAD))
 
+    async def appraise(self, offered: Offered, devices: tuple[Device, ...]) -> Appraisal | None:
+        """What a model is expected to take here, None when nobody can say."""
+        return None if self.launch is None else await self._host.appraise(self.launch, offered, devices)
+
     async def wait_until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds, looked at after every message that the owner has handled."""
         while not condition():
@@ -273,6 +284,9 @@ class Router:
             self._tasks.cancel_scope.cancel()
 
     def _handle(self, message: Message) -> None:
+        if gap_s := self._gaps.pass_s(anyio.current_time()):
+            self._troubles.forget_probes()
+            self.table.was_away(gap_s)
         match message:
             case Heard(generation, heard):
                 if isinstance(heard, news.Gone):  # the next may have begun already
@@ -336,7 +350,6 @@ class Router:
         self._ready_since = self._waiting = self.launch = None
         self._troubles.forget()
         self._residency.closed = None
-        self._probe_failures = 0
 
         def post(heard: news.News) -> None:
             self._post(Heard(generation, heard))
@@ -384,14 +397,10 @@ class Router:
                 self._renewal.confirmed()
             case news.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
-                self._probe_failures = self._probe_failures + 1 if error else 0
-                silent = self._probe_failures >= PROBES_TO_DEGRADE
-                if silent:
-                    self._troubles.note("probe", f"it does not answer: {error}")
-                else:
-                    self._troubles.end("probe")
+                disturbed = self._gaps.has_disturbed(now - duration_s, within_s=gen.PROBE_INTERVAL_S)
+                self._troubles.probed(error, counts=not disturbed)
             case news.DevicesMissing(devices):
-                self._devices_missing(devices)
+                self._renewal.devices_missing(devices)
             case news.Polling(reason):
                 text = f"{reason}; its list is read every second instead"
                 self._publish(ev.Warned(subject=f"router {self.name}", text=text))
@@ -432,7 +441,7 @@ class Router:
         if not up.models:
             text = f"no models yet: put GGUF files into {self.settings.models_dir}"
             self._publish(ev.Warned(subject=f"router {self.name}", text=text))
-        self._devices_missing(up.missing_devices)
+        self._renewal.devices_missing(up.missing_devices)
 
     def _end(self, ended: news.Ended) -> None:
         is_requested = self.state is RouterState.STOPPING
@@ -452,16 +461,6 @@ class Router:
         if not is_requested:
             self.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
-
-    def _devices_missing(self, devices: tuple[str, ...]) -> None:
-        if devices:
-            reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
-            hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
-            self._residency.closed = DeviceMissingError(f"router {self.name}: {reason}", hint=hint)
-            self._troubles.note("devices", reason)
-        elif "devices" in self._troubles:
-            # It was started without autoload, so that no request could load a model onto the CPU.
-            self._restart_for(Cause.DEVICE)
 
     def _restart_for(self, cause: Cause) -> None:
         self._why = cause

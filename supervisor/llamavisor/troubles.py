@@ -7,6 +7,9 @@ from collections.abc import Callable
 from llamavisor.events import Event, RouterDegraded
 from llamavisor.states import RouterInput
 
+PROBES_TO_DEGRADE = 2
+"""So many failures in a row are a trouble."""
+
 
 class Troubles:
     """The reasons for which a router is DEGRADED, one for each subject. Written by its owner alone.
@@ -22,6 +25,7 @@ class Troubles:
         self._publish = publish
         self._signal = signal
         self._reasons: dict[str, str] = {}
+        self._failed_probes = 0  # in a row
 
     def __repr__(self) -> str:
         return f"<Troubles {list(self._reasons)}>"
@@ -49,3 +53,23 @@ class Troubles:
     def forget(self) -> None:
         """A fresh process has none of them; that is no news."""
         self._reasons.clear()
+        self._failed_probes = 0
+
+    def probed(self, error: str | None, *, counts: bool) -> None:
+        """The router was asked whether it answers; `error` says how it failed to.
+
+        Args:
+            error: None if it answers.
+            counts: whether a failure says something of the router: after a time in which we did not run it does not.
+        """
+        if error is None:
+            self._failed_probes = 0
+            self.end("probe")
+        elif counts:
+            self._failed_probes += 1
+        if self._failed_probes >= PROBES_TO_DEGRADE:
+            self.note("probe", f"it does not answer: {error}")
+
+    def forget_probes(self) -> None:
+        """The next failure is the first one again."""
+        self._failed_probes = 0

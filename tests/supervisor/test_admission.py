@@ -28,9 +28,11 @@ from llamavisor.demands import (
     Why,
 )
 from llamavisor.eviction import Budget, Demand, Plan, Reason, choose
+from llamavisor.gauge import RAM_ID as RAM
 from llamavisor.orders import STRAINED_RETRY_S
-from llamavisor.placement import RAM, Candidate
+from llamavisor.placement import Candidate
 from llamavisor.quarantine import FIRST_S, FORGIVEN_AFTER_S, MAX_S, Quarantine, Quarantines
+from llamavisor.slots import Stage
 
 GPU, OTHER_GPU = "0000:01:00.0", "0000:02:00.0"
 
@@ -636,6 +638,20 @@ def test_what_is_impossible_is_refused_at_once(desk: Desk, candidates: tuple[Can
     assert (rejection.why, rejection.retry_after_s) == (Why.IMPOSSIBLE, None)
     assert rejection.refusal is not None
     assert rejection.refusal.reason is reason
+
+
+def test_who_is_idle_first_leaves_though_another_was_closed(desk: Desk) -> None:
+    """A busy model that was closed for a demand is open again as soon as somebody else's room will do."""
+    desk.has("a")
+    second = desk.has("b")
+    number, _ = desk.ask("c", at(size=8))
+    assert desk.wait(DRAIN_AFTER_S) == []
+    assert [slot.stage for slot in desk.admission.slots()] == [Stage.DRAINING, Stage.LOADED]
+    assert desk.release(second) == [Unload("r", "b")]
+    assert desk.gone("b") == [Load("r", "c")]
+    assert desk.ask("a")[0] in desk.leases
+    desk.loaded("c")
+    assert number in desk.leases
 
 
 def test_an_oversize_model_is_left_to_llama_cpp_once_all_else_has_gone() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+from fakes.gauge import fake_meter
 from fakes.host import FakeHost
 from fakes.machine import KILLED, FakeMachine, FakeModel, FakeStart, fake_models
 from fakes.supervised import PATIENCE_S, Story
@@ -40,7 +41,13 @@ class FakeFleet:
         self.bus = Bus()
         self.story = Story(self.bus)
         self.watches: list[FakeWatch] = []
-        self.fleet = Fleet(make_host=self._make_host, make_watch=self._make_watch, bus=self.bus, jitter=lambda: 0.0)
+        self.fleet = Fleet(
+            make_host=self._make_host,
+            make_watch=self._make_watch,
+            meter=fake_meter(self.bus, folder),
+            bus=self.bus,
+            jitter=lambda: 0.0,
+        )
         self._folder = folder
 
     def __repr__(self) -> str:
@@ -68,7 +75,7 @@ class FakeFleet:
 
     @property
     def tasks(self) -> int:
-        """How many tasks the fleet has under it, one for each router and each folder."""
+        """How many tasks the fleet has under it, one for each router and each folder, and one for memory."""
         return len(self.fleet._tasks._nursery.child_tasks)
 
     async def all_ready(self) -> None:
@@ -291,7 +298,7 @@ async def test_a_removed_router_is_gone(it: FakeFleet, two: Two) -> None:
         assert [process.host.settings.name for process in it.machine.alive] == ["gpu1"]
         said = len(it.story.all)
         await anyio.sleep(1)
-        assert it.tasks == 2  # the other router, and the folder
+        assert it.tasks == 3  # the other router, the folder, and the memory
         gone.start()
         await anyio.sleep(HOUR_S)
         assert len(it.machine.alive) == 1
@@ -408,12 +415,13 @@ class FakeSpawner:
         return self._found
 
 
-async def test_orphans_are_reaped_every_second() -> None:
+async def test_orphans_are_reaped_every_second(tmp_path: Path) -> None:
     """P12: while the fleet runs, what was handed to it is reaped once a second."""
     spawner = FakeSpawner()
     fleet = Fleet(
         make_host=lambda settings, source: pytest.fail("no router"),
         make_watch=lambda path, link_dirs: pytest.fail("no folder"),
+        meter=fake_meter(Bus(), tmp_path),
         spawner=spawner,
         bus=Bus(),
     )

@@ -19,6 +19,7 @@ class UnloadReason(Enum):
     EVICTED = "evicted"  # room was made for another model, by us or by the router; or a client asked the router
     EXPIRED = "expired"  # nobody had used it for as long as its ttl says
     PRESSURE = "pressure"  # memory was short
+    STALLED = "stalled"  # its load made no progress for too long
     CRASHED = "crashed"  # its child ended unasked
     OOM = "oom"  # the kernel killed its child for want of memory
     FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off

@@ -1,0 +1,152 @@
+"""All about memory of a fleet in one place: what there is, who takes it, who may have it, and who has to leave."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import anyio
+
+from llamavisor.appraisals import Appraisals
+from llamavisor.capacity import Capacity
+from llamavisor.errors import ModelNotFoundError
+from llamavisor.events import (
+    Bus,
+    ModelAdded,
+    ModelPinned,
+    ModelRemoved,
+    ModelsChanged,
+    Published,
+    RouterReady,
+)
+from llamavisor.ledger import Footprints
+from llamavisor.meter import Meter
+from llamavisor.occupancy import Forecast, Occupancy
+from llamavisor.pins import Pins
+from llamavisor.router import Router
+from llamavisor.scheduler import Scheduler
+from llamavisor.settings import FleetSettings
+from llamavisor.survey import forecast, survey
+from llamavisor.upkeep import Upkeep
+
+
+class Memory:
+    """The memory of one fleet.
+
+    Args:
+        routers: those of the fleet, by name; the fleet changes them.
+        meter: reads how much there is.
+        footprints: what models took when they were loaded before.
+        pins: which models people want to stay.
+        bus: where events come from and go to.
+
+    Attributes:
+        capacity: what routers may take.
+        scheduler: who decides.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        *,
+        meter: Meter,
+        footprints: Footprints | None,
+        pins: Pins | None,
+        bus: Bus,
+    ) -> None:
+        self.capacity = Capacity(meter)
+        self._routers = routers
+        self._bus = bus
+        self._pins = pins or Pins()
+        self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints)
+        self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals)
+        self._upkeep = Upkeep(
+            routers, self.scheduler, capacity=self.capacity, appraisals=self._appraisals, publish=bus.publish
+        )
+        bus.listen(self._hear)
+
+    def __repr__(self) -> str:
+        return f"<Memory {self.scheduler!r}>"
+
+    async def run(self) -> None:
+        """Look after it until cancelled."""
+        async with anyio.create_task_group() as group:
+            for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run):
+                group.start_soon(work)
+
+    def follow(self, settings: FleetSettings) -> None:
+        """Go by these settings from now on."""
+        self.scheduler.follow(settings)
+
+    def forget_all_but(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers that are not there any more."""
+        self.capacity.forget(routers)
+        self._appraisals.forget(routers)
+
+    def occupancy(self) -> Occupancy:
+        """Who takes memory, what there is of it, and who waits for it, at this moment."""
+        return survey(
+            self._routers,
+            self.scheduler.admission,
+            self._appraisals,
+            self.capacity,
+            is_enforced=self.scheduler.decides,
+            strain=self._upkeep.strain,
+        )
+
+    async def forecast(self, model: str, *, router: str | None = None) -> Forecast:
+        """What would happen if a model were asked for now: where it would go, and who would have to leave.
+
+        Args:
+            model: its name, or an alias.
+            router: the only router on which it may be, None for any.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+            RouterNotReadyError: all routers that may have it are stopped or failed.
+        """
+        where = self.scheduler.where
+        name = where.name_of(model)
+        await where.appraise(name, only=router)
+        candidates = where.candidates(name, only=router)
+        now, admission = anyio.current_time(), self.scheduler.admission
+        least_s = admission.limits.min_residency_s
+        return forecast(name, candidates, admission.residents(now), min_residency_s=least_s, now=now)
+
+    # --- pins -----------------------------------------------------------------------------------------------------
+
+    def pin(self, model: str) -> bool:
+        """Want a model to stay in memory once it is there, also after a restart of the daemon; False if it is so.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        return self._wish(model, is_pinned=True)
+
+    def unpin(self, model: str) -> bool:
+        """Take that back, be it said here or written in the configuration; False if it is so.
+
+        Raises:
+            ModelNotFoundError: there is no such model.
+        """
+        return self._wish(model, is_pinned=False)
+
+    def _wish(self, model: str, *, is_pinned: bool) -> bool:
+        name = self.scheduler.where.name_of(model)
+        routers = self._routers.values()
+        if not any(name in router.shelf.wanted or router.table.get(name) is not None for router in routers):
+            raise ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
+        was_pinned = self.scheduler.is_pinned(name)
+        self._pins.wish(name, is_pinned=is_pinned)
+        self.note_specs()
+        if was_pinned is not is_pinned:
+            self._bus.publish(ModelPinned(model=name, is_pinned=is_pinned))
+        return was_pinned is not is_pinned
+
+    def note_specs(self) -> None:
+        """What models should be has changed, or which there are: other ones may be pinned."""
+        specs = (spec for router in self._routers.values() for spec in router.shelf.wanted.values())
+        self.scheduler.pin(self._pins.among(specs))
+
+    def _hear(self, published: Published) -> None:
+        if isinstance(published.event, ModelAdded | ModelRemoved | ModelsChanged | RouterReady):
+            self.note_specs()

@@ -1,0 +1,169 @@
+"""Models on their way in and out: the workers that have routers load and unload what admission has decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+
+from llamavisor import events as ev
+from llamavisor.admission import Admission
+from llamavisor.cause import is_for_memory
+from llamavisor.demands import Action
+from llamavisor.errors import ApiError, LlamavisorError
+from llamavisor.gauge import RAM_ID
+from llamavisor.meter import Meter
+from llamavisor.reclaim import await_reclaim
+from llamavisor.router import Router
+from llamavisor.slots import Key, Slot
+from llamavisor.states import HAS_CHILD
+
+GONE_S = 10.0
+"""How long the end of a model's process is waited for after its router has said so; the kernel may hold it."""
+READ_S = 0.5
+"""How long a reading before an unload may take; an older one has to do then."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Balance:
+    """What was free of each device before a model left, and what of it comes free; None and absent are unknown."""
+
+    free: Mapping[str, int | None]
+    comes: Mapping[str, int]
+
+
+class Moves:
+    """What is under way. Used by the scheduler alone.
+
+    Args:
+        routers: those of the fleet, by name.
+        admission: the table.
+        meter: reads how much memory is free.
+        publish: where events go.
+        tell: takes what admission decides because of what has come of a move.
+        start_soon: begins a worker.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        admission: Admission,
+        meter: Meter,
+        *,
+        publish: Callable[[ev.Event], None],
+        tell: Callable[[Sequence[Action]], None],
+        start_soon: Callable[..., Any],
+    ) -> None:
+        self._routers = routers
+        self._admission = admission
+        self._meter = meter
+        self._publish = publish
+        self._tell = tell
+        self._start_soon = start_soon
+        self._loading: dict[Key, Slot] = {}  # whose load a worker has asked for
+        self._seeing_off: set[Key] = set()  # whose process and memory are being waited for
+        self._reasons: dict[Key, ev.UnloadReason] = {}  # why models leave that have been told to
+        self._balances: dict[Key, _Balance] = {}  # of those that have been told to leave
+
+    def __repr__(self) -> str:
+        return f"<Moves in={sorted(self._loading)} out={sorted(self._seeing_off)}>"
+
+    def is_moving(self, key: Key) -> bool:
+        """Whether a worker is at work on the model, and will tell what comes of it."""
+        return key in self._loading or key in self._seeing_off
+
+    def note_reason(self, key: Key, reason: ev.UnloadReason) -> None:
+        """Say why a model is to leave; without that it leaves to make room."""
+        self._reasons[key] = reason
+
+    def load(self, key: Key) -> None:
+        """Have a model loaded."""
+        if (slot := self._admission.slot(*key)) is not None:
+            self._loading[key] = slot
+            self._start_soon(self._load, slot)
+
+    def unload(self, key: Key, *, if_idle: bool) -> None:
+        """Have a model unloaded, or a load ended; with `if_idle` only if nobody turns out to be answered by it."""
+        if (slot := self._admission.slot(*key)) is not None:
+            self._start_soon(self._unload, slot, if_idle)
+
+    def see_off(self, key: Key) -> None:
+        """A model's process has ended, or is about to: its place is free once it and its memory have gone."""
+        slot = self._admission.slot(*key)
+        if slot is not None and key not in self._seeing_off:
+            self._seeing_off.add(key)
+            self._start_soon(self._await_gone, slot)
+
+    async def _load(self, slot: Slot) -> None:
+        """The worker of a load. What comes of it is told by events, unless it could not even begin."""
+        name, model = slot.key
+        try:
+            if (router := self._routers.get(name)) is not None:
+                await router.load(model)
+        except LlamavisorError as error:
+            if self._is_there(slot):
+                now, text = anyio.current_time(), str(error)
+                self._tell(self._admission.load_failed(name, model, text, for_memory=is_for_memory(text), now=now))
+                self.see_off(slot.key)
+        finally:
+            if self._loading.get(slot.key) is slot:
+                del self._loading[slot.key]
+
+    async def _unload(self, slot: Slot, if_idle: bool) -> None:
+        """The worker of an unload."""
+        name, model = slot.key
+        router = self._routers.get(name)
+        reason = self._reasons.pop(slot.key, ev.UnloadReason.EVICTED)
+        if router is None:
+            return  # what is left of it is cleared away
+        await self._meter.read_now(READ_S)
+        self._balances[slot.key] = self._balance(slot)
+        try:
+            await router.unload(model, reason=reason, if_idle=if_idle)
+        except ApiError:
+            self._balances.pop(slot.key, None)
+            if self._is_there(slot):
+                self._tell(self._admission.stayed(name, model, anyio.current_time()))
+        except LlamavisorError:
+            pass  # its router has ended, which is told besides, or does not know it any more
+        if router.is_serving and self._is_there(slot) and not has_child(router, model):
+            self.see_off(slot.key)
+
+    async def _await_gone(self, slot: Slot) -> None:
+        name, model = slot.key
+        # Of one that has ended unasked the last reading has to do, and RAM says nothing.
+        balance = self._balances.pop(slot.key, None) or self._balance(slot)
+        try:
+            if (router := self._routers.get(name)) is not None:
+                with anyio.move_on_after(GONE_S):
+                    await router.wait_until(lambda: not router.table.has_process(model))
+            missing = await await_reclaim(self._meter.read_now, balance.free, balance.comes)
+            for device, size in missing.items():
+                if size > 0:
+                    self._publish(ev.MemoryUnreclaimed(router=name, model=model, device=device, bytes=size))
+        finally:
+            self._seeing_off.discard(slot.key)
+        if self._is_there(slot):  # else its router has gone meanwhile
+            self._tell(self._admission.gone(name, model, anyio.current_time()))
+
+    def _balance(self, slot: Slot) -> _Balance:
+        """What is free as last read, and what comes free with the end of a model's process."""
+        free = {device: reading.free_bytes for device, reading in self._meter.readings.items()}
+        router = self._routers.get(slot.key[0])
+        model = router.table.get(slot.key[1]) if router is not None else None
+        comes = {device: size for device, size in slot.resident.bytes.items() if device != RAM_ID}
+        if model is not None and model.pid is not None:
+            comes |= self._meter.freed_by(model.pid)
+        return _Balance(free, comes)
+
+    def _is_there(self, slot: Slot) -> bool:
+        """Whether the slot is still the one of its model: there may be a later one, of which this says nothing."""
+        return self._admission.slot(*slot.key) is slot
+
+
+def has_child(router: Router, name: str) -> bool:
+    """Whether the router has a process for the model, as far as is known."""
+    model = router.table.get(name)
+    return model is not None and model.state in HAS_CHILD

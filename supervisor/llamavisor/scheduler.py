@@ -1,0 +1,463 @@
+"""Carries out what admission decides, over all routers of a fleet, and tells it what came of that.
+
+What routers say comes as events, each at the moment at which the router's owner has taken note of it; admission's table
+is brought up to date in the same step, and who waits is granted, refused, or served by a worker that was begun in it.
+No method here waits, but for those that are said to.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import anyio.abc
+
+from llamavisor import events as ev
+from llamavisor.admission import Admission
+from llamavisor.appraisals import Appraisals
+from llamavisor.capacity import Capacity
+from llamavisor.cause import is_for_memory
+from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Refuse, Rejection, Unload, Why
+from llamavisor.errors import (
+    DemandRefusedError,
+    LlamavisorError,
+    ModelLoadError,
+    RouterNotReadyError,
+)
+from llamavisor.inbox import Inbox
+from llamavisor.moves import Moves, has_child
+from llamavisor.operations import Ticket
+from llamavisor.placement import Candidate
+from llamavisor.quarantine import Quarantine
+from llamavisor.router import Router
+from llamavisor.settings import FleetSettings
+from llamavisor.slots import Key, Stage
+from llamavisor.states import RouterState
+from llamavisor.whereabouts import Whereabouts
+
+PORT_S = 5.0
+"""How long the process of a loaded model may take to be found; it is known long before, as a rule."""
+CRASHES = 3
+CRASHES_WITHIN_S = 300.0
+"""A serving model that has crashed so often within so long is left alone for a while (FAULTS.md, P6)."""
+OOM_NEWS_S = 2.0
+"""How long after a kill by the kernel the end of a process is put down to it."""
+
+_CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED})
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a model answers, for as long as its lease lasts.
+
+    Attributes:
+        router: the router that has it.
+        model: its name.
+        host: the address of its process.
+        port: likewise.
+        api_key: what its process asks for, None for nothing.
+    """
+
+    router: str
+    model: str
+    host: str
+    port: int
+    api_key: str | None = field(default=None, repr=False)
+
+    @property
+    def url(self) -> str:
+        """The base of its OpenAI endpoint's address, without `/v1`."""
+        return f"http://{self.host}:{self.port}"
+
+
+@dataclass(eq=False, slots=True)
+class _Demand:
+    """Somebody who waits; `answer` is called once, in the step in which it is decided."""
+
+    model: str
+    since: float
+    answer: Callable[[Lease | Rejection], None]
+
+
+class Scheduler:
+    """The face of admission; `arbiter.Arbiter` for the routers.
+
+    Args:
+        routers: those of the fleet, by name; the fleet changes them.
+        bus: where events come from and go to.
+        capacity: what routers may take.
+        appraisals: what models take.
+
+    Attributes:
+        admission: the table and the queue.
+        where: where models may be.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        *,
+        bus: ev.Bus,
+        capacity: Capacity,
+        appraisals: Appraisals,
+    ) -> None:
+        self.admission = Admission()
+        self._routers = routers
+        self._bus = bus
+        self._capacity = capacity
+        self._appraisals = appraisals
+        self._decides = False
+        self._pinned: frozenset[str] = frozenset()
+        self._demands: dict[int, _Demand] = {}
+        self.where = Whereabouts(routers, self.admission, capacity, appraisals)
+        self._moves = Moves(
+            routers,
+            self.admission,
+            capacity.meter,
+            publish=bus.publish,
+            tell=self.carry_out,
+            start_soon=self._start_soon,
+        )
+        self._ended: set[str] = set()  # routers whose process has ended, or is being ended
+        self._crashes: dict[Key, deque[float]] = {}
+        self._work = Inbox[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[object, ...]]]()
+        bus.listen(self._hear)
+
+    def __repr__(self) -> str:
+        return f"<Scheduler {self.admission!r}>"
+
+    async def run(self) -> None:
+        """Carry out what is decided until cancelled. Waits."""
+        async with anyio.create_task_group() as workers:
+            while True:
+                work, args = await self._work.take()
+                workers.start_soon(work, *args)
+
+    def follow(self, settings: FleetSettings) -> None:
+        """Decide by these settings from now on."""
+        self._decides = settings.serve == "gateway"
+        limits = Limits(min_residency_s=settings.min_residency_s, oversize=settings.oversize)
+        self.carry_out(self.admission.restrict(limits, anyio.current_time()))
+
+    # --- for routers ----------------------------------------------------------------------------------------------
+
+    @property
+    def decides(self) -> bool:
+        """Whether every load is decided here; else routers load what they are asked to, and this only looks on."""
+        return self._decides
+
+    def demand(self, router: str, ticket: Ticket) -> None:
+        """Have the model of a ticket loaded, there if it is as good as elsewhere, and finish the ticket."""
+        name = ticket.operation.model
+
+        def answer(outcome: Lease | Rejection) -> None:
+            if isinstance(outcome, Lease):
+                self.release(outcome)
+                ticket.finish()
+            else:
+                ticket.finish(_refusal(outcome))
+
+        async def ask() -> None:
+            try:
+                await self.where.appraise(name)
+                self._ask(name, self.where.candidates(name, first=router), answer)
+            except LlamavisorError as error:
+                ticket.finish(error)
+
+        self._start_soon(ask)
+
+    def dismiss(self, router: str, model: str, reason: ev.UnloadReason = ev.UnloadReason.REFRESHED) -> None:
+        """Have a model unloaded as soon as nobody uses it."""
+        if self.admission.slot(router, model) is not None:
+            self._moves.note_reason((router, model), reason)
+        self.carry_out(self.admission.dismiss(router, model, anyio.current_time()))
+
+    def is_pinned(self, model: str) -> bool:
+        """Whether a person wants the model to stay in memory."""
+        return model in self._pinned
+
+    def is_used(self, router: str, model: str | None = None) -> bool:
+        """Whether somebody has a lease on that model, or, of None, on any of that router."""
+        slots = self.admission.slots() if model is None else [self.admission.slot(router, model)]
+        return any(slot is not None and slot.resident.router == router and slot.leases for slot in slots)
+
+    def was_killed_for_memory(self) -> bool:
+        """Whether the kernel has, a moment ago, killed a process of our cgroup for want of memory (P7)."""
+        return self._capacity.meter.killed_since(anyio.current_time() - OOM_NEWS_S)
+
+    # --- for those who want models --------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(self, model: str, *, router: str | None = None) -> AsyncIterator[Endpoint]:
+        """The address of a model that stays until the block ends; it is loaded if need be. Waits.
+
+        Args:
+            model: its name, or an alias.
+            router: the only one on which it may be, None for any.
+
+        Raises:
+            ModelNotFoundError: no router may have it.
+            RouterNotReadyError: those that may are stopped or failed, or decide over their loads themselves.
+            DemandRefusedError: it is not to be had now.
+            ModelLoadError: its process was lost.
+        """
+        lease = await self._acquire(model, router)
+        try:
+            yield await self._endpoint(lease)
+        finally:
+            self.release(lease)
+
+    async def have(self, model: str, *, router: str | None = None) -> bool:
+        """Have a model loaded; returns whether it was not yet. Waits, and raises as `lease` does."""
+        name = self.where.name_of(model)
+        was_there = self.where.is_loaded(name, router)
+        self.release(await self._acquire(name, router))
+        return not was_there
+
+    async def _acquire(self, model: str, router: str | None) -> Lease:
+        if not self._decides:
+            raise RouterNotReadyError(
+                'routers decide themselves what they load with serve = "router"', hint="ask the router for the model"
+            )
+        name = self.where.name_of(model)
+        await self.where.appraise(name, only=router)
+        outcome: list[Lease | Rejection] = []
+        decided = anyio.Event()
+
+        def answer(given: Lease | Rejection) -> None:
+            outcome.append(given)
+            decided.set()
+
+        number = self._ask(name, self.where.candidates(name, only=router), answer)
+        try:
+            await decided.wait()
+        except BaseException:
+            self._demands.pop(number, None)
+            for given in outcome:
+                if isinstance(given, Lease):
+                    self.release(given)
+            if not outcome:
+                self.carry_out(self.admission.give_up(number, anyio.current_time()))
+            raise
+        given = outcome[0]
+        if isinstance(given, Rejection):
+            raise _refusal(given)
+        return given
+
+    def _ask(self, name: str, candidates: Sequence[Candidate], answer: Callable[[Lease | Rejection], None]) -> int:
+        now = anyio.current_time()
+        number, actions = self.admission.ask(name, candidates, now)
+        self._demands[number] = _Demand(name, now, answer)
+        self.carry_out(actions)
+        return number
+
+    async def _endpoint(self, lease: Lease) -> Endpoint:
+        router = self._routers.get(lease.router)
+        if router is not None:
+            model = router.table.get(lease.model)
+            if model is not None and model.port is None:
+                with anyio.move_on_after(PORT_S):
+                    await router.wait_until(lambda: _port(router, lease.model) is not None)
+            if (port := _port(router, lease.model)) is not None:
+                return Endpoint(lease.router, lease.model, "127.0.0.1", port, router.settings.api_key)
+        raise ModelLoadError(f"model {lease.model}: its process was lost", hint="ask again")
+
+    def release(self, lease: Lease) -> None:
+        """A lease has ended."""
+        self.carry_out(self.admission.release(lease, anyio.current_time()))
+
+    async def refresh(self) -> None:
+        """Something has changed about routers or models: see that who waits is served accordingly. Waits."""
+        for order in self.admission.orders:
+            await self.where.appraise(order.model)
+            self._offer_candidates(order.model)
+
+    def _offer_candidates(self, name: str) -> None:
+        try:
+            candidates = self.where.candidates(name)
+        except LlamavisorError:
+            candidates = []  # admission says that it may be nowhere
+        self.carry_out(self.admission.candidates_changed(name, candidates, anyio.current_time()))
+
+    def pin(self, models: frozenset[str]) -> None:
+        """These models are to stay in memory, and no others."""
+        if models != self._pinned:
+            self._pinned = models
+            self.carry_out(self.admission.pin(models, anyio.current_time()))
+
+    # --- what is decided ------------------------------------------------------------------------------------------
+
+    def carry_out(self, actions: Sequence[Action], *, reason: ev.UnloadReason | None = None) -> None:
+        """Do what admission has decided.
+
+        Args:
+            actions: in their order.
+            reason: why models are unloaded, None if that has been said or is to make room.
+        """
+        for action in actions:
+            match action:
+                case Grant(number, lease):
+                    self._granted(number, lease)
+                case Refuse(number, rejection):
+                    self._refused(number, rejection)
+                case Load(router, model):
+                    self._moves.load((router, model))
+                case Unload(router, model) | CancelLoad(router, model):
+                    if reason is not None:
+                        self._moves.note_reason((router, model), reason)
+                    # Who has a lease is known where we decide; else a client may have come a moment ago.
+                    self._moves.unload((router, model), if_idle=not self._decides)
+                case Quarantine():
+                    self._tell_quarantine(action)
+
+    def _granted(self, number: int, lease: Lease) -> None:
+        demand = self._demands.pop(number, None)
+        if demand is None:  # who asked has left in the meantime
+            self.release(lease)
+            return
+        wait_s = anyio.current_time() - demand.since
+        self._bus.publish(ev.DemandMet(router=lease.router, model=lease.model, wait_s=wait_s))
+        demand.answer(lease)
+
+    def _refused(self, number: int, rejection: Rejection) -> None:
+        demand = self._demands.pop(number, None)
+        if demand is None:
+            return
+        self._bus.publish(
+            ev.DemandRefused(
+                model=demand.model,
+                reason=rejection.why.value,
+                detail=rejection.detail,
+                wait_s=anyio.current_time() - demand.since,
+                retry_after_s=rejection.retry_after_s,
+            )
+        )
+        demand.answer(rejection)
+
+    def _tell_quarantine(self, quarantine: Quarantine) -> None:
+        self._bus.publish(
+            ev.ModelQuarantined(
+                router=quarantine.router,
+                model=quarantine.model,
+                for_s=quarantine.until - anyio.current_time(),
+                failures=quarantine.failures,
+                reason=quarantine.reason,
+            )
+        )
+
+    # --- what happens ---------------------------------------------------------------------------------------------
+
+    def _hear(self, published: ev.Published) -> None:
+        now, admission = anyio.current_time(), self.admission
+        match published.event:
+            case ev.RouterStateChanged(router=router, new=RouterState.STOPPING):
+                self._router_ended(router, has_crashed=False, now=now)
+            case ev.RouterExited(router=router, is_requested=is_requested):
+                self._router_ended(router, has_crashed=not is_requested, now=now)
+            case ev.RouterGone(router=router):
+                if router in self._ended:
+                    self.carry_out(admission.router_gone(router, now))
+            case ev.RouterReady(router=router):
+                self._ended.discard(router)
+                self.carry_out(admission.router_up(router, now))
+                self._start_soon(self.refresh)
+            case ev.ModelAdded() | ev.ModelRemoved() | ev.ModelsChanged() | ev.ModelWithheld():
+                if admission.orders:
+                    self._start_soon(self.refresh)
+            case ev.MemoryKill(kills=kills):
+                self._capacity.note_kills(kills, now)
+            case ev.ModelLoading(router=router, model=model):
+                self.carry_out(admission.loading(router, model, self._appraisals.expected((router, model)), now))
+                self._start_soon(self._size_up, (router, model))
+            case ev.ModelProgress(router=router, model=model, progress=progress):
+                admission.progressed(router, model, progress, now)
+            case ev.ModelLoaded(router=router, model=model):
+                self._loaded((router, model), now)
+            case ev.ModelLoadFailed(router=router, model=model, reason=reason) if router not in self._ended:
+                lacks_memory = is_for_memory(reason) or self.was_killed_for_memory()
+                self.carry_out(admission.load_failed(router, model, reason, for_memory=lacks_memory, now=now))
+                self._moves.see_off((router, model))
+            case ev.ModelUnloaded(router=router, model=model, reason=why) if router not in self._ended:
+                self._unloaded((router, model), why, now)
+            case ev.ModelChildExited(router=router, model=model):
+                slot = admission.slot(router, model)
+                if slot is not None and slot.stage in {Stage.LOADED, Stage.DRAINING}:
+                    self.carry_out(admission.leaving(router, model, now))  # whatever its router goes on saying
+
+    def _router_ended(self, router: str, *, has_crashed: bool, now: float) -> None:
+        self._ended.add(router)
+        self.carry_out(self.admission.router_ended(router, has_crashed=has_crashed, now=now))
+
+    def _loaded(self, key: Key, now: float) -> None:
+        router = self._routers.get(key[0])
+        model = router.table.get(key[1]) if router is not None else None
+        used_at = model.used_at if model is not None else None
+        self.carry_out(self.admission.loaded(*key, None, now, last_used=used_at))
+
+    def _unloaded(self, key: Key, why: ev.UnloadReason, now: float) -> None:
+        self._appraisals.unloaded(key)
+        if why is ev.UnloadReason.STALLED:
+            self.carry_out(self.admission.load_failed(*key, "its load made no progress", now=now))
+        if why is ev.UnloadReason.OOM:
+            reason = "the kernel killed its process for want of memory"
+            self.carry_out(self.admission.crashed(*key, reason, now))
+        elif why in _CRASHED and self._crashes_too_often(key, now):
+            reason = f"its process has crashed {CRASHES} times within {CRASHES_WITHIN_S / 60:.0f} min"
+            self.carry_out(self.admission.crashed(*key, reason, now))
+        else:
+            self.carry_out(self.admission.leaving(*key, now))
+        self._moves.see_off(key)
+
+    def _crashes_too_often(self, key: Key, now: float) -> bool:
+        times = self._crashes.setdefault(key, deque(maxlen=CRASHES))
+        times.append(now)
+        return len(times) == CRASHES and now - times[0] <= CRASHES_WITHIN_S
+
+    async def _size_up(self, key: Key) -> None:
+        """Somebody had a model loaded: find out what it takes."""
+        router = self._routers.get(key[0])
+        if router is not None:
+            await self._appraisals.appraise(router, key[1])
+            self.carry_out(self.admission.sized(*key, self._appraisals.expected(key), anyio.current_time()))
+
+    def check(self, now: float) -> None:
+        """Bring the table up to date with what routers say, whatever was missed; called every second."""
+        for router in self._routers.values():
+            if not router.is_serving or router.name in self._ended:
+                continue
+            for model in router.table.running():
+                key = router.name, model.name
+                slot = self.admission.slot(*key)
+                if slot is None and not self._moves.is_moving(key):
+                    self.carry_out(self.admission.loading(*key, self._appraisals.expected(key), now))
+                    if model.loaded_at is not None and model.port is not None:
+                        self._loaded(key, now)
+                elif slot is not None:
+                    used = model.in_flight or 0
+                    self.carry_out(self.admission.observed(*key, used, now, used_at=model.used_at))
+        for slot in self.admission.slots():
+            owner = self._routers.get(slot.key[0])
+            is_told_of = self._moves.is_moving(slot.key)
+            if owner is not None and owner.is_serving and not is_told_of and not has_child(owner, slot.key[1]):
+                self._moves.see_off(slot.key)
+        self.carry_out(self.admission.tick(now))
+
+    def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
+        self._work.post((work, args))
+
+
+def _refusal(rejection: Rejection) -> LlamavisorError:
+    hint = rejection.refusal.retry_when if rejection.refusal is not None else ""
+    if rejection.why is Why.QUARANTINED:
+        hint = "see `llamavisor logs`"
+    text = f"model {rejection.model}: {rejection.detail}"
+    return DemandRefusedError(text, hint=hint, reason=rejection.why.value, retry_after_s=rejection.retry_after_s)
+
+
+def _port(router: Router, name: str) -> int | None:
+    model = router.table.get(name)
+    return model.port if model is not None else None
