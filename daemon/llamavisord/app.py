@@ -7,23 +7,30 @@ import gc
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
+from anyio.abc import SocketAttribute
 
 from llamavisor.events import Bus, DaemonStarted, DaemonStopping, Published, Warned
 from llamavisor.fleet import open_fleet, sweep
+from llamavisor.ledger import NAME as LEDGER
+from llamavisor.ledger import Footprints, Ledger
+from llamavisor.pins import Pins
 from llamavisor.process import Spawner, become_subreaper
 from llamavisord import __version__
+from llamavisord.acceptor import Acceptor
 from llamavisord.config import Config
 from llamavisord.control import control_app
 from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Lock, SocketPathError
@@ -38,6 +45,9 @@ LAG_WINDOW = 20
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
+LEDGER_INTERVAL_S = 5.0
+LEDGER_END_S = 1.0
+"""How long the last write of the ledger may take: its disk may not answer, and what it says can be learned again."""
 THREAD_END_S = 0.5
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
@@ -141,6 +151,10 @@ async def _live(
     bus = Bus()
     bus.listen(_log_event)
     spawner = Spawner(_instance(config.state_dir))
+    footprints, pins = Footprints(), Pins()
+    ledger = Ledger(config.state_dir / LEDGER, [footprints, pins])
+    for problem in ledger.load():
+        bus.publish(Warned(subject="ledger", text=problem))
     fleet = open_fleet(
         spawner=spawner,
         state_dir=config.state_dir,
@@ -148,6 +162,8 @@ async def _live(
         log_size_bytes=config.log_size_bytes,
         environ=os.environ,
         bus=bus,
+        footprints=footprints,
+        pins=pins,
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus)
     exposition = Exposition(daemon)
@@ -158,10 +174,11 @@ async def _live(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fleet.run, config.fleet_settings())
             tasks.start_soon(_measure_lag, daemon)
+            tasks.start_soon(_keep_ledger, ledger, bus)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)
-            async with _web_server(control_app(daemon, control_socket)) as runner:
-                await web.SockSite(runner, control_socket.listener).start()
+            app, listeners = control_app(daemon, control_socket), [control_socket.listener]
+            async with _web_server(app, listeners, Acceptor("control socket", bus)):
                 path = str(config.path) if config.path else None
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
@@ -210,34 +227,59 @@ async def _measure_lag(daemon: Daemon) -> None:
         daemon.loop_lag_s = max(0.0, *lags)
 
 
+async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
+    """Write down what was learned, now and then and at the end."""
+    try:
+        while True:
+            await anyio.sleep(LEDGER_INTERVAL_S)
+            if ledger.is_due:
+                await _flush(ledger, bus)
+    finally:
+        with anyio.CancelScope(shield=True), anyio.move_on_after(LEDGER_END_S):
+            await _flush(ledger, bus)
+
+
+async def _flush(ledger: Ledger, bus: Bus) -> None:
+    flushed = await anyio.to_thread.run_sync(ledger.flush, abandon_on_cancel=True)
+    if flushed.message:
+        bus.publish(Warned(subject="ledger", text=flushed.message))
+
+
 async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
     """Serve the metrics; a port that is taken is tried again, and is no reason to let models go."""
     metrics = daemon.config.metrics
-    async with _web_server(exposition.app()) as runner:
-        while True:
-            site = web.TCPSite(runner, metrics.host, metrics.port)
-            try:
-                await site.start()
-                break
-            except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA cannot write, such as "a..b"
-                await site.stop()  # else the runner keeps it, one more with every try
-                reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
-                text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {reason}"
-                if daemon.metrics_error != text:
-                    daemon.bus.publish(Warned(subject="metrics", text=text))
-                daemon.metrics_error = text
-            await anyio.sleep(METRICS_RETRY_S)
-        daemon.metrics_error = None
+    while True:
+        try:
+            listening = await anyio.create_tcp_listener(local_host=metrics.host, local_port=metrics.port)
+            break
+        except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA cannot write, such as "é..b"
+            reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
+            text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {reason}"
+            if daemon.metrics_error != text:
+                daemon.bus.publish(Warned(subject="metrics", text=text))
+            daemon.metrics_error = text
+        await anyio.sleep(METRICS_RETRY_S)
+    daemon.metrics_error = None
+    listeners = [each.extra(SocketAttribute.raw_socket) for each in listening.listeners]  # noqa: S610 (not Django's)
+    async with listening, _web_server(exposition.app(), listeners, Acceptor("metrics", daemon.bus)):
         await anyio.sleep_forever()
 
 
 @asynccontextmanager
-async def _web_server(app: web.Application) -> AsyncIterator[web.AppRunner]:
-    """A server for `app` without an address yet; at the end requests may end, and streams are cut."""
+async def _web_server(
+    app: web.Application, listeners: Sequence[socket.socket], acceptor: Acceptor
+) -> AsyncIterator[None]:
+    """A server for `app` on sockets that listen; at the end requests may end, and streams are cut."""
+    app.middlewares.insert(0, acceptor.note)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=REQUEST_END_S)
     await runner.setup()
+    assert runner.server is not None  # noqa: S101 (it is set up)
     try:
-        yield runner
+        async with anyio.create_task_group() as accepting:
+            for listener in listeners:
+                accepting.start_soon(acceptor.serve, listener, runner.server)
+            yield
+            accepting.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
             await runner.cleanup()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -15,7 +16,7 @@ import anyio
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from llamavisor.errors import LlamavisorError
+from llamavisor.errors import DemandRefusedError, LlamavisorError
 from llamavisor.events import Bus, PeerRefused, Published
 from llamavisor.fleet import Fleet
 from llamavisor.router import Router
@@ -24,6 +25,7 @@ from llamavisord.control_socket import ControlSocket, peer_of
 from llamavisord.daemon import Daemon
 from llamavisord.details import describe
 from llamavisord.inventory import folders_view, in_steps, to_json
+from llamavisord.memory_view import forecast_view, memory_view, ps_view
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
 from llamavisord.search import Search
@@ -33,6 +35,8 @@ BODY_BYTES = 64 * 1024
 WAIT_MAX_S = 3600.0
 GLANCE_S = 0.05
 """A command that nobody waits for is given this long, so that what can be refused at once is refused."""
+FORECAST_S = 30.0
+"""What a model will take is known at once, or by a tool of llama.cpp that has 10 s on each router."""
 HEARTBEAT_S = 15.0
 LEFT_S = 0.5
 """Between two looks whether the reader of a stream is still there."""
@@ -53,6 +57,7 @@ _STATUS = {
     "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
     "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
     "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
+    "demand_refused": HTTPStatus.CONFLICT,  # 503 if the same demand may succeed later
     "router_api_failed": HTTPStatus.BAD_GATEWAY,
     "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
 }
@@ -84,11 +89,16 @@ def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Applicatio
     app.add_routes(
         [
             web.get(f"{base}/status", api.status),
+            web.get(f"{base}/ps", api.ps),
             web.get(f"{base}/models", api.models),
+            # Before the model itself: a name that ends in "/forecast" has its slash escaped.
+            web.get(base + r"/models/{name:[\s\S]+}/forecast", api.forecast),
             web.get(base + r"/models/{name:[\s\S]+}", api.model),
             web.get(f"{base}/routers", api.routers),
             web.post(base + r"/models/{name:[\s\S]+}/load", api.load),
             web.post(base + r"/models/{name:[\s\S]+}/unload", api.unload),
+            web.post(base + r"/models/{name:[\s\S]+}/pin", api.pin),
+            web.post(base + r"/models/{name:[\s\S]+}/unpin", api.unpin),
             web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
             web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
             web.post(base + r"/routers/{name:[^/]+}/start", api.start),
@@ -136,6 +146,7 @@ class _Api:
                 "event_id": self._bus.last_id,
                 "routers": [router_view(router) for router in self._fleet],
                 "folders": folders_view(self._fleet),
+                "memory": memory_view(self._fleet.memory.occupancy()),
                 "models": await in_steps(inventory, shown),
                 "models_left_out": len(known) - len(shown),
             }
@@ -153,6 +164,29 @@ class _Api:
         if router is not None:
             router = self._fleet[router].name  # or there is no such router
         return _json(await describe(self._daemon.inventory(), request.match_info["name"], router=router))
+
+    async def ps(self, _: web.Request) -> web.Response:
+        return _json(ps_view(self._fleet.memory.occupancy()))
+
+    async def forecast(self, request: web.Request) -> web.Response:
+        name, forecast = request.match_info["name"], None
+        with anyio.move_on_after(FORECAST_S):
+            forecast = await self._fleet.memory.forecast(name, router=request.query.get("router"))
+        if forecast is None:
+            text = f"model {name}: what it would take is not known after {FORECAST_S:.0f} s"
+            raise WaitTimeoutError(text, hint="ask again")
+        return _json(forecast_view(forecast, self._fleet.memory.occupancy()))
+
+    async def pin(self, request: web.Request) -> web.Response:
+        return self._keep(request, self._fleet.memory.pin, is_pinned=True)
+
+    async def unpin(self, request: web.Request) -> web.Response:
+        return self._keep(request, self._fleet.memory.unpin, is_pinned=False)
+
+    def _keep(self, request: web.Request, change: Callable[[str], bool], *, is_pinned: bool) -> web.Response:
+        name, event_id = request.match_info["name"], self._bus.last_id
+        changed = change(name)
+        return _json({"model": name, "pinned": is_pinned, "changed": changed, "event_id": event_id})
 
     async def routers(self, _: web.Request) -> web.Response:
         return _json({"routers": [router_view(router) for router in self._fleet]})
@@ -359,7 +393,9 @@ def _json(body: dict[str, Any], *, status: int = HTTPStatus.OK) -> web.Response:
     return web.json_response(body, status=status)
 
 
-def _problem(status: int, detail: str, code: str, hint: str = "") -> web.Response:
+def _problem(
+    status: int, detail: str, code: str, hint: str = "", *, headers: Mapping[str, str] | None = None
+) -> web.Response:
     body = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
@@ -369,7 +405,7 @@ def _problem(status: int, detail: str, code: str, hint: str = "") -> web.Respons
     }
     if hint:
         body["hint"] = plain(hint)
-    return web.json_response(body, status=status, content_type="application/problem+json")
+    return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
 
 
 @web.middleware
@@ -380,7 +416,11 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
     except LlamavisorError as error:
         status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
-        return _problem(status, detail, error.code, error.hint)
+        headers = {}
+        if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        return _problem(status, detail, error.code, error.hint, headers=headers)
     except web.HTTPException as error:
         code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
         return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)

@@ -51,8 +51,9 @@ class Lock:
             os.close(self._fd)
             hint = "use that one, or give this one a --socket and a --state-dir of its own"
             raise AlreadyRunningError(f"already running, pid {holder} (lock {path})", hint=hint) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
+        with suppress(OSError):  # a full disk: the lock holds, whoever it may name
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
 
     def __repr__(self) -> str:
         return f"<Lock {self.path}>"

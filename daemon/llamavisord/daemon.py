@@ -22,6 +22,7 @@ from llamavisor.states import RouterState
 from llamavisord import __version__
 from llamavisord.config import Config
 from llamavisord.inventory import Inventory
+from llamavisord.memory_view import memory_warnings
 from llamavisord.problems import ConfigError, Problem
 from llamavisord.unmatched import unmatched
 
@@ -107,6 +108,9 @@ class Daemon:
                 found.append(self._why_empty(router.settings.models_dir))
             if router.launch is not None:
                 found += router.launch.warnings
+                unseen = self.fleet.memory.capacity.unseen(router.settings)
+                found += [f"router {router.name}: memory names {name}, which it does not see" for name in unseen]
+        found += memory_warnings(self.fleet.memory.occupancy())
         found += [text for _, text in unmatched(self.config.rules, self.config.routers, self._names_in)]
         return list(dict.fromkeys(found))
 

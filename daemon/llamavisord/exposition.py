@@ -16,7 +16,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from llamavisor import events as ev
@@ -26,6 +26,7 @@ from llamavisor.states import ModelState, RouterState
 from llamavisord import __version__
 from llamavisord.control import health_routes
 from llamavisord.daemon import Daemon
+from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges
 from llamavisord.view import unix_time
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -35,6 +36,7 @@ _PROBE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 10)
 _SCAN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SERVABLE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MODES = ("inotify", "polling")
+_COUNTED_BY_MODEL = (ev.ModelLoaded, ev.ModelLoadFailed, ev.ModelUnloaded, ev.DemandMet, ev.ModelQuarantined)
 
 
 class Exposition:
@@ -114,7 +116,8 @@ class Exposition:
             buckets=_SERVABLE_BUCKETS_S,
             registry=registry,
         )
-        self._of_models = (self._loads, self._load_seconds, self._unloads)
+        self._memory = MemoryCounts(registry)
+        self._of_models = (self._loads, self._load_seconds, self._unloads, *self._memory.of_models)
         self._of_routers = (
             self._restarts,
             self._start_seconds,
@@ -129,9 +132,10 @@ class Exposition:
 
     def _count(self, published: ev.Published) -> None:
         event = published.event
+        self._memory.count(event)
         if (router := getattr(event, "router", None)) is not None:
             self._counted.add((router, ""))
-        if isinstance(event, ev.ModelLoaded | ev.ModelLoadFailed | ev.ModelUnloaded):
+        if isinstance(event, _COUNTED_BY_MODEL):
             self._counted.add((event.router, event.model))
         match event:
             case ev.RouterSpawned(router=router, cause=cause) if cause is not None:
@@ -196,10 +200,10 @@ class _Snapshot(Collector):
         build.add_metric([], {"version": __version__})
         yield build
 
-        state = _gauge("router_state", "1 for the state that a router is in, 0 for the others.", "router", "state")
-        failures = _gauge("router_consecutive_failures", "Failures to stay up, in a row.", "router")
-        crash_loop = _gauge("router_crash_loop", "1 while a router fails again and again.", "router")
-        started = _gauge("router_start_timestamp_seconds", "When a router's process was started.", "router")
+        state = gauge("router_state", "1 for the state that a router is in, 0 for the others.", "router", "state")
+        failures = gauge("router_consecutive_failures", "Failures to stay up, in a row.", "router")
+        crash_loop = gauge("router_crash_loop", "1 while a router fails again and again.", "router")
+        started = gauge("router_start_timestamp_seconds", "When a router's process was started.", "router")
         for router in daemon.fleet:
             for each in RouterState:
                 state.add_metric([router.name, each.value], float(router.state is each))
@@ -210,22 +214,23 @@ class _Snapshot(Collector):
         yield from (state, failures, crash_loop, started)
         yield from _of_models(daemon.fleet)
         yield from _of_folders(daemon.fleet)
+        yield from memory_gauges(daemon.fleet.memory.occupancy())
 
-        lag = _gauge("event_loop_lag_seconds", "The longest that the event loop was late in the last ten seconds.")
+        lag = gauge("event_loop_lag_seconds", "The longest that the event loop was late in the last ten seconds.")
         lag.add_metric([], daemon.loop_lag_s)
-        good = _gauge("config_last_reload_successful", "1 if the last attempt to read the configuration succeeded.")
+        good = gauge("config_last_reload_successful", "1 if the last attempt to read the configuration succeeded.")
         good.add_metric([], float(daemon.config_error is None))
-        when = _gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
+        when = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
         when.add_metric([], daemon.config_loaded_at)
         yield from (lag, good, when)
 
 
 def _of_models(fleet: Fleet) -> Iterator[Metric]:
     """What is true of the models that are in memory or were; ten thousand that never were would bury them."""
-    state = _gauge("model_state", "1 for the state that a model is in, 0 for the others.", "router", "model", "state")
-    stale = _gauge("model_stale", "1 for a model in memory whose file or options have changed.", "router", "model")
-    last_use = _gauge("model_last_use_timestamp_seconds", "When a model was last seen to work.", "router", "model")
-    in_flight = _gauge("model_requests_in_flight", "Requests that a model is answering.", "router", "model")
+    state = gauge("model_state", "1 for the state that a model is in, 0 for the others.", "router", "model", "state")
+    stale = gauge("model_stale", "1 for a model in memory whose file or options have changed.", "router", "model")
+    last_use = gauge("model_last_use_timestamp_seconds", "When a model was last seen to work.", "router", "model")
+    in_flight = gauge("model_requests_in_flight", "Requests that a model is answering.", "router", "model")
     for router in fleet:
         for model in router.table:
             if model.state is ModelState.UNLOADED and model.loaded_at is None:
@@ -244,9 +249,9 @@ def _of_models(fleet: Fleet) -> Iterator[Metric]:
 
 def _of_folders(fleet: Fleet) -> Iterator[Metric]:
     """What is true of the models folders."""
-    models = _gauge("catalog_models", "Models of a folder by the state of their files.", "folder", "state")
-    stale = _gauge("catalog_stale", "1 while what is known of a folder may not be what is there.", "folder")
-    mode = _gauge("watcher_mode", "1 for the way in which changes of a folder are noticed.", "folder", "mode")
+    models = gauge("catalog_models", "Models of a folder by the state of their files.", "folder", "state")
+    stale = gauge("catalog_stale", "1 while what is known of a folder may not be what is there.", "folder")
+    mode = gauge("watcher_mode", "1 for the way in which changes of a folder are noticed.", "folder", "mode")
     errors = CounterMetricFamily("llamavisor_watcher_errors", "Failures of what looks at a folder.", labels=["folder"])
     for path, folder in {folder.path: folder for folder in fleet.folders}.items():  # a reload may have two for a moment
         catalog, label = folder.catalog, _label(str(path))
@@ -263,7 +268,3 @@ def _of_folders(fleet: Fleet) -> Iterator[Metric]:
 def _label(path: str) -> str:
     """A path as the value of a label, which must be UTF-8."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _gauge(name: str, documentation: str, *labels: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"llamavisor_{name}", documentation, labels=labels)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import anyio
 
+from fakes.gauge import fake_meter
 from fakes.host import FakeHost
 from fakes.machine import FakeMachine
 from fakes.supervised import PATIENCE_S
@@ -40,7 +41,13 @@ class Stage:
         self.hosts: dict[str, FakeHost] = {}
         self.withholds: dict[str, dict[str, str]] = {}
         self.bus = Bus()
-        self.fleet = Fleet(make_host=self._make_host, make_watch=self._make_watch, bus=self.bus, jitter=lambda: 0.0)
+        self.fleet = Fleet(
+            make_host=self._make_host,
+            make_watch=self._make_watch,
+            meter=fake_meter(self.bus, folder),
+            bus=self.bus,
+            jitter=lambda: 0.0,
+        )
 
     def __repr__(self) -> str:
         return f"<Stage {self.fleet!r}>"

@@ -17,7 +17,18 @@ from pathlib import Path
 import pytest
 
 from fakes import FakeLlamaServer
-from fakes.control_stub import ControlStub, details, event, folder, model, router, status
+from fakes.control_stub import (
+    ControlStub,
+    details,
+    device,
+    event,
+    folder,
+    memory,
+    model,
+    occupant,
+    router,
+    status,
+)
 from llamavisord import __version__
 from llamavisord.cli import main
 from llamavisord.cli.client import Client, find_socket, model_path
@@ -30,7 +41,7 @@ from llamavisord.plain import plain
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "llamavisord"]
 TIMEOUT_S = 30.0
-HEAVY = {"pydantic", "httpx", "aiohttp", "anyio", "psutil", "asyncio", "prometheus_client", "llamavisor", "tomllib"}
+HEAVY = {"pydantic", "httpx", "aiohttp", "anyio", "psutil", "asyncio", "prometheus_client", "tomllib"}
 
 
 @pytest.fixture
@@ -779,6 +790,8 @@ def test_the_socket_is_looked_for_where_a_daemon_would_be(tmp_path: Path, monkey
         [],
         ["sttus"],
         ["load"],
+        ["pin"],
+        ["evict", "--dry-run"],
         ["load", "x", "--timeout", "soon"],
         ["load", "x", "--timeout", "2h"],
         ["load", "x", "--timeout", "0"],
@@ -944,11 +957,12 @@ def test_text_that_is_plain_stays_as_it_is() -> None:
 # As a process of its own
 
 
-@pytest.mark.parametrize("words", [["status"], ["models"], ["show", "alpha"]])
+@pytest.mark.parametrize("words", [["status"], ["models"], ["show", "alpha"], ["ps"]])
 def test_a_quick_command_imports_nothing_heavy(stub: ControlStub, words: list[str]) -> None:
     """What the daemon needs would cost `status` ten times its own time."""
     stub.answer("GET", "/control/v1/models", {"models": [model()]})
     stub.answer("GET", "/control/v1/models/alpha", details(header=HEADER, command={"main": ["a", "b c"]}))
+    stub.answer("GET", "/control/v1/ps", {"models": [occupant()], **memory(device()), "queues": []})
     script = (
         f"import sys\nfrom llamavisord.cli import main\ncode = main({words!r})\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\nsys.exit(code)"

@@ -403,7 +403,8 @@ def test_everything_about_a_model(tmp_path: Path, models_dir: Path, fake_llama_s
         assert told["effective"]["main"]["ctx-size"] == "512"
         assert told["origins"]["main"]["ctx-size"] == '[model."al*"]'
         assert told["origins"]["main"]["alias"] == '[model."alpha"]'
-        assert told["layers"]["main"] == ["[defaults]", '[model."al*"]', '[model."alpha"]']
+        ours = "automatic (fits the memory budget)"
+        assert told["layers"]["main"] == [ours, "[defaults]", '[model."al*"]', '[model."alpha"]']
         assert daemon.cli("load", "alpha").returncode == 0
         command = daemon.call("GET", "/control/v1/models/alpha?router=main")[1]["command"]["main"]
         assert command[command.index("--ctx-size") + 1] == "512"
@@ -424,7 +425,7 @@ def test_everything_about_a_model(tmp_path: Path, models_dir: Path, fake_llama_s
 def test_late_device_is_waited_for(start: Start) -> None:
     """A device whose driver loads late is waited for, and the load that was asked for meanwhile is done then."""
     with start(
-        options=("--device", "CUDA0"), devices=["CUDA0: A card (24000 MiB, 23000 MiB free)"], devices_after_calls=1
+        options=("--device", "CUDA0"), devices=["CUDA0: A card (24000 MiB, 23000 MiB free)"], devices_after_calls=2
     ) as daemon:
         eventually(lambda: "CUDA0" in (daemon.router()["reason"] or ""), what="a router that waits for its device")
         assert daemon.router()["state"] == "starting"

@@ -80,6 +80,56 @@ def folder(path: str = "/srv/models", **changes: object) -> dict[str, object]:
     return {"path": path, "stale": None, "mode": "inotify", "mode_reason": None, "models": {"ready": 1}, **changes}
 
 
+def device(name: str = "RAM", **changes: object) -> dict[str, object]:
+    """A device as the control API shows it; half of it is taken by models if nothing else is said."""
+    return {
+        "id": name.partition(" ")[0],
+        "name": name,
+        "total_bytes": 32 * 2**30,
+        "used_bytes": 18 * 2**30,
+        "free_bytes": 14 * 2**30,
+        "budget_bytes": 24 * 2**30,
+        "budget_auto": True,
+        "expected_bytes": 17 * 2**30,
+        "measured_bytes": 16 * 2**30,
+        "models_bytes": 16 * 2**30,
+        "others_bytes": 2 * 2**30,
+        "reason": None,
+        **changes,
+    }
+
+
+def occupant(name: str = "alpha", **changes: object) -> dict[str, object]:
+    """A model in memory as the control API shows it; loaded and idle if nothing else is said."""
+    return {
+        "model": name,
+        "router": "main",
+        "state": "loaded",
+        "expected_bytes": {"RAM": 2 * 2**30},
+        "expected_from": "fit-params",
+        "growth_bytes": 0,
+        "measured_bytes": {"RAM": 2**30},
+        "in_flight": 0,
+        "leases": 0,
+        "used_unix": 0.0,
+        "loaded_unix": 0.0,
+        "idle_s": 42.0,
+        "ttl_s": None,
+        "ttl_left_s": None,
+        "expires_unix": None,
+        "pinned": False,
+        "n_ctx": 4096,
+        "n_ctx_asked": 4096,
+        "n_ctx_ours": False,
+        **changes,
+    }
+
+
+def memory(*devices: dict[str, object], **changes: object) -> dict[str, object]:
+    """How it stands about memory as the control API shows it; budgets are not enforced if nothing else is said."""
+    return {"devices": list(devices), "enforced": False, "strain": None, **changes}
+
+
 def details(*routers: dict[str, object], **changes: object) -> dict[str, object]:
     """Everything about a model as the control API shows it; loaded on one router if nothing else is said."""
     items = routers or (model(),)
@@ -119,6 +169,7 @@ def status(
         "event_id": 7,
         "routers": list(routers) or [router()],
         "folders": [],
+        "memory": memory(device()),
         "models": list(models),
         "models_left_out": 0,
         **changes,

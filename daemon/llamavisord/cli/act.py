@@ -1,4 +1,4 @@
-"""Commands that change something: load, unload, restart, stop, start, reload.
+"""Commands that change something: load, unload, pin, unpin, restart, stop, start, reload.
 
 What is begun goes on when its command is interrupted or runs out of time: the daemon works for the fleet, not for
 one terminal.
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llamavisord.cli.client import Client, model_path
-from llamavisord.cli.errors import CommandError
+from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
 from llamavisord.cli.look import client_of
 from llamavisord.cli.render import Progress, Screen
 from llamavisord.exit_codes import ExitCode
@@ -60,6 +60,42 @@ def unload(arguments: Namespace) -> int:
     path = model_path(arguments.model, "unload")
     answer = client_of(arguments).post(path, **_model_query(arguments))
     return _tell_model(arguments, answer, goal="unloaded")
+
+
+def pin(arguments: Namespace) -> int:
+    """Keep models in memory once they are there."""
+    return _keep(arguments, "pin", changed="pinned", same="already pinned")
+
+
+def unpin(arguments: Namespace) -> int:
+    """Let models leave memory again."""
+    return _keep(arguments, "unpin", changed="not pinned any more", same="was not pinned")
+
+
+def _keep(arguments: Namespace, command: str, *, changed: str, same: str) -> int:
+    """One after the other; a name that nobody has keeps the others from nothing."""
+    client, screen = client_of(arguments), Screen()
+    names = list(dict.fromkeys(arguments.models))
+    answers: list[dict[str, Any]] = []
+    failures: list[CommandError] = []
+    for name in names:
+        try:
+            answer = client.post(model_path(name, command))
+        except UnreachableError:
+            raise
+        except CommandError as exc:
+            failures.append(exc)
+            continue
+        answers.append(answer)
+        if not arguments.json:
+            screen.line(f"{plain(name)}: {changed if answer['changed'] else same}")
+    if arguments.json and len(names) > 1:
+        screen.json(answers)
+    elif arguments.json and answers:
+        screen.json(answers[0])
+    for failure in failures:
+        print(f"llamavisor: {plain(with_hint(str(failure), failure.hint))}", file=sys.stderr)
+    return failures[0].exit_code if failures else ExitCode.OK
 
 
 def restart(arguments: Namespace) -> int:

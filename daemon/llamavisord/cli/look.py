@@ -10,6 +10,7 @@ from collections import deque
 from contextlib import closing
 from typing import Any
 
+from llamavisord.cli.budgets import show_budgets
 from llamavisord.cli.client import Client, find_socket
 from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.render import Screen
@@ -48,6 +49,8 @@ def status(arguments: Namespace) -> int:
     _show_routers(screen, answer["routers"])
     for router in answer["routers"]:
         _explain(screen, router)
+    if "memory" in answer:  # not yet, if an older daemon still runs
+        show_budgets(screen, answer["memory"])
     if answer["config_error"]:
         screen.line()
         screen.line(screen.paint("the configuration was not reloaded, the old one stays in force:", "red"))

@@ -21,6 +21,7 @@ _STATE_COLOURS: Mapping[str, str] = {
     "loading": "yellow",
     "stopping": "yellow",
     "unloading": "yellow",
+    "draining": "yellow",
     "downloading": "yellow",
     "degraded": "yellow",
     "backoff": "red",
@@ -33,6 +34,8 @@ _STATE_COLOURS: Mapping[str, str] = {
     "withheld": "red",
     "gone": "dim",
 }
+NAME_WIDTH = 48
+"""Columns of a model's name on a terminal; of a longer one the middle is left out."""
 _BAR_WIDTH = 24
 _GAP = "  "
 _WIDTH = 100

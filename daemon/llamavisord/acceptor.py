@@ -1,0 +1,129 @@
+"""Takes the connections of a web server: never more than there is room for, and on when descriptors run out.
+
+Whoever may connect may connect often and say nothing. Unbounded, that would leave the daemon without a descriptor for
+its own work; and asyncio's own way to accept answers EMFILE with a hundred tracebacks a second, until the disk is full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import resource
+import socket
+from contextlib import suppress
+
+import anyio
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from llamavisor.events import Bus, Warned
+
+CONNECTIONS_MAX = 64
+SHARE = 4
+"""Of few descriptors that are allowed, connections get one in so many at most."""
+PAUSE_S = 0.1
+"""Between two tries when there is no descriptor for a connection."""
+WARN_EVERY_S = 3600.0
+
+
+class Acceptor:
+    """Takes the connections of one web server.
+
+    One more than there is room for ends the oldest that is not being answered, or the oldest of all. So whoever comes
+    is served, however many others say nothing.
+
+    Args:
+        subject: what they connect to, for a person.
+        bus: hears once an hour at most that there is no descriptor left.
+    """
+
+    def __init__(self, subject: str, bus: Bus) -> None:
+        self._subject = subject
+        self._bus = bus
+        self._warned_at = -math.inf
+        self._answering: set[asyncio.BaseProtocol] = set()
+        self._reserve: int | None = None  # a descriptor that is kept for when there is no other
+
+    def __repr__(self) -> str:
+        return f"<Acceptor {self._subject} answering {len(self._answering)}>"
+
+    async def serve(self, listener: socket.socket, server: web.Server) -> None:
+        """Take connections until cancelled.
+
+        Args:
+            listener: a listening socket that does not block; it stays open.
+            server: speaks HTTP with them; its application has the middleware `note`.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                # Without a reserve, one is looked for from time to time; it must not be taken right before an accept.
+                with anyio.move_on_after(PAUSE_S if self._reserve is None else math.inf) as wait:
+                    await anyio.wait_readable(listener)
+                if wait.cancelled_caught:
+                    self._keep_reserve()
+                    continue
+                try:
+                    connection, _ = listener.accept()
+                except (BlockingIOError, ConnectionAbortedError):  # whoever it was has left again
+                    continue
+                except OSError as error:
+                    await self._make_room(server, error)
+                    continue
+                if len(_open(server)) >= _most():
+                    self._end_one(server)
+                connection.setblocking(False)
+                await loop.connect_accepted_socket(server, connection)
+        finally:
+            self._spend_reserve()
+
+    @web.middleware
+    async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Remember on which connections somebody is being answered."""
+        connection = request.protocol
+        self._answering.add(connection)
+        try:
+            return await handler(request)
+        finally:
+            self._answering.discard(connection)
+
+    async def _make_room(self, server: web.Server, error: OSError) -> None:
+        """See that what could not be accepted can be the next time: by the reserve at once, else by ending another."""
+        if anyio.current_time() - self._warned_at >= WARN_EVERY_S:
+            self._warned_at = anyio.current_time()
+            text = f"cannot take a connection: {error.strerror}; raise the limit of open files (LimitNOFILE)"
+            self._bus.publish(Warned(subject=self._subject, text=text))
+        if not self._spend_reserve():
+            self._end_one(server)
+            await anyio.sleep(PAUSE_S)
+
+    def _end_one(self, server: web.Server) -> None:
+        connections = _open(server)
+        silent = [connection for connection in connections if connection not in self._answering]
+        for connection in (silent or connections)[:1]:
+            connection.force_close()
+
+    def _keep_reserve(self) -> None:
+        with suppress(OSError):
+            if self._reserve is None:
+                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _spend_reserve(self) -> bool:
+        """Let go of the descriptor; False if it is not there."""
+        if self._reserve is None:
+            return False
+        os.close(self._reserve)
+        self._reserve = None
+        return True
+
+
+def _open(server: web.Server) -> list[web.RequestHandler]:
+    """The connections that hold a descriptor, the oldest first."""
+    return [connection for connection in server.connections if connection.transport is not None]
+
+
+def _most() -> int:
+    """How many connections there is room for, by the limit as it is at this moment."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS_MAX, soft // SHARE))
