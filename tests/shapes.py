@@ -1,11 +1,14 @@
-"""Models of any size and shape that a true llama-server loads; their files are holes.
+"""Models of any size and shape that a true llama-server loads; their files are holes, as a rule.
 
 A hole that is read through a mapping is a page of the page cache like any other and counts as resident, and
-llama-server reads all of a file that it maps; so nothing is written to the disk.
+llama-server reads all of a file that it maps; so nothing is written to the disk. Whoever watches a folder takes a
+hole for a copy that is under way: what it is to serve has zeros instead.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,7 @@ from llamavisor.catalog import FileId
 from llamavisor.gguf.tensortypes import TENSOR_TYPES
 
 F16, Q4_0, Q8_0 = 1, 2, 8
+_ZEROS = memoryview(bytes(1 << 20))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,17 +43,31 @@ def file_id(path: Path) -> FileId:
     return FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
-def write_model(path: Path, shape: Shape) -> None:
-    """A model that llama-server loads and that says nothing sensible: a header, and a hole for its weights."""
+def write_model(path: Path, shape: Shape, *, is_whole: bool = False) -> None:
+    """A model that llama-server loads and that says nothing sensible: a header, and a hole for its weights.
+
+    Args:
+        path: its file.
+        shape: what it is like.
+        is_whole: whether there are zeros in the place of the hole, and the file has been there for an hour.
+    """
     file = GgufFile(values=list(_values(shape)), tensors=list(_tensors(shape)))
     header = file.encode_header()
+    left = sum(tensor.size + -tensor.size % 32 for tensor in file.tensors)
     with path.open("wb") as out:
         out.write(header)
-        out.truncate(len(header) + sum(tensor.size + -tensor.size % 32 for tensor in file.tensors))
+        out.truncate(len(header) + left)
+        while is_whole and left:
+            left -= out.write(_ZEROS[:left])
+    if is_whole:
+        an_hour_ago = time.time() - 3600
+        os.utime(path, (an_hour_ago, an_hour_ago))
 
 
 def _values(shape: Shape) -> Iterator[tuple[str, Typed]]:
-    tokens = ["<unk>", "<s>", "</s>", *(f"t{number}" for number in range(shape.vocabulary - 3))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]  # so that it can read any text
+    kinds = [2, 3, 3, *[6] * 256, *[1] * (shape.vocabulary - len(tokens))]
+    tokens += (f"t{number}" for number in range(shape.vocabulary - len(tokens)))
     yield "general.architecture", (STRING, shape.arch)
     numbers = {
         "context_length": 131_072,
@@ -78,7 +96,7 @@ def _values(shape: Shape) -> Iterator[tuple[str, Typed]]:
     yield "tokenizer.ggml.model", (STRING, "llama")
     yield "tokenizer.ggml.tokens", (ARRAY, (STRING, tokens))
     yield "tokenizer.ggml.scores", (ARRAY, (F32, [0.0] * len(tokens)))
-    yield "tokenizer.ggml.token_type", (ARRAY, (I32, [2, 3, 3, *[1] * (len(tokens) - 3)]))
+    yield "tokenizer.ggml.token_type", (ARRAY, (I32, kinds))
     yield "tokenizer.ggml.bos_token_id", (U32, 1)
     yield "tokenizer.ggml.eos_token_id", (U32, 2)
 

@@ -22,6 +22,8 @@ from llamavisor.events import Bus, Warned
 CONNECTIONS_MAX = 64
 SHARE = 4
 """Of few descriptors that are allowed, connections get one in so many at most."""
+RESERVE = 4
+"""More than one, because what is let go for a connection may be taken by the daemon's own work."""
 PAUSE_S = 0.1
 """Between two tries when there is no descriptor for a connection."""
 WARN_EVERY_S = 3600.0
@@ -43,7 +45,7 @@ class Acceptor:
         self._bus = bus
         self._warned_at = -math.inf
         self._answering: set[asyncio.BaseProtocol] = set()
-        self._reserve: int | None = None  # a descriptor that is kept for when there is no other
+        self._reserve: list[int] = []  # descriptors that are kept for when there is no other
 
     def __repr__(self) -> str:
         return f"<Acceptor {self._subject} answering {len(self._answering)}>"
@@ -56,10 +58,11 @@ class Acceptor:
             server: speaks HTTP with them; its application has the middleware `note`.
         """
         loop = asyncio.get_running_loop()
+        self._keep_reserve()
         try:
             while True:
-                # Without a reserve, one is looked for from time to time; it must not be taken right before an accept.
-                with anyio.move_on_after(PAUSE_S if self._reserve is None else math.inf) as wait:
+                # A spent reserve is filled when nobody waits: right before an accept it would take what that needs.
+                with anyio.move_on_after(PAUSE_S if len(self._reserve) < RESERVE else math.inf) as wait:
                     await anyio.wait_readable(listener)
                 if wait.cancelled_caught:
                     self._keep_reserve()
@@ -76,7 +79,8 @@ class Acceptor:
                 connection.setblocking(False)
                 await loop.connect_accepted_socket(server, connection)
         finally:
-            self._spend_reserve()
+            while self._spend_reserve():
+                pass
 
     @web.middleware
     async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -106,16 +110,15 @@ class Acceptor:
 
     def _keep_reserve(self) -> None:
         with suppress(OSError):
-            if self._reserve is None:
-                self._reserve = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def _spend_reserve(self) -> bool:
-        """Let go of the descriptor; False if it is not there."""
-        if self._reserve is None:
-            return False
-        os.close(self._reserve)
-        self._reserve = None
-        return True
+        """Let go of a descriptor; False if there is none."""
+        if self._reserve:
+            os.close(self._reserve.pop())
+            return True
+        return False
 
 
 def _open(server: web.Server) -> list[web.RequestHandler]:

@@ -162,6 +162,7 @@ async def _live(
         log_size_bytes=config.log_size_bytes,
         environ=os.environ,
         bus=bus,
+        llama_server=config.routers[0].llama_server,
         footprints=footprints,
         pins=pins,
     )

@@ -192,7 +192,7 @@ class _Api:
         return _json({"routers": [router_view(router) for router in self._fleet]})
 
     async def load(self, request: web.Request) -> web.Response:
-        return await self._move(request, lambda router, name: router.load(name), waits_for_files=True)
+        return await self._move(request, self._fleet.load, waits_for_files=True)
 
     async def unload(self, request: web.Request) -> web.Response:
         return await self._move(request, lambda router, name: router.unload(name))
@@ -272,7 +272,7 @@ class _Api:
                     with anyio.move_on_after(HEARTBEAT_S):
                         try:
                             published = await future.receive()
-                            while not (wants_all or published.event.is_kept):
+                            while not (wants_all or published.event.is_news):
                                 published = await future.receive()
                         except anyio.EndOfStream:  # it fell behind: it comes back with Last-Event-ID
                             return

@@ -6,7 +6,7 @@ from typing import Any
 
 import anyio
 
-from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Queue
+from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Quarantined, Queue
 from llamavisord.view import unix_time
 
 
@@ -25,6 +25,7 @@ def ps_view(occupancy: Occupancy) -> dict[str, Any]:
         "models": [_occupant(each) for each in occupancy.occupants],
         **memory_view(occupancy),
         "queues": [_queue(each) for each in occupancy.queues],
+        "quarantined": [_quarantined(each) for each in occupancy.quarantined],
     }
 
 
@@ -81,6 +82,17 @@ def _occupant(occupant: Occupant) -> dict[str, Any]:
         "n_ctx": occupant.n_ctx,
         "n_ctx_asked": occupant.n_ctx_asked,
         "n_ctx_ours": occupant.is_ctx_ours,
+    }
+
+
+def _quarantined(quarantined: Quarantined) -> dict[str, Any]:
+    return {
+        "model": quarantined.model,
+        "router": quarantined.router,
+        "failures": quarantined.failures,
+        "reason": quarantined.reason,
+        "left_s": max(0.0, quarantined.until - anyio.current_time()),
+        "until_unix": unix_time(quarantined.until),
     }
 
 

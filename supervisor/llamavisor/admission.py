@@ -20,9 +20,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 from llamavisor.demands import Action, Lease, Limits, Order, Refuse, Rejection, Why
-from llamavisor.eviction import Resident, relieve
+from llamavisor.eviction import Refusal, Resident, relieve
 from llamavisor.orders import Orders
-from llamavisor.placement import Candidate
+from llamavisor.placement import Candidate, Choice
 from llamavisor.quarantine import Quarantine, Quarantines
 from llamavisor.slots import Key, Slot, Slots, Stage
 
@@ -72,23 +72,22 @@ class Admission:
         """All of the table; to be read only."""
         return list(self._slots)
 
-    def quarantined(self, router: str, model: str, now: float) -> Quarantine | None:
-        """Why the model is not loaded on that router for now; None if nothing speaks against it."""
-        return self._quarantines.get(router, model, now)
-
     # What clients want
 
-    def ask(self, model: str, candidates: Sequence[Candidate], now: float) -> tuple[int, list[Action]]:
+    def ask(
+        self, model: str, candidates: Sequence[Candidate], now: float, *, only: str | None = None
+    ) -> tuple[int, list[Action]]:
         """Somebody wants the model; returns the number of the demand, of which every one is granted or refused once.
 
         Args:
             model: its name.
             candidates: where it may be, in the order of preference.
             now: monotonic time in seconds.
+            only: the only router that comes into question, and so the only candidate; None for any.
         """
         number = self._orders.next_number()
         candidates = tuple(candidates)
-        order = self._orders.get(model)
+        order = self._orders.get(model, only)
         if order is None:
             if slot := self._orders.find(model, candidates, Stage.LOADED):  # never behind a load
                 return number, [self._orders.grant(number, slot, now)]
@@ -99,7 +98,7 @@ class Admission:
             detail = f"{count} others wait for it, and {self.waiting} altogether"
             return number, [Refuse(number, Rejection(Why.QUEUE_FULL, model, detail, self._orders.retry_after_s()))]
         if order is None:
-            order = Order(model, candidates, since=now, progressed_at=now)
+            order = Order(model, only, candidates, since=now, progressed_at=now)
             self._orders.add(order)
         elif order.candidates == candidates:  # it changes nothing that one more waits
             order.tickets[number] = now
@@ -107,6 +106,20 @@ class Admission:
         order.candidates = candidates
         order.tickets[number] = now
         return number, self._orders.settle(now)
+
+    def what_if(
+        self, model: str, candidates: Sequence[Candidate], now: float
+    ) -> tuple[Sequence[Candidate], Choice | Refusal | Rejection]:
+        """What would become of a demand for the model if it were the first in the queue; nothing is changed.
+
+        Returns:
+            The candidates as they came into question (an oversize one with no more than its budget), and the outcome.
+        """
+        return self._orders.what_if(model, candidates, now)
+
+    def quarantined(self, now: float) -> list[Quarantine]:
+        """All models that are left alone for now, and why."""
+        return self._quarantines.all(now)
 
     def give_up(self, number: int, now: float) -> list[Action]:
         """Who made the demand has left. One that was granted meanwhile is unknown here: its lease is to be released."""
@@ -126,10 +139,21 @@ class Admission:
             self._orders.note_progress(slot.key, now)
         return self._orders.settle(now) if slot.may_go(now) and (self._orders or slot.stage is Stage.DRAINING) else []
 
+    def is_kept(self, lease: Lease) -> bool:
+        """Whether what was promised with a lease still holds: the process that it was given for has not ended."""
+        slot = self._slots.get((lease.router, lease.model))
+        return slot is not None and slot.stage in {Stage.LOADED, Stage.DRAINING} and lease.number in slot.leases
+
     # What routers say
 
     def loading(self, router: str, model: str, size: Mapping[str, int], now: float) -> list[Action]:
-        """Somebody else is having the model loaded: a person, a client of the router, the daemon at its start."""
+        """Somebody else is having the model loaded: a person, a client of the router, the daemon at its start.
+
+        One that was on its way out has gone then: this is another process of it.
+        """
+        slot = self._slots.get((router, model))
+        if slot is not None and slot.stage is Stage.LEAVING:
+            self._orders.remove(slot.key, now)
         if (router, model) not in self._slots:
             self._orders.add_slot(router, model, size, now)
         return self._orders.settle(now)
@@ -187,7 +211,7 @@ class Admission:
         if slot is None or slot.stage is not Stage.LOADING:  # a load that was cancelled fails, of course
             return []
         slot.become(Stage.LEAVING)
-        order = self._orders.get(model)
+        order = next(iter(self._orders.of(model, router)), None)
         if order is None or not for_memory or order.has_failed_for_memory:
             return [self._quarantines.failed(slot.key, reason, now), *self._orders.settle(now)]
         order.has_failed_for_memory = True
@@ -229,9 +253,8 @@ class Admission:
         if slot is None or slot.stage is not Stage.LEAVING or slot.resident.is_loading:
             return []
         slot.stuck_until = now + STUCK_S
+        slot.is_dismissed = False  # it may be used and pinned by now: whoever wanted it gone looks again
         self._orders.reopen(slot)
-        if slot.is_dismissed:
-            slot.become(Stage.DRAINING)
         return self._orders.settle(now)
 
     def observed(
@@ -310,15 +333,21 @@ class Admission:
         self._orders.limits = limits
         return self._orders.settle(now)
 
-    def strain(self, why: str, now: float) -> list[Action]:
-        """Memory is so short that nothing may be loaded, and why; "" when that is over. What is loaded can be used."""
-        self._orders.strain = why
+    def strain(self, why: str, now: float, *, retry_after_s: float = 0.0) -> list[Action]:
+        """Memory is so short that nothing may be loaded, and why; "" when that is over. What is loaded can be used.
+
+        Args:
+            why: in one line.
+            now: monotonic time in seconds.
+            retry_after_s: when that may be over.
+        """
+        self._orders.strain, self._orders.strain_retry_s = why, retry_after_s
         return self._orders.settle(now)
 
     def dismiss(self, router: str, model: str, now: float) -> list[Action]:
         """The model is to leave as soon as it is idle, though nobody needs its room: its ttl, or a new file of it."""
         slot = self._slots.get((router, model))
-        if slot is None or slot.stage not in {Stage.LOADED, Stage.DRAINING}:
+        if slot is None or slot.stage not in {Stage.LOADED, Stage.DRAINING} or now < slot.stuck_until:
             return []
         slot.is_dismissed = True
         slot.become(Stage.DRAINING)
@@ -329,11 +358,23 @@ class Admission:
         self._relieve(lacking, now)
         return self._orders.settle(now)
 
-    def candidates_changed(self, model: str, candidates: Sequence[Candidate], now: float) -> list[Action]:
-        """The configuration, a budget or an estimate has changed for who waits."""
-        if order := self._orders.get(model):
-            order.candidates = tuple(candidates)
-        return self._orders.settle(now)
+    def candidates_changed(
+        self, candidates: Mapping[tuple[str, str | None], Sequence[Candidate]], now: float
+    ) -> list[Action]:
+        """The configuration, a budget or an estimate has changed for those who wait.
+
+        Args:
+            candidates: where a model may be now, by its name and the only router that comes into question, None for
+                any.
+            now: monotonic time in seconds.
+        """
+        has_changed = False
+        for (model, only), those in candidates.items():
+            order = self._orders.get(model, only)
+            if order is not None and order.candidates != tuple(those):
+                order.candidates = tuple(those)
+                has_changed = True
+        return self._orders.settle(now) if has_changed else []
 
     def forgive(self, model: str, now: float) -> list[Action]:
         """The model's file or options have changed, or a person says so: its failures are forgotten."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from llamavisor.catalog import FileId
-from llamavisor.events import Event, ModelAdded, ModelRemoved, ModelsChanged, ModelWithheld, Warned
+from llamavisor.events import Event, ModelAdded, ModelChanged, ModelRemoved, ModelsChanged, ModelWithheld, Warned
 from llamavisor.shelf import Offer
 
 TOLD_MAX = 20
@@ -39,6 +39,10 @@ class Announcer:
             wait_s = since if is_news else None
             yield ModelAdded(router=self._router, model=spec.name, path=spec.path, wait_s=wait_s)
         self._seen.update((spec.name, spec.files) for spec in added)
+        for name, each in after.models.items():
+            known_model = before.models.get(name)
+            if known_model is not None and known_model.spec is not each.spec and known_model.spec != each.spec:
+                yield ModelChanged(router=self._router, model=name)
         removed = [name for name in before.models if name not in after.models]
         for name in removed[:TOLD_MAX]:
             yield ModelRemoved(router=self._router, model=name)

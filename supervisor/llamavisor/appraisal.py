@@ -27,6 +27,7 @@ from llamavisor.footprint import (
     estimate,
     find_tool,
     read_options,
+    slot_context,
 )
 from llamavisor.gguf import GgufError, Header
 from llamavisor.ledger import FootprintKey, Footprints
@@ -39,6 +40,9 @@ DOUBTFUL_KEPT_S = 30.0
 """The same when something could not be read."""
 FILES_TIMEOUT_S = 5.0
 """How long files beside a model may take to be read: they may lie on a dead mount."""
+QUIET_S = 20.0
+"""How long the end of loads is waited for before GPUs are woken."""
+QUIET_POLL_S = 0.1
 STUCK_MAX = 4
 """So many models' files may be stuck in the kernel; then no others are read any more."""
 MAX_KNOWN = 1_000
@@ -54,7 +58,7 @@ class Appraisal:
     Attributes:
         footprint: bytes by device, and where they are known from.
         key: under which what it really takes is to be recorded.
-        n_ctx: tokens of context that it is to have, all slots together.
+        n_ctx: tokens of context that one request is to have, as llama-server tells it.
         is_ctx_ours: whether that is our choice, because nobody has made one.
         warnings: what a person should know of how far this can be trusted.
     """
@@ -91,6 +95,7 @@ class _Basis:
     plan: Plan
     fits: tuple[Fit | None, Fit | None]
     key: FootprintKey
+    n_ctx: int
     is_ctx_ours: bool
     warnings: tuple[str, ...]
     until: float
@@ -105,6 +110,10 @@ class Appraiser:
         fit: asks the build's own tool. That wakes the driver of every GPU: one question at a time.
         footprints: what models took before.
         clock: monotonic seconds.
+
+    Attributes:
+        is_loading: whether a model is being loaded: the tool takes some of each GPU's memory for a moment, which a load
+            at the same time would not find.
     """
 
     def __init__(
@@ -116,6 +125,7 @@ class Appraiser:
         self._fit = fit or FitParams()
         self._footprints = Footprints() if footprints is None else footprints
         self._clock = clock
+        self.is_loading: Callable[[], bool] = lambda: False
         self._known: OrderedDict[object, _Basis] = OrderedDict()
         self._headers: OrderedDict[FileId, Header] = OrderedDict()
         self._stuck: set[str] = set()  # models whose files a thread reads, which may never come back
@@ -183,6 +193,7 @@ class Appraiser:
             plan=plan,
             fits=fits,
             key=key,
+            n_ctx=slot_context(header, options, plan.n_ctx),
             is_ctx_ours=is_ctx_ours,
             warnings=(*problems, *map(_unreckoned, options.unknown)),
             until=self._clock() + (DOUBTFUL_KEPT_S if problems else KEPT_S),
@@ -234,6 +245,9 @@ class Appraiser:
             return fit, self._fit.ask(tool, draft.path, (draft.id,), plan.for_draft(), env=env)
 
         async with self._asking:
+            with anyio.move_on_after(QUIET_S):
+                while plan.devices and self.is_loading():
+                    await anyio.sleep(QUIET_POLL_S)
             return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
 
 
@@ -242,7 +256,7 @@ def _appraise(basis: _Basis, measured: Sequence[Mapping[str, int]]) -> Appraisal
     expected = estimate(basis.weights, basis.plan, fit=fit, draft_fit=draft_fit, measured=measured)
     if expected is None:
         return None
-    return Appraisal(expected, basis.key, basis.plan.n_ctx, basis.is_ctx_ours, basis.warnings)
+    return Appraisal(expected, basis.key, basis.n_ctx, basis.is_ctx_ours, basis.warnings)
 
 
 def _weigh(header: Header, size_bytes: int, looks: Mapping[str, _Look]) -> Weights:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+import anyio
+
 from llamavisor import footprint
 from llamavisor.appraisal import Appraisal
+from llamavisor.events import Event, Warned
+from llamavisor.footprint.options import DEFAULT_CACHE_RAM_BYTES
 from llamavisor.gauge import RAM_ID
 from llamavisor.ledger import Footprints
 from llamavisor.router import Router
@@ -29,14 +33,22 @@ class Appraisals:
     Args:
         devices_of: the GPUs that a router sees.
         footprints: what is remembered beyond this daemon's life.
+        publish: where events go.
     """
 
     def __init__(
-        self, devices_of: Callable[[str], tuple[footprint.Device, ...]], *, footprints: Footprints | None = None
+        self,
+        devices_of: Callable[[str], tuple[footprint.Device, ...]],
+        *,
+        footprints: Footprints | None = None,
+        publish: Callable[[Event], None],
     ) -> None:
         self._devices_of = devices_of
         self._footprints = footprints
+        self._publish = publish
         self._known: dict[Key, _Known] = {}
+        self._asking: dict[Key, anyio.Event] = {}
+        self._warned: set[tuple[str, str]] = set()
 
     def __repr__(self) -> str:
         return f"<Appraisals of {len(self._known)}>"
@@ -48,13 +60,24 @@ class Appraisals:
 
     async def appraise(self, router: Router, model: str) -> None:
         """Find out what the model takes there, unless that is known."""
+        key = router.name, model
+        while key in self._asking:  # somebody else wants to know it too
+            await self._asking[key].wait()
         offered = router.shelf.offer.models.get(model)
         if offered is None or self.is_known(router, model):
             return
-        appraisal = await router.appraise(offered, self._devices_of(router.name))
-        before = self._known.get((router.name, model))
+        self._asking[key] = anyio.Event()
+        try:
+            appraisal = await router.appraise(offered, self._devices_of(router.name))
+        finally:
+            self._asking.pop(key).set()
+        before = self._known.get(key)
         measured = before.measured if before is not None and before.offered is offered else {}
-        self._known[router.name, model] = _Known(offered, appraisal, measured)
+        self._known[key] = _Known(offered, appraisal, measured)
+        for warning in appraisal.warnings if appraisal is not None else ():
+            if (model, warning) not in self._warned:
+                self._warned.add((model, warning))
+                self._publish(Warned(subject=f"model {model}", text=warning))
 
     def get(self, key: Key) -> Appraisal | None:
         """What was found out; None if nothing was, or nobody could say."""
@@ -68,7 +91,9 @@ class Appraisals:
             return known.measured if known is not None else {}
         estimate = known.appraisal.footprint
         expected = dict(estimate.bytes)
-        expected[RAM_ID] = expected.get(RAM_ID, 0) + (estimate.growth_bytes or 0)
+        growth = estimate.growth_bytes
+        # A cache without a bound is reckoned with what llama-server allows by default.
+        expected[RAM_ID] = expected.get(RAM_ID, 0) + (DEFAULT_CACHE_RAM_BYTES if growth is None else growth)
         for device, size in known.measured.items():
             expected[device] = max(expected.get(device, 0), size)
         return expected
@@ -90,8 +115,12 @@ class Appraisals:
         if known is None:
             return
         known.measured = dict(measured)
-        if is_telling and known.appraisal is not None and self._footprints is not None:
-            self._footprints.record(known.appraisal.key, measured)
+        appraisal = known.appraisal
+        if is_telling and appraisal is not None and self._footprints is not None:
+            # What a driver does not tell of one process must not be learned as nothing.
+            reckoned = {device for device, size in appraisal.footprint.bytes.items() if size > 0}
+            if reckoned <= measured.keys():
+                self._footprints.record(appraisal.key, measured)
 
     def unloaded(self, key: Key) -> None:
         """The model has gone: what was measured was of that life, and its next load is appraised anew."""

@@ -35,8 +35,6 @@ CTX_SIZE_MAX = 8192
 BESIDE = "automatic (found beside it)"
 MEMORY = "automatic (fits the memory budget)"
 _MIB = 1024 * 1024
-_OFF = frozenset({"off", "disabled", "false", "0"})
-"""`is_falsey` in llama.cpp's common/arg.cpp."""
 _SOURCES = {Kind.EMBEDDING: "automatic (an embedding model)", Kind.RERANK: "automatic (a rerank model)"}
 
 
@@ -133,11 +131,12 @@ class _Told:
 def _told(layers: tuple[OptionLayer, ...]) -> _Told:
     """Most models of a folder have the same tables: they are read once."""
     said = said_by(layers)
+    options = read_said(said)
     return _Told(
-        options=read_said(said),
+        options=options,
         has_context="ctx_size" in said or "ctx_per_slot" in said,
         has_cache_ram="cache_ram" in said,
-        is_fitted="fit_target" not in said and said.get("fit", "on").lower() not in _OFF,
+        is_fitted=options.is_fitted and "fit_target" not in said,
     )
 
 

@@ -16,7 +16,7 @@ from llamavisor.router import Router
 from llamavisor.settings import RouterSettings
 
 FIRST_READING_S = 5.0
-"""How long the first start of a router waits for the first reading; one that comes later counts from then on."""
+"""How long the first start of a router waits for the first reading; what comes later is told when it comes."""
 
 
 class Capacity:
@@ -93,6 +93,10 @@ class Capacity:
     def note_kills(self, kills: int, now: float) -> None:
         """The kernel has killed processes of ours for want of memory: models may take less RAM for a while."""
         self._penalty.note(kills, now)
+
+    def totals(self) -> dict[str, int | None]:
+        """How much there is of each memory, as far as that was ever told; None where it was not."""
+        return {reading.device.memory_id: reading.total_bytes for reading in self._readings()}
 
     def unseen(self, settings: RouterSettings) -> tuple[str, ...]:
         """The devices for which the configuration has budgets and that the router does not see."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from llamavisor.demands import Order
 from llamavisor.eviction import Demand
 from llamavisor.gauge.device import RAM_ID as RAM
-from llamavisor.placement import Candidate
+from llamavisor.placement import Candidate, Reserved
 from llamavisor.slots import Key, Slots, Stage
 
 
@@ -52,19 +52,19 @@ class Claims:
         slots: the table.
 
     Attributes:
+        reserved: what they will take, wherever they may be loaded.
         waits: the slots that those of them wait for that are not being loaded yet.
     """
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
-        self._bytes: dict[str, int] = {}
-        self._counts: list[Demand] = []
+        self.reserved = Reserved()
         self.waits: set[Key] = set()
         loads = [slot.resident for slot in slots if slot.resident.is_loading]
         self._lanes = [Lane.of(each.router, each.bytes, (each.router, each.name)) for each in loads]
 
     def __repr__(self) -> str:
-        return f"<Claims {self._bytes} by {len(self._counts)}, lanes={[lane.key for lane in self._lanes]}>"
+        return f"<Claims {self.reserved}, lanes={[lane.key for lane in self._lanes]}>"
 
     def wait(self, order: Order, keys: set[Key]) -> None:
         """The order waits for these slots, and for all that those before it wait for."""
@@ -79,16 +79,11 @@ class Claims:
         """Somebody loads there, or is about to."""
         self._lanes.append(lane)
 
-    @property
-    def reserved(self) -> list[Demand]:
-        """What they will take, wherever they may be loaded: added up, for it is asked for with every candidate."""
-        return [Demand("", self._bytes), *self._counts]
-
     def reserve(self, demand: Demand) -> None:
         """Lay claim to the room that an order will have."""
         for device, size in demand.bytes.items():
-            self._bytes[device] = self._bytes.get(device, 0) + size
-        self._counts.append(Demand(demand.name, {}, demand.router))
+            self.reserved.bytes[device] = self.reserved.bytes.get(device, 0) + size
+        self.reserved.models[demand.router] = self.reserved.models.get(demand.router, 0) + 1
 
     def reserve_all(self, model: str, candidates: Sequence[Candidate]) -> None:
         """Lay claim to whatever comes free for a model that there is no room for, wherever it may be loaded."""

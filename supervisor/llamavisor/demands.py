@@ -152,6 +152,8 @@ class Order:
 
     Attributes:
         model: the model.
+        only: the only router that comes into question for them, None for any. Those who want it on a certain one have
+            an order of their own.
         candidates: where it may be, as last told.
         since: when the first demand came.
         progressed_at: when anything that it waits for last moved.
@@ -164,6 +166,7 @@ class Order:
     """
 
     model: str
+    only: str | None
     candidates: tuple[Candidate, ...]
     since: float
     progressed_at: float

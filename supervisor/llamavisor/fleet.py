@@ -12,10 +12,11 @@ import anyio
 import anyio.abc
 
 from llamavisor.appraisal import Appraiser
-from llamavisor.binary import ProbeCache
+from llamavisor.binary import ProbeCache, find
 from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause, Verdict
-from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
+from llamavisor.endpoint import Endpoint
+from llamavisor.errors import BinaryError, LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.events import Bus, StraysKilled, Warned
 from llamavisor.folder import Folder, Watch
 from llamavisor.gauge import open_gauge
@@ -28,7 +29,6 @@ from llamavisor.output import CAP_BYTES
 from llamavisor.pins import Pins
 from llamavisor.process import INSTANCE_VARIABLE, TERM_GRACE_S, Spawner
 from llamavisor.router import Router
-from llamavisor.scheduler import Endpoint
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.sight import Sights
@@ -87,9 +87,12 @@ class Fleet:
         self._spawner = spawner
         self._jitter = jitter
         self._routers: dict[str, Router] = {}
+        self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
         self._settings = FleetSettings(routers=())
-        self.memory = Memory(self._routers, meter=meter, footprints=footprints, pins=pins, bus=bus)
+        self.memory = Memory(
+            self._routers, meter=meter, footprints=footprints, pins=pins, bus=bus, resize=self._size_up_all
+        )
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -134,6 +137,7 @@ class Fleet:
         host = self._make_host(settings, _Sized(self, settings.name, supply))
         router = Router(host, bus=self.bus, random=self._jitter, arbiter=self.memory.scheduler)
         self._routers[settings.name] = router
+        self._told[settings.name] = settings
         self._tasks.start_soon(router.run)
         if folder.catalog.has_looked:
             supply.deliver()
@@ -168,6 +172,11 @@ class Fleet:
             await self.memory.capacity.look(router.host)
             allowance = self.memory.capacity.allowance(router.settings)
             await supply.follow(self._settings.rules, router.settings.layers, allowance)
+
+    def _size_up_all(self) -> None:
+        assert self._tasks is not None  # noqa: S101 (called while it runs)
+        for name, supply in self._supplies.items():
+            self._tasks.start_soon(self.size_up, name, supply)
 
     def _drop_supply(self, name: str) -> None:
         supply = self._supplies.pop(name, None)
@@ -245,7 +254,7 @@ class Fleet:
             # It stays in the table until it is gone: its port may be wanted by another.
             await self._routers[name].shut_down()
             self._drop_supply(name)
-            del self._routers[name]
+            del self._routers[name], self._told[name]
         self.memory.forget_all_but(wanted)
         for name, each in wanted.items():
             router = self._routers.get(name)
@@ -262,8 +271,9 @@ class Fleet:
                 models.update(await supply.follow(settings.rules, each.layers, allowance))
                 if has_other_policy:
                     supply.deliver()
-            if router.settings != each:
-                needs_restart = router.settings.without_models() != each.without_models()
+            if (told := self._told[name]) != each:
+                self._told[name] = each
+                needs_restart = told.without_models() != each.without_models()
                 changed += [name] if needs_restart else []
                 router.reconfigure(self._make_host(each, _Sized(self, name, supply)), restart=needs_restart)
         self.memory.note_specs()
@@ -350,6 +360,16 @@ class Fleet:
         """
         return self.memory.scheduler.lease(model, router=None if router is None else self[router].name)
 
+    async def load(self, router: Router, model: str) -> bool:
+        """Have a model loaded on that router because a person wants it; returns whether it was not yet.
+
+        Raises:
+            LlamavisorError: as `Router.load` does; where admission decides, as `lease` does.
+        """
+        if self.memory.scheduler.decides:
+            return await self.memory.scheduler.have(model, router=router.name)
+        return await router.load(model)
+
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""
         async with anyio.create_task_group() as group:
@@ -405,6 +425,7 @@ def open_fleet(
     environ: Mapping[str, str],
     bus: Bus,
     log_size_bytes: int = CAP_BYTES,
+    llama_server: str | None = None,
     footprints: Footprints | None = None,
     pins: Pins | None = None,
 ) -> Fleet:
@@ -417,6 +438,7 @@ def open_fleet(
         environ: the environment of which a short list is passed on.
         bus: where the events go.
         log_size_bytes: size at which a router's output file is rotated.
+        llama_server: as configured; asked for devices that nobody else tells of.
         footprints: what models took when they were loaded before; what is learned is added.
         pins: which models people want to stay in memory.
     """
@@ -424,7 +446,11 @@ def open_fleet(
     footprints = Footprints() if footprints is None else footprints
     appraiser = Appraiser(footprints=footprints)
     marker = {INSTANCE_VARIABLE: spawner.instance}
-    meter = Meter(open_gauge(environ, worker_env=marker), bus=bus)
+    try:
+        asked = find(llama_server)
+    except BinaryError:
+        asked = None
+    meter = Meter(open_gauge(environ, llama_server=asked, worker_env=marker), bus=bus)
 
     def make_host(settings: RouterSettings, source: ModelSource) -> Host:
         return Launcher(
@@ -443,7 +469,7 @@ def open_fleet(
     def make_watch(path: Path, link_dirs: Sequence[Path]) -> Watch:
         return FolderWatch(path, link_dirs=link_dirs, env=marker)
 
-    return Fleet(
+    fleet = Fleet(
         make_host=make_host,
         make_watch=make_watch,
         meter=meter,
@@ -452,6 +478,8 @@ def open_fleet(
         spawner=spawner,
         bus=bus,
     )
+    appraiser.is_loading = fleet.memory.is_loading
+    return fleet
 
 
 async def sweep(spawner: Spawner, bus: Bus) -> None:

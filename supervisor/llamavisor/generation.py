@@ -52,6 +52,7 @@ PROBE_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
 BINARY_POLL_S = 5.0
 USAGE_INTERVAL_S = 1.0
+"""All models are asked at the same moments: to wake once for 32 of them takes half the CPU of waking for each."""
 RECONNECT_S = 0.25
 POLL_S = 1.0
 """How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
@@ -345,7 +346,7 @@ class Generation:
         self._gauges[model] = gauge, anyio.Lock()
         try:
             while True:
-                await anyio.sleep(USAGE_INTERVAL_S)
+                await anyio.sleep(USAGE_INTERVAL_S - anyio.current_time() % USAGE_INTERVAL_S)
                 if model in self._awake:  # one that loads would not answer, one that sleeps does nothing
                     await self.usage_now(model)
         finally:

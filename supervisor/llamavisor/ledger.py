@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -37,6 +38,8 @@ MAX_MEASURED = 3
 MAX_AGE_S = 365 * 86400.0
 """What was measured longer ago says nothing of today's drivers."""
 _BAD = ".bad"
+_PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR})
+"""Errors that say nothing of the file itself."""
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -110,6 +113,8 @@ class Ledger:
         self._tried_at: float | None = None
         self._warned_at: float | None = None
         self._is_failing = False
+        self._is_unread = False
+        self._writing = threading.Lock()
 
     def __repr__(self) -> str:
         state = "failing" if self._is_failing else "dirty" if self.is_dirty else "written"
@@ -118,7 +123,7 @@ class Ledger:
     @property
     def is_dirty(self) -> bool:
         """Whether something is known that the file does not say."""
-        return self._changes() != self._written
+        return self._changes() != self._written and not self._is_unread
 
     @property
     def is_due(self) -> bool:
@@ -130,15 +135,19 @@ class Ledger:
 
         Returns:
             What a person should know. A file that cannot be used is kept beside, as one NAME.bad, and all sections
-            begin empty.
+            begin empty. One that cannot be read for a reason that passes is not written over either.
         """
         try:
             raw = self._read()
         except FileNotFoundError:
             return ()
-        except (OSError, _UnusableError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else str(exc)
-            return (f"{self._path} cannot be used: {why}. {self._put_aside()}",)
+        except OSError as exc:
+            if exc.errno in _PASSING:
+                self._is_unread = True
+                return (f"{self._path} cannot be read now: {exc.strerror}. It is left as it is until the next start.",)
+            return (f"{self._path} cannot be used: {exc.strerror}. {self._put_aside()}",)
+        except _UnusableError as exc:
+            return (f"{self._path} cannot be used: {exc}. {self._put_aside()}",)
         problems = []
         for name, content in raw.items():
             section = self._sections.get(name)
@@ -150,14 +159,18 @@ class Ledger:
         return tuple(problems)
 
     def flush(self) -> Flushed:
-        """Writes the file if it is not up to date. Blocking: call it in a worker thread, one call at a time.
+        """Writes the file if it is not up to date. Blocking: call it in a worker thread.
 
         A reader sees the old file or the new one, also after a power failure. When it cannot be written, all is kept in
         memory and the next call tries again; a person hears of it once an hour, and when it works again.
         """
+        with self._writing:  # the last call may come while an earlier one that nobody waits for hangs
+            return self._flush()
+
+    def _flush(self) -> Flushed:
         changes = self._changes()  # first: what changes meanwhile is written the next time
-        if changes == self._written:
-            return Flushed(is_written=True)
+        if changes == self._written or self._is_unread:
+            return Flushed(is_written=changes == self._written)
         self._tried_at = self._clock()
         content = self._others | {name: section.dump() for name, section in self._sections.items()}
         text = json.dumps({"format": FORMAT, "version": VERSION, "sections": content}, separators=(",", ":"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import anyio
 
@@ -38,6 +38,7 @@ class Memory:
         footprints: what models took when they were loaded before.
         pins: which models people want to stay.
         bus: where events come from and go to.
+        resize: called when it is known, or known anew, how much memory there is.
 
     Attributes:
         capacity: what routers may take.
@@ -52,15 +53,21 @@ class Memory:
         footprints: Footprints | None,
         pins: Pins | None,
         bus: Bus,
+        resize: Callable[[], None],
     ) -> None:
         self.capacity = Capacity(meter)
         self._routers = routers
         self._bus = bus
         self._pins = pins or Pins()
-        self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints)
+        self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints, publish=bus.publish)
         self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals)
         self._upkeep = Upkeep(
-            routers, self.scheduler, capacity=self.capacity, appraisals=self._appraisals, publish=bus.publish
+            routers,
+            self.scheduler,
+            capacity=self.capacity,
+            appraisals=self._appraisals,
+            publish=bus.publish,
+            resize=resize,
         )
         bus.listen(self._hear)
 
@@ -72,6 +79,10 @@ class Memory:
         async with anyio.create_task_group() as group:
             for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run):
                 group.start_soon(work)
+
+    def is_loading(self) -> bool:
+        """Whether a model is being loaded anywhere."""
+        return any(slot.resident.is_loading for slot in self.scheduler.admission.slots())
 
     def follow(self, settings: FleetSettings) -> None:
         """Go by these settings from now on."""
@@ -91,6 +102,7 @@ class Memory:
             self.capacity,
             is_enforced=self.scheduler.decides,
             strain=self._upkeep.strain,
+            now=anyio.current_time(),
         )
 
     async def forecast(self, model: str, *, router: str | None = None) -> Forecast:
@@ -105,12 +117,10 @@ class Memory:
             RouterNotReadyError: all routers that may have it are stopped or failed.
         """
         where = self.scheduler.where
-        name = where.name_of(model)
+        name = where.name_of(model, only=router)
         await where.appraise(name, only=router)
         candidates = where.candidates(name, only=router)
-        now, admission = anyio.current_time(), self.scheduler.admission
-        least_s = admission.limits.min_residency_s
-        return forecast(name, candidates, admission.residents(now), min_residency_s=least_s, now=now)
+        return forecast(name, self.scheduler.admission, candidates, anyio.current_time())
 
     # --- pins -----------------------------------------------------------------------------------------------------
 

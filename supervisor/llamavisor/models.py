@@ -78,6 +78,7 @@ class Model:
     log_mark: int = 0
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
+    is_heard: bool = True  # the router has spoken of the load that we asked for: an end before that is of a former life
     is_again: bool = False  # it was resident before its router ended, and is being loaded again
     leaves_for: UnloadReason = UnloadReason.REQUESTED  # why it is UNLOADING
     router_says: ModelState = ModelState.UNKNOWN  # what the router calls it while it is UNLOADING to us
@@ -172,6 +173,7 @@ class ModelTable:
             model.path = entry.path or model.path
             model.n_ctx = entry.n_ctx or model.n_ctx
             if is_news:
+                model.is_heard = True
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
         for model in [model for model in self if model.name not in entries]:
             if knows_members and model.revision <= asked_at:
@@ -193,6 +195,9 @@ class ModelTable:
         happened: list[Event] = []
         if event.n_ctx is not None:
             model.n_ctx = event.n_ctx
+        if not model.is_heard and event.state is ModelState.UNLOADED:  # a list has told us so before
+            return []
+        model.is_heard = True
         happened += self._observe(model, event.state, now, exit_code=event.exit_code)
         if model.state is event.state is ModelState.LOADING and event.progress is not None:
             model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
@@ -248,6 +253,7 @@ class ModelTable:
         """
         model = self._models[name]
         model.is_asking = model.is_wanted = True
+        model.is_heard = False
         model.is_again = is_again
         return self._observe(model, ModelState.LOADING, now, exit_code=None)
 
@@ -302,6 +308,7 @@ class ModelTable:
         self._processes.clear()
         for model in self:
             model.is_asking = model.is_wanted = False  # the call died with the router
+            model.is_heard = True
             if model.state is ModelState.LOADING:
                 model.error = "its router ended while it was loading"
                 self._enter(model, ModelState.FAILED, now)
@@ -377,7 +384,7 @@ class ModelTable:
         if state not in {ModelState.LOADED, ModelState.UNLOADING}:  # from the latter it may come back
             model.in_flight, model.work = None, 0.0
             model.quiet_since = now if state is ModelState.SLEEPING else None
-        if state is not ModelState.UNLOADING or model.pid is not None:
+        if state is ModelState.LOADING or state not in HAS_CHILD:  # else only another process is a sign of life
             model.dead_since = None
         if state not in HAS_CHILD:
             model.pid = model.port = model.n_ctx = None

@@ -21,7 +21,7 @@ from llamavisor.slots import Key, Slot
 from llamavisor.states import HAS_CHILD
 
 GONE_S = 10.0
-"""How long the end of a model's process is waited for after its router has said so; the kernel may hold it."""
+"""After so long a process that does not end, though its router says that the model is unloaded, is warned about."""
 READ_S = 0.5
 """How long a reading before an unload may take; an older one has to do then."""
 
@@ -64,7 +64,7 @@ class Moves:
         self._start_soon = start_soon
         self._loading: dict[Key, Slot] = {}  # whose load a worker has asked for
         self._seeing_off: set[Key] = set()  # whose process and memory are being waited for
-        self._reasons: dict[Key, ev.UnloadReason] = {}  # why models leave that have been told to
+        self._reasons: dict[Key, tuple[Slot, ev.UnloadReason]] = {}  # why models leave that have been told to
         self._balances: dict[Key, _Balance] = {}  # of those that have been told to leave
 
     def __repr__(self) -> str:
@@ -74,9 +74,15 @@ class Moves:
         """Whether a worker is at work on the model, and will tell what comes of it."""
         return key in self._loading or key in self._seeing_off
 
+    def is_loading(self, key: Key) -> bool:
+        """Whether the load of the model that is told of is ours."""
+        slot = self._loading.get(key)
+        return slot is not None and self._is_there(slot)
+
     def note_reason(self, key: Key, reason: ev.UnloadReason) -> None:
         """Say why a model is to leave; without that it leaves to make room."""
-        self._reasons[key] = reason
+        if (slot := self._admission.slot(*key)) is not None:
+            self._reasons[key] = slot, reason
 
     def load(self, key: Key) -> None:
         """Have a model loaded."""
@@ -99,11 +105,13 @@ class Moves:
     async def _load(self, slot: Slot) -> None:
         """The worker of a load. What comes of it is told by events, unless it could not even begin."""
         name, model = slot.key
+        router = self._routers.get(name)
         try:
-            if (router := self._routers.get(name)) is not None:
+            if router is not None:
                 await router.load(model)
         except LlamavisorError as error:
-            if self._is_there(slot):
+            # Of a router that has ended it is told besides when nothing of it is left.
+            if router is not None and router.is_serving and self._is_there(slot):
                 now, text = anyio.current_time(), str(error)
                 self._tell(self._admission.load_failed(name, model, text, for_memory=is_for_memory(text), now=now))
                 self.see_off(slot.key)
@@ -115,38 +123,58 @@ class Moves:
         """The worker of an unload."""
         name, model = slot.key
         router = self._routers.get(name)
-        reason = self._reasons.pop(slot.key, ev.UnloadReason.EVICTED)
+        noted, reason = self._reasons.pop(slot.key, (slot, ev.UnloadReason.EVICTED))
+        if noted is not slot:  # of a former life, which ended before it was told to
+            reason = ev.UnloadReason.EVICTED
         if router is None:
             return  # what is left of it is cleared away
         await self._meter.read_now(READ_S)
+        if not self._is_there(slot):
+            return  # it has ended meanwhile; what there is of the model now is not meant
         self._balances[slot.key] = self._balance(slot)
         try:
             await router.unload(model, reason=reason, if_idle=if_idle)
         except ApiError:
-            self._balances.pop(slot.key, None)
             if self._is_there(slot):
                 self._tell(self._admission.stayed(name, model, anyio.current_time()))
         except LlamavisorError:
             pass  # its router has ended, which is told besides, or does not know it any more
         if router.is_serving and self._is_there(slot) and not has_child(router, model):
             self.see_off(slot.key)
+        if slot.key not in self._seeing_off:  # of the next life this balance would be wrong
+            self._balances.pop(slot.key, None)
 
     async def _await_gone(self, slot: Slot) -> None:
         name, model = slot.key
+        router = self._routers.get(name)
         # Of one that has ended unasked the last reading has to do, and RAM says nothing.
         balance = self._balances.pop(slot.key, None) or self._balance(slot)
         try:
-            if (router := self._routers.get(name)) is not None:
-                with anyio.move_on_after(GONE_S):
-                    await router.wait_until(lambda: not router.table.has_process(model))
+            if router is not None:
+                await self._await_end(router, model)
             missing = await await_reclaim(self._meter.read_now, balance.free, balance.comes)
             for device, size in missing.items():
                 if size > 0:
                     self._publish(ev.MemoryUnreclaimed(router=name, model=model, device=device, bytes=size))
         finally:
             self._seeing_off.discard(slot.key)
-        if self._is_there(slot):  # else its router has gone meanwhile
+            self._balances.pop(slot.key, None)  # of one who was told to leave when its end was seen already
+        # Of a router that has ended meanwhile it is told besides when nothing of it is left.
+        if self._is_there(slot) and (router is None or router.is_serving):
             self._tell(self._admission.gone(name, model, anyio.current_time()))
+
+    async def _await_end(self, router: Router, model: str) -> None:
+        """Wait until no process of the model is left; nothing of it is free before that, however long it takes."""
+
+        def has_ended() -> bool:
+            return not router.table.has_process(model) or not router.is_serving
+
+        with anyio.move_on_after(GONE_S) as scope:
+            await router.wait_until(has_ended)
+        if scope.cancelled_caught:
+            text = f"its process on {router.name} does not end: the kernel holds it, and its memory"
+            self._publish(ev.Warned(subject=f"model {model}", text=text))
+            await router.wait_until(has_ended)
 
     def _balance(self, slot: Slot) -> _Balance:
         """What is free as last read, and what comes free with the end of a model's process."""

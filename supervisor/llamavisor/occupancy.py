@@ -25,8 +25,8 @@ class Occupant:
         ttl_s: after so many idle seconds it is unloaded, None for never.
         expires_at: monotonic time at which that will be if nobody uses it, None for never (or not now: it is busy).
         is_pinned: whether it is to stay.
-        n_ctx: tokens of context that it got, None while that is not known.
-        n_ctx_asked: tokens of context that it was to get, None when nobody knows.
+        n_ctx: tokens of context that it got for each request, None while that is not known.
+        n_ctx_asked: tokens of context that it was to get, likewise, None when nobody knows.
         is_ctx_ours: whether that was our choice, because nobody had made one.
     """
 
@@ -96,6 +96,25 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quarantined:
+    """A model that is not loaded for a while, because it has failed.
+
+    Attributes:
+        router: where.
+        model: its name.
+        until: monotonic time at which it may be tried again.
+        failures: how often in a row it has failed.
+        reason: why, the last time, in one line.
+    """
+
+    router: str
+    model: str
+    until: float
+    failures: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Occupancy:
     """All of it at one moment.
 
@@ -105,6 +124,7 @@ class Occupancy:
         queues: in the order of arrival.
         is_enforced: whether budgets are kept to, which needs `serve = "gateway"`; else they are only shown.
         strain: why no model is loaded for now: memory is short; "" while it is not.
+        quarantined: the models that are not loaded for now because they have failed.
     """
 
     occupants: tuple[Occupant, ...]
@@ -112,6 +132,7 @@ class Occupancy:
     queues: tuple[Queue, ...]
     is_enforced: bool
     strain: str = ""
+    quarantined: tuple[Quarantined, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -170,6 +170,13 @@ class Operations:
             self._queue.remove(reload)
         self.refuse(reload, None)
 
+    def refuse_loads(self, error: LlamavisorError) -> None:
+        """Loads that have not begun are not begun: tell who waits for them."""
+        for name in self.queued_loads():
+            load = Operation(Kind.LOAD, name)
+            self._queue.remove(load)
+            self.refuse(load, error)
+
     def refuse_all(self, error: LlamavisorError) -> None:
         """The router will not serve for now: forget the queue, and tell everybody who waits."""
         self._queue.clear()

@@ -25,20 +25,21 @@ from llamavisor.demands import (
     Why,
 )
 from llamavisor.eviction import Demand, Plan, Reason, Refusal, Resident
-from llamavisor.placement import Candidate, Choice, place
+from llamavisor.placement import Candidate, Choice, Reserved, place
 from llamavisor.quarantine import Quarantine, Quarantines
 from llamavisor.slots import Key, Slot, Slots, Stage
 
 MIN_RETRY_S = 5.0
 MAX_RETRY_S = 300.0
-STRAINED_RETRY_S = 15.0
-"""When to come again while memory is short: it is looked at every second, and has to be better for a while."""
+LOAD_STALL_S = 1800.0
+"""For how long a load of its own without any progress is waited for: slow is not dead, and builds differ in what they
+tell. Its router ends a load sooner, by the size of the files (`residency.LOAD_DEADLINE_S`), which ends the wait."""
 TYPICAL_LOAD_S = 10.0
 """The first guess of how long a load takes, for who asks when to come again."""
 
 
 class Orders:
-    """Who waits, in the order of arrival: one order for each model.
+    """Who waits, in the order of arrival: one order for each model, and for each router on which alone it is wanted.
 
     Args:
         slots: the table.
@@ -50,18 +51,19 @@ class Orders:
         pinned: the models that are not to be chosen.
         is_up: which routers can be used, as far as told; a candidate has to say so too.
         strain: why nothing may be loaded for now, "" if it may.
+        strain_retry_s: after so many seconds it may be over.
         typical_load_s: how long loads have taken of late.
     """
 
     def __init__(self, slots: Slots, quarantines: Quarantines, limits: Limits) -> None:
         self.pinned: AbstractSet[str] = frozenset()
         self.is_up: dict[str, bool] = {}
-        self.strain = ""
+        self.strain, self.strain_retry_s = "", 0.0
         self.typical_load_s = TYPICAL_LOAD_S
         self._slots = slots
         self._quarantines = quarantines
         self.limits = limits
-        self._orders: dict[str, Order] = {}  # Invariant: in the order of arrival
+        self._orders: dict[tuple[str, str | None], Order] = {}  # Invariant: in the order of arrival
         self._numbers = 0
 
     def __repr__(self) -> str:
@@ -73,13 +75,20 @@ class Orders:
     def __len__(self) -> int:
         return len(self._orders)
 
-    def get(self, model: str) -> Order | None:
-        """Who waits for the model, None if nobody does."""
-        return self._orders.get(model)
+    def get(self, model: str, only: str | None) -> Order | None:
+        """Who waits for the model, on that router only or, of None, on any; None if nobody does."""
+        return self._orders.get((model, only))
+
+    def of(self, model: str, router: str) -> list[Order]:
+        """All who wait for the model and may have it on that router."""
+        return [each for each in self if each.model == model and each.only in (None, router)]
 
     def add(self, order: Order) -> None:
         """Somebody is the first to wait for a model."""
-        self._orders[order.model] = order
+        self._orders[order.model, order.only] = order
+
+    def _remove(self, order: Order) -> None:
+        del self._orders[order.model, order.only]
 
     def settle(self, now: float) -> list[Action]:
         """The step: who waits is granted, refused, or has what it needs loaded, unloaded and reserved."""
@@ -101,7 +110,7 @@ class Orders:
         granted: list[Action] = []
         for order in list(self._orders.values()):
             if slot := self.find(order.model, order.candidates, Stage.LOADED):
-                del self._orders[order.model]
+                self._remove(order)
                 granted += [self.grant(number, slot, now) for number in order.tickets]
         return granted
 
@@ -121,7 +130,7 @@ class Orders:
                 continue
             usable, outcome = self._place(order, claims.reserved, now)
             if isinstance(outcome, Rejection):
-                del self._orders[order.model]
+                self._remove(order)
                 actions += [Refuse(number, outcome) for number in order.tickets]
             elif isinstance(outcome, Refusal):
                 order.refusal = outcome
@@ -138,14 +147,14 @@ class Orders:
         return needed
 
     def _place(
-        self, order: Order, reserved: Sequence[Demand], now: float
+        self, order: Order, reserved: Reserved, now: float
     ) -> tuple[Sequence[Candidate], Choice | Refusal | Rejection]:
         """Where the order is loaded and who leaves for it; or what it waits for; or why it is refused.
 
         Returns the candidates that came into question with it.
         """
         if self.strain:
-            return (), Rejection(Why.STRAINED, order.model, self.strain, STRAINED_RETRY_S)
+            return (), Rejection(Why.STRAINED, order.model, self.strain, max(self.strain_retry_s, MIN_RETRY_S))
         usable: list[Candidate] = []
         failed: list[Quarantine] = []
         for each in order.candidates:
@@ -166,9 +175,14 @@ class Orders:
         detail = outcome.text.removeprefix(f"model {order.model}: ")
         return usable, Rejection(Why.IMPOSSIBLE, order.model, detail, None, outcome)
 
-    def _choose(
-        self, order: Order, usable: Sequence[Candidate], reserved: Sequence[Demand], now: float
-    ) -> Choice | Refusal:
+    def what_if(
+        self, model: str, candidates: Sequence[Candidate], now: float
+    ) -> tuple[Sequence[Candidate], Choice | Refusal | Rejection]:
+        """What would become of a demand if it were the first in the queue; nothing is changed."""
+        order = Order(model, None, tuple(candidates), since=now, progressed_at=now)
+        return self._place(order, Reserved(), now)
+
+    def _choose(self, order: Order, usable: Sequence[Candidate], reserved: Reserved, now: float) -> Choice | Refusal:
         """Where there is room, or will be. Who is idle by now leaves, rather than who was closed and is busy still."""
         residents = self._slots.residents(now)
         closed = {slot.key for slot in self._slots if slot.stage is Stage.DRAINING and not slot.is_dismissed}
@@ -238,8 +252,9 @@ class Orders:
     def _expire(self, now: float) -> list[Action]:
         """Refuse who has waited in vain for too long."""
         actions: list[Action] = []
-        limit_s = self.limits.stall_s
         for order in list(self._orders.values()):
+            is_loading = self.find(order.model, order.candidates, Stage.LOADING) is not None
+            limit_s = max(self.limits.stall_s, LOAD_STALL_S) if is_loading else self.limits.stall_s
             late = [at for at, since in order.tickets.items() if now - max(since, order.progressed_at) >= limit_s]
             if late:
                 detail = f"nothing has moved for {limit_s:.0f} s: {order.obstacle}"
@@ -250,12 +265,13 @@ class Orders:
         return actions
 
     def abandon(self, order: Order) -> list[Action]:
-        """Nobody waits for the model any more."""
-        del self._orders[order.model]
+        """Nobody of that order waits any more."""
+        self._remove(order)
         cancelled: list[Action] = []
         for slot in self._slots:
             is_its_load = slot.resident.name == order.model and slot.stage is Stage.LOADING and slot.is_ours
-            if is_its_load and slot.progress < CANCEL_BELOW:
+            is_wanted = is_its_load and self.of(order.model, slot.resident.router)
+            if is_its_load and not is_wanted and slot.progress < CANCEL_BELOW:
                 slot.become(Stage.LEAVING)
                 cancelled.append(CancelLoad(*slot.key))
         return cancelled

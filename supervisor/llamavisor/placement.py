@@ -8,7 +8,7 @@ the one may be made by unloading another from its neighbour.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llamavisor.eviction import (
     MIN_RESIDENCY_S,
@@ -54,6 +54,23 @@ class Candidate:
         return self.devices is None or taken <= self.devices | {RAM}
 
 
+@dataclass(slots=True)
+class Reserved:
+    """What is promised to demands that came before, added up: it is looked at with every candidate.
+
+    Attributes:
+        bytes: of each device, by whatever router.
+        models: how many, by router.
+    """
+
+    bytes: dict[str, int] = field(default_factory=dict)
+    models: dict[str, int] = field(default_factory=dict)
+
+    def for_router(self, router: str) -> dict[str, int]:
+        """As eviction wants it for a demand on that router."""
+        return {**self.bytes, MODELS: self.models.get(router, 0)}
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """Where the model is, or is to be loaded.
@@ -74,7 +91,7 @@ def place(
     *,
     now: float,
     router: str | None = None,
-    reserved: Sequence[Demand] = (),
+    reserved: Reserved | None = None,
     min_residency_s: float = MIN_RESIDENCY_S,
     may_drain: bool = False,
 ) -> Choice | Refusal:
@@ -93,7 +110,7 @@ def place(
         residents: of all routers that share devices with the candidates, each naming its own; in any order.
         now: monotonic time in seconds.
         router: the only router on which the model may be, if its `router` says so.
-        reserved: demands that came before and wait for room, each naming its router.
+        reserved: what is promised to demands that came before.
         min_residency_s: as for `eviction.choose`.
         may_drain: likewise.
     """
@@ -115,7 +132,7 @@ def place(
             each.budget,
             Demand(name, each.bytes, each.router),
             now=now,
-            reserved=_promised(reserved, each.router),
+            reserved=reserved.for_router(each.router) if reserved is not None else {},
             min_residency_s=min_residency_s,
             may_drain=may_drain,
         )
@@ -149,12 +166,3 @@ _HOPE = (
     Reason.ALL_BUSY,
 )
 """Refusals, the most hopeless first."""
-
-
-def _promised(reserved: Sequence[Demand], router: str) -> dict[str, int]:
-    """What is promised of each device, by whatever router, and of the count of models of this one."""
-    promised = {MODELS: sum(each.router == router for each in reserved)}
-    for each in reserved:
-        for device, size in each.bytes.items():
-            promised[device] = promised.get(device, 0) + size
-    return promised

@@ -47,6 +47,10 @@ class Quarantines:
         failed = self._failed.get((router, model))
         return failed if failed is not None and now < failed.until else None
 
+    def all(self, now: float) -> list[Quarantine]:
+        """All that are not to be loaded now."""
+        return [failed for failed in self._failed.values() if now < failed.until]
+
     def failed(self, key: Key, reason: str, now: float) -> Quarantine:
         """It has failed: it is left alone for min(30 min, 30 s x 2^(failures - 1))."""
         before, loaded_at = self._failed.get(key), self._loaded_at.pop(key, None)

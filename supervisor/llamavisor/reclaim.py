@@ -58,20 +58,21 @@ async def await_reclaim(
     began = anyio.current_time()
     share = _PER_CPU_FRACTION * (processors or os.cpu_count() or 1)
     missing = dict.fromkeys(expected, 0)
-    waited_for = {device: ram_s if device == RAM_ID else gpu_s for device, size in expected.items() if size > 0}
+    # When each is given up: what is left until then is exact, and what has passed since `began` may never be enough.
+    ends = {device: began + (ram_s if device == RAM_ID else gpu_s) for device, size in expected.items() if size > 0}
     pause_s = FIRST_PAUSE_S
-    while waited_for:
-        readings = await read(began + max(waited_for.values()) - anyio.current_time())
-        passed_s = anyio.current_time() - began
+    while ends:
+        readings = await read(max(ends.values()) - anyio.current_time())
+        now = anyio.current_time()
         is_new = any(reading.at >= began for reading in readings.values())  # else the gauge is slow
-        for device, most_s in tuple(waited_for.items()):
+        for device, end in tuple(ends.items()):
             if is_new:
                 kept = share if device == RAM_ID else None
                 missing[device] = _missing(readings.get(device), before.get(device), expected[device], began, kept)
-            if passed_s >= most_s or (is_new and not missing[device]):
-                del waited_for[device]
-        if waited_for:
-            await anyio.sleep(min(pause_s, max(0.0, min(waited_for.values()) - passed_s)))
+            if now >= end or (is_new and not missing[device]):
+                del ends[device]
+        if ends:
+            await anyio.sleep(min(pause_s, max(0.0, min(ends.values()) - now)))
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
     return missing
 

@@ -24,6 +24,7 @@ from llamavisor.errors import (
     ModelNotFoundError,
     ModelsMaxError,
     OptionError,
+    RouterNotReadyError,
 )
 from llamavisor.host import Api, Host
 from llamavisor.launch import Launch
@@ -132,14 +133,14 @@ class Residency:
 
     def _want(self, ticket: Ticket) -> None:
         """Have a model loaded that nobody has asked for just now."""
-        if self._arbiter is not None and self._arbiter.decides:
+        if self._arbiter is not None and self._is_governed:
             self._arbiter.demand(self.settings.name, ticket)
         else:
             self.accept(ticket)
 
     def _retire(self, name: str) -> None:
         """Have a model unloaded that is not what it should be, once it is idle."""
-        if self._arbiter is not None and self._arbiter.decides:
+        if self._arbiter is not None and self._is_governed:
             self._arbiter.dismiss(self.settings.name, name)
         else:
             self.accept(Ticket(Operation(Kind.UNLOAD, name, if_idle=True, reason=ev.UnloadReason.REFRESHED)))
@@ -169,7 +170,17 @@ class Residency:
         self._refresh.forget()  # the next start tells it everything
         self._operations.end(None)
         self._operations.drop_reloads()
+        if self._is_governed:  # what was decided for the process that has ended is decided anew for the next
+            self._operations.refuse_loads(self._not_up())
         self._publish(self.table.router_ended(now=now))
+
+    @property
+    def _is_governed(self) -> bool:
+        """Whether every load here is somebody else's decision."""
+        return self._arbiter is not None and self._arbiter.decides
+
+    def _not_up(self) -> RouterNotReadyError:
+        return RouterNotReadyError(f"router {self.settings.name} is not up", hint="ask again when it is")
 
     def _is_pinned(self, name: str) -> bool:
         return self._arbiter is not None and self._arbiter.is_pinned(name)
@@ -244,12 +255,14 @@ class Residency:
                     self._want(Ticket(Operation(Kind.LOAD, event.model)))
 
     def accept(self, ticket: Ticket) -> None:
-        """Take a wish in. A router that is starting is waited for."""
+        """Take a wish in. A router that is starting is waited for, but not by what an arbiter has decided."""
         operation = ticket.operation
         if self._line is not None and operation.model and self.table.get(operation.model) is None:
             ticket.finish(self._unknown(operation.model))
         elif operation.kind is Kind.LOAD and self.closed is not None:
             ticket.finish(self.closed)
+        elif operation.kind is Kind.LOAD and self._line is None and self._is_governed:
+            ticket.finish(self._not_up())
         else:
             if operation.kind is Kind.UNLOAD and self._restoration.leave_out(operation.model):
                 ticket.changed = True
@@ -278,9 +291,11 @@ class Residency:
         if now >= self._look_again_at:
             self._look_again_at = now + LOOK_AGAIN_S
             self.shelf.look_again()
-        for model in self.table:
+        for model in self.table:  # of which there may be thousands
+            if model.state is not ModelState.LOADING:
+                continue
             unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)
-            if model.state is not ModelState.LOADING or self._operations.is_pending(unload):
+            if self._operations.is_pending(unload):
                 continue
             deadline_s = _deadline_s(self.shelf.size_bytes(model.name))
             if now - model.progressed_at > deadline_s:
@@ -431,7 +446,7 @@ class Residency:
 
     def _is_full(self) -> bool:
         """Whether one more model would push another one out. An arbiter sees to that itself."""
-        if self._arbiter is not None and self._arbiter.decides:
+        if self._is_governed:
             return False
         held = {model.name for model in self.table if model.state in HAS_CHILD} | self._operations.queued_loads()
         return 0 < self.settings.models_max <= len(held)

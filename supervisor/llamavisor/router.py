@@ -8,6 +8,7 @@ workers; it never waits for the outside itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import anyio
@@ -55,9 +56,7 @@ class Router:
     Everything public may be read at any time on the event loop; only the owner (`run`) writes.
     """
 
-    def __init__(
-        self, host: Host, *, bus: ev.Bus, random: Callable[[], float], arbiter: Arbiter | None = None
-    ) -> None:
+    def __init__(self, host: Host, *, bus: ev.Bus, random: Callable[[], float], arbiter: Arbiter | None = None) -> None:
         self.life = Life()
         self.since = 0.0
         self.history = restart.RestartHistory()
@@ -88,7 +87,11 @@ class Router:
         self._tasks: anyio.abc.TaskGroup | None = None
         self._grace_s = TERM_GRACE_S
         self._renewal = Renewal(
-            self.name, self._residency, self._troubles, restart=self._restart_for, begin=self._begin
+            self.name,
+            self._residency,
+            self._troubles,
+            restart=self._restart_for,
+            begin=lambda work: self._generation is not None and self._generation.start_soon(work),
         )
         self._pause = Pause(start_soon=self._start_soon, post=self._post)
 
@@ -336,7 +339,7 @@ class Router:
                 self._spawn()
             case RouterAction.STOP:
                 assert self._generation is not None  # noqa: S101 (only a state with a generation leads here)
-                self._start_soon(self._stop_generation, self._generation)
+                self._start_soon(partial(self._generation.stop, grace_s=self._grace_s))
             case RouterAction.BACK_OFF:
                 self._back_off()
             case RouterAction.LATCH:
@@ -350,16 +353,13 @@ class Router:
         self._ready_since = self._waiting = self.launch = None
         self._troubles.forget()
         self._residency.closed = None
-
-        def post(heard: news.News) -> None:
-            self._post(Heard(generation, heard))
-
-        generation = gen.Generation(self._host, post=post, revision=lambda: self.table.revision)
+        generation = gen.Generation(
+            self._host,
+            post=lambda heard: self._post(Heard(generation, heard)),
+            revision=lambda: self.table.revision,
+        )
         self._generation = generation
         self._start_soon(generation.run, before.gone if before else None)
-
-    async def _stop_generation(self, generation: gen.Generation) -> None:
-        await generation.stop(grace_s=self._grace_s)
 
     def _back_off(self) -> None:
         now = anyio.current_time()
@@ -393,7 +393,7 @@ class Router:
                 self._residency.hear(heard)
             case news.Unsound(reason):
                 self._renewal.unsound(reason)
-            case news.AllIdle() if self.is_serving and not self._is_promised:
+            case news.AllIdle() if self.is_serving and not (self._arbiter and self._arbiter.is_used(self.name)):
                 self._renewal.confirmed()
             case news.Probed(duration_s, error) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
@@ -402,22 +402,21 @@ class Router:
             case news.DevicesMissing(devices):
                 self._renewal.devices_missing(devices)
             case news.Polling(reason):
-                text = f"{reason}; its list is read every second instead"
-                self._publish(ev.Warned(subject=f"router {self.name}", text=text))
+                self._warn(f"{reason}; its list is read every second instead")
             case news.Replaced():
                 self._renewal.replaced()
                 self._renewal.advance(now=now)
             case news.Waiting(reason, is_news):
                 self._waiting = reason
                 if is_news and reason is not None:
-                    self._publish(ev.Warned(subject=f"router {self.name}", text=reason))
+                    self._warn(reason)
             case news.Spawned(process, launch, offer):
                 self.process, self.launch, self.spawned_at = process, launch, now
                 self._residency.told(offer)
                 self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
                 self.restarts += self._why is not None
                 for warning in launch.warnings:
-                    self._publish(ev.Warned(subject=f"router {self.name}", text=warning))
+                    self._warn(warning)
             case news.CameUp() if self.state is RouterState.STARTING:  # not while it is being stopped
                 self._come_up(heard)
             case news.Overdue(reason):
@@ -439,8 +438,7 @@ class Router:
         url = self.settings.url
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=url, start_s=up.start_s))
         if not up.models:
-            text = f"no models yet: put GGUF files into {self.settings.models_dir}"
-            self._publish(ev.Warned(subject=f"router {self.name}", text=text))
+            self._warn(f"no models yet: put GGUF files into {self.settings.models_dir}")
         self._renewal.devices_missing(up.missing_devices)
 
     def _end(self, ended: news.Ended) -> None:
@@ -462,16 +460,12 @@ class Router:
             self.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
 
+    def _warn(self, text: str) -> None:
+        self._publish(ev.Warned(subject=f"router {self.name}", text=text))
+
     def _restart_for(self, cause: Cause) -> None:
         self._why = cause
         self._signal(RouterInput.RESTART)
-
-    def _begin(self, work: Callable[[], Coroutine[Any, Any, None]]) -> bool:
-        return self._generation is not None and self._generation.start_soon(work)
-
-    @property
-    def _is_promised(self) -> bool:
-        return self._arbiter is not None and self._arbiter.is_used(self.name)
 
     @property
     def _is_wanted(self) -> bool:
@@ -482,8 +476,6 @@ class Router:
         return RouterNotReadyError(
             f"router {self.name} is {self.state.value}{reason}", hint=self.hint or f"llamavisor start {self.name}"
         )
-
-    # --- the clock ------------------------------------------------------------------------------------------------
 
     async def _tell_the_time(self) -> None:
         while True:

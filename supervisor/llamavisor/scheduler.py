@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
@@ -21,13 +20,9 @@ from llamavisor.admission import Admission
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
 from llamavisor.cause import is_for_memory
-from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Refuse, Rejection, Unload, Why
-from llamavisor.errors import (
-    DemandRefusedError,
-    LlamavisorError,
-    ModelLoadError,
-    RouterNotReadyError,
-)
+from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Order, Refuse, Rejection, Unload, Why
+from llamavisor.endpoint import Endpoint
+from llamavisor.errors import LlamavisorError, ModelLoadError, RouterNotReadyError
 from llamavisor.inbox import Inbox
 from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
@@ -37,6 +32,7 @@ from llamavisor.router import Router
 from llamavisor.settings import FleetSettings
 from llamavisor.slots import Key, Stage
 from llamavisor.states import RouterState
+from llamavisor.waiters import Answer, Waiters, refusal
 from llamavisor.whereabouts import Whereabouts
 
 PORT_S = 5.0
@@ -44,43 +40,13 @@ PORT_S = 5.0
 CRASHES = 3
 CRASHES_WITHIN_S = 300.0
 """A serving model that has crashed so often within so long is left alone for a while (FAULTS.md, P6)."""
+APPRAISE_S = 30.0
+"""How long it may take to find out what a model would take; then it waits in the queue until that is known."""
+QUEUE_RETRY_S = 5.0
 OOM_NEWS_S = 2.0
 """How long after a kill by the kernel the end of a process is put down to it."""
 
 _CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED})
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a model answers, for as long as its lease lasts.
-
-    Attributes:
-        router: the router that has it.
-        model: its name.
-        host: the address of its process.
-        port: likewise.
-        api_key: what its process asks for, None for nothing.
-    """
-
-    router: str
-    model: str
-    host: str
-    port: int
-    api_key: str | None = field(default=None, repr=False)
-
-    @property
-    def url(self) -> str:
-        """The base of its OpenAI endpoint's address, without `/v1`."""
-        return f"http://{self.host}:{self.port}"
-
-
-@dataclass(eq=False, slots=True)
-class _Demand:
-    """Somebody who waits; `answer` is called once, in the step in which it is decided."""
-
-    model: str
-    since: float
-    answer: Callable[[Lease | Rejection], None]
 
 
 class Scheduler:
@@ -112,7 +78,9 @@ class Scheduler:
         self._appraisals = appraisals
         self._decides = False
         self._pinned: frozenset[str] = frozenset()
-        self._demands: dict[int, _Demand] = {}
+        self._waiters = Waiters(bus.publish)
+        self._appraising = 0  # demands that are not in the queue yet: what they would take is being found out
+        self._is_refreshing = self._refreshes_again = False
         self.where = Whereabouts(routers, self.admission, capacity, appraisals)
         self._moves = Moves(
             routers,
@@ -159,7 +127,7 @@ class Scheduler:
                 self.release(outcome)
                 ticket.finish()
             else:
-                ticket.finish(_refusal(outcome))
+                ticket.finish(refusal(outcome))
 
         async def ask() -> None:
             try:
@@ -172,9 +140,11 @@ class Scheduler:
 
     def dismiss(self, router: str, model: str, reason: ev.UnloadReason = ev.UnloadReason.REFRESHED) -> None:
         """Have a model unloaded as soon as nobody uses it."""
-        if self.admission.slot(router, model) is not None:
+        actions = self.admission.dismiss(router, model, anyio.current_time())
+        slot = self.admission.slot(router, model)
+        if slot is not None and slot.is_dismissed:
             self._moves.note_reason((router, model), reason)
-        self.carry_out(self.admission.dismiss(router, model, anyio.current_time()))
+        self.carry_out(actions)
 
     def is_pinned(self, model: str) -> bool:
         """Whether a person wants the model to stay in memory."""
@@ -212,8 +182,12 @@ class Scheduler:
             self.release(lease)
 
     async def have(self, model: str, *, router: str | None = None) -> bool:
-        """Have a model loaded; returns whether it was not yet. Waits, and raises as `lease` does."""
-        name = self.where.name_of(model)
+        """Have a model loaded because a person wants it; returns whether it was not yet. Waits; raises as `lease` does.
+
+        That it has failed before does not count: the person may have mended it.
+        """
+        name = self.where.name_of(model, only=router)
+        self.carry_out(self.admission.forgive(name, anyio.current_time()))
         was_there = self.where.is_loaded(name, router)
         self.release(await self._acquire(name, router))
         return not was_there
@@ -223,8 +197,8 @@ class Scheduler:
             raise RouterNotReadyError(
                 'routers decide themselves what they load with serve = "router"', hint="ask the router for the model"
             )
-        name = self.where.name_of(model)
-        await self.where.appraise(name, only=router)
+        name = self.where.name_of(model, only=router)
+        await self._appraise(name, router)
         outcome: list[Lease | Rejection] = []
         decided = anyio.Event()
 
@@ -232,11 +206,11 @@ class Scheduler:
             outcome.append(given)
             decided.set()
 
-        number = self._ask(name, self.where.candidates(name, only=router), answer)
+        number = self._ask(name, self.where.candidates(name, only=router), answer, only=router)
         try:
             await decided.wait()
         except BaseException:
-            self._demands.pop(number, None)
+            self._waiters.remove(number)
             for given in outcome:
                 if isinstance(given, Lease):
                     self.release(given)
@@ -245,24 +219,46 @@ class Scheduler:
             raise
         given = outcome[0]
         if isinstance(given, Rejection):
-            raise _refusal(given)
+            raise refusal(given)
         return given
 
-    def _ask(self, name: str, candidates: Sequence[Candidate], answer: Callable[[Lease | Rejection], None]) -> int:
+    async def _appraise(self, name: str, router: str | None) -> None:
+        """See that it is known what the model would take; who waits for that counts among those who wait."""
+        if self._appraising + self.admission.waiting >= self.admission.limits.max_waiting:
+            detail = f"{self._appraising + self.admission.waiting} others wait"
+            raise refusal(Rejection(Why.QUEUE_FULL, name, detail, QUEUE_RETRY_S))
+        self._appraising += 1
+        try:
+            with anyio.move_on_after(APPRAISE_S):
+                await self.where.appraise(name, only=router)
+        finally:
+            self._appraising -= 1
+
+    def _ask(
+        self,
+        name: str,
+        candidates: Sequence[Candidate],
+        answer: Answer,
+        *,
+        only: str | None = None,
+    ) -> int:
         now = anyio.current_time()
-        number, actions = self.admission.ask(name, candidates, now)
-        self._demands[number] = _Demand(name, now, answer)
+        number, actions = self.admission.ask(name, candidates, now, only=only)
+        self._waiters.add(number, name, answer)
         self.carry_out(actions)
         return number
 
     async def _endpoint(self, lease: Lease) -> Endpoint:
         router = self._routers.get(lease.router)
         if router is not None:
-            model = router.table.get(lease.model)
-            if model is not None and model.port is None:
-                with anyio.move_on_after(PORT_S):
-                    await router.wait_until(lambda: _port(router, lease.model) is not None)
-            if (port := _port(router, lease.model)) is not None:
+
+            def is_decided() -> bool:
+                return _port(router, lease.model) is not None or not self.admission.is_kept(lease)
+
+            with anyio.move_on_after(PORT_S):
+                await router.wait_until(is_decided)
+            port = _port(router, lease.model)
+            if port is not None and self.admission.is_kept(lease):  # else it is the port of its next life
                 return Endpoint(lease.router, lease.model, "127.0.0.1", port, router.settings.api_key)
         raise ModelLoadError(f"model {lease.model}: its process was lost", hint="ask again")
 
@@ -270,18 +266,31 @@ class Scheduler:
         """A lease has ended."""
         self.carry_out(self.admission.release(lease, anyio.current_time()))
 
-    async def refresh(self) -> None:
-        """Something has changed about routers or models: see that who waits is served accordingly. Waits."""
-        for order in self.admission.orders:
-            await self.where.appraise(order.model)
-            self._offer_candidates(order.model)
+    def refresh(self) -> None:
+        """Something has changed about routers, models or memory: see that who waits is served accordingly."""
+        if self._is_refreshing:
+            self._refreshes_again = True
+        elif self.admission.orders:
+            self._is_refreshing = True
+            self._start_soon(self._refresh)
 
-    def _offer_candidates(self, name: str) -> None:
+    async def _refresh(self) -> None:
         try:
-            candidates = self.where.candidates(name)
+            self._refreshes_again = False
+            for order in self.admission.orders:
+                await self.where.appraise(order.model, only=order.only)
+            candidates = {(order.model, order.only): self._candidates_of(order) for order in self.admission.orders}
+            self.carry_out(self.admission.candidates_changed(candidates, anyio.current_time()))
+        finally:
+            self._is_refreshing = False
+        if self._refreshes_again:
+            self.refresh()
+
+    def _candidates_of(self, order: Order) -> list[Candidate]:
+        try:
+            return self.where.candidates(order.model, only=order.only)
         except LlamavisorError:
-            candidates = []  # admission says that it may be nowhere
-        self.carry_out(self.admission.candidates_changed(name, candidates, anyio.current_time()))
+            return []  # admission says that it may be nowhere
 
     def pin(self, models: frozenset[str]) -> None:
         """These models are to stay in memory, and no others."""
@@ -301,42 +310,25 @@ class Scheduler:
         for action in actions:
             match action:
                 case Grant(number, lease):
-                    self._granted(number, lease)
+                    if not self._waiters.grant(number, lease):
+                        self.release(lease)
                 case Refuse(number, rejection):
-                    self._refused(number, rejection)
-                case Load(router, model):
+                    self._waiters.refuse(number, rejection)
+                case Load(router, model, is_oversize):
+                    if is_oversize:
+                        text = f"is larger than the whole budget of router {router}; llama.cpp makes it fit as it can"
+                        self._bus.publish(ev.Warned(subject=f"model {model}", text=text))
                     self._moves.load((router, model))
-                case Unload(router, model) | CancelLoad(router, model):
+                case Unload(router, model):
                     if reason is not None:
                         self._moves.note_reason((router, model), reason)
                     # Who has a lease is known where we decide; else a client may have come a moment ago.
                     self._moves.unload((router, model), if_idle=not self._decides)
+                case CancelLoad(router, model):
+                    self._moves.note_reason((router, model), ev.UnloadReason.CANCELLED)
+                    self._moves.unload((router, model), if_idle=False)
                 case Quarantine():
                     self._tell_quarantine(action)
-
-    def _granted(self, number: int, lease: Lease) -> None:
-        demand = self._demands.pop(number, None)
-        if demand is None:  # who asked has left in the meantime
-            self.release(lease)
-            return
-        wait_s = anyio.current_time() - demand.since
-        self._bus.publish(ev.DemandMet(router=lease.router, model=lease.model, wait_s=wait_s))
-        demand.answer(lease)
-
-    def _refused(self, number: int, rejection: Rejection) -> None:
-        demand = self._demands.pop(number, None)
-        if demand is None:
-            return
-        self._bus.publish(
-            ev.DemandRefused(
-                model=demand.model,
-                reason=rejection.why.value,
-                detail=rejection.detail,
-                wait_s=anyio.current_time() - demand.since,
-                retry_after_s=rejection.retry_after_s,
-            )
-        )
-        demand.answer(rejection)
 
     def _tell_quarantine(self, quarantine: Quarantine) -> None:
         self._bus.publish(
@@ -364,14 +356,17 @@ class Scheduler:
             case ev.RouterReady(router=router):
                 self._ended.discard(router)
                 self.carry_out(admission.router_up(router, now))
-                self._start_soon(self.refresh)
+                self.refresh()
             case ev.ModelAdded() | ev.ModelRemoved() | ev.ModelsChanged() | ev.ModelWithheld():
-                if admission.orders:
-                    self._start_soon(self.refresh)
+                self.refresh()
             case ev.MemoryKill(kills=kills):
                 self._capacity.note_kills(kills, now)
+            case ev.ModelChanged(model=model):
+                self.carry_out(admission.forgive(model, now))
             case ev.ModelLoading(router=router, model=model):
-                self.carry_out(admission.loading(router, model, self._appraisals.expected((router, model)), now))
+                if not self._moves.is_loading((router, model)):
+                    size = self._appraisals.expected((router, model))
+                    self.carry_out(admission.loading(router, model, size, now))
                 self._start_soon(self._size_up, (router, model))
             case ev.ModelProgress(router=router, model=model, progress=progress):
                 admission.progressed(router, model, progress, now)
@@ -448,14 +443,6 @@ class Scheduler:
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         self._work.post((work, args))
-
-
-def _refusal(rejection: Rejection) -> LlamavisorError:
-    hint = rejection.refusal.retry_when if rejection.refusal is not None else ""
-    if rejection.why is Why.QUARANTINED:
-        hint = "see `llamavisor logs`"
-    text = f"model {rejection.model}: {rejection.detail}"
-    return DemandRefusedError(text, hint=hint, reason=rejection.why.value, retry_after_s=rejection.retry_after_s)
 
 
 def _port(router: Router, name: str) -> int | None:

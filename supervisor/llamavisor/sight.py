@@ -12,7 +12,7 @@ import anyio.to_thread
 from llamavisor import footprint, gauge
 from llamavisor.binary import Binary
 from llamavisor.errors import BinaryError
-from llamavisor.gauge.listed import SUFFIX, Ask, ask_llama_server, parse_devices
+from llamavisor.gauge.listed import HIDING, SUFFIX, Ask, ask_llama_server, parse_devices
 
 KEPT_S = 600.0
 """How long a list is believed: asking wakes every GPU, and takes some hundred MiB of each for a moment."""
@@ -102,8 +102,9 @@ def place(
             return known[found].memory_id if found in known else found
         if listed.is_ram_shared:
             return gauge.RAM_ID
-        # The gauge may call another device so: it has asked in an environment that hides nothing.
-        return listed.id if listed.id not in known else f"{name}@{router}"
+        # Two routers mean the same card by the same name only if none of them is hidden from either.
+        is_hidden = any(variable in env for variable in HIDING)
+        return f"{name}@{router}" if is_hidden or listed.id in known else listed.id
 
     return tuple(footprint.Device(_name(each), memory_id(each), each.free_bytes) for each in seen)
 

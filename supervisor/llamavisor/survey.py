@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from llamavisor.admission import Admission
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
+from llamavisor.demands import Order, Rejection
 from llamavisor.eviction import Refusal, Resident
 from llamavisor.gauge import RAM_ID
-from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Queue
-from llamavisor.placement import Candidate, place
+from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Quarantined, Queue
+from llamavisor.placement import Candidate
 from llamavisor.router import Router
 from llamavisor.slots import Slot, Stage
 from llamavisor.states import ModelState
@@ -31,19 +33,24 @@ def survey(
     *,
     is_enforced: bool,
     strain: str,
+    now: float,
 ) -> Occupancy:
     """All of it at this moment."""
     slots = admission.slots()
     occupants = [_occupant(slot, routers.get(slot.resident.router), appraisals) for slot in slots]
+    quarantined = [
+        Quarantined(
+            router=each.router, model=each.model, until=each.until, failures=each.failures, reason=each.reason
+        )
+        for each in admission.quarantined(now)
+    ]
     return Occupancy(
         occupants=tuple(sorted(occupants, key=lambda each: (each.router, each.model))),
         devices=tuple(_devices(routers.values(), slots, appraisals, capacity)),
-        queues=tuple(
-            Queue(model=each.model, demands=len(each.tickets), since=each.since, obstacle=each.obstacle)
-            for each in admission.orders
-        ),
+        queues=tuple(_queues(admission.orders)),
         is_enforced=is_enforced,
         strain=strain,
+        quarantined=tuple(sorted(quarantined, key=lambda each: (each.model, each.router))),
     )
 
 
@@ -58,18 +65,22 @@ def ttl_of(router: Router | None, model: str) -> float | None:
     return spec.ttl_s if spec is not None else None
 
 
-def forecast(
-    model: str, candidates: Sequence[Candidate], residents: Sequence[Resident], *, min_residency_s: float, now: float
-) -> Forecast:
-    """What would happen if the model were asked for now, and nobody waited for anything. Pure."""
-    outcome = place(model, candidates, residents, now=now, min_residency_s=min_residency_s)
+def forecast(model: str, admission: Admission, candidates: Sequence[Candidate], now: float) -> Forecast:
+    """What would happen if the model were asked for now, before all who wait."""
+    usable, outcome = admission.what_if(model, candidates, now)
+    if isinstance(outcome, Rejection):
+        needed = dict(outcome.refusal.demand.bytes) if outcome.refusal is not None else {}
+        hint = outcome.refusal.retry_when if outcome.refusal is not None else ""
+        if outcome.retry_after_s is not None:
+            hint = f"it may be tried again in {outcome.retry_after_s:.0f} s"
+        return Forecast(model=model, router=None, needed=needed, refusal=outcome.detail, hint=hint)
     if isinstance(outcome, Refusal):
         text = outcome.text.removeprefix(f"model {model}: ")
         needed = dict(outcome.demand.bytes)
         router = outcome.demand.router or None
         return Forecast(model=model, router=router, needed=needed, refusal=text, hint=outcome.retry_when)
-    here = {(each.router, each.name) for each in residents if not each.is_leaving}
-    chosen = next(each for each in candidates if each.router == outcome.router)
+    here = {slot.key for slot in admission.slots() if not slot.resident.is_leaving}
+    chosen = next(each for each in usable if each.router == outcome.router)
     return Forecast(
         model=model,
         router=outcome.router,
@@ -78,6 +89,19 @@ def forecast(
         waits_for=_keys(outcome.plan.waits_for),
         needed=dict(chosen.bytes),
     )
+
+
+def _queues(orders: Sequence[Order]) -> list[Queue]:
+    """Who waits for each model, on whichever router; what is told of an obstacle is that of the first."""
+    queues: dict[str, Queue] = {}
+    for each in orders:
+        before = queues.get(each.model)
+        queues[each.model] = (
+            Queue(model=each.model, demands=len(each.tickets), since=each.since, obstacle=each.obstacle)
+            if before is None
+            else replace(before, demands=before.demands + len(each.tickets))
+        )
+    return list(queues.values())
 
 
 def _keys(residents: Sequence[Resident]) -> tuple[tuple[str, str], ...]:

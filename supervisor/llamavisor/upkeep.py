@@ -36,6 +36,7 @@ class Upkeep:
         capacity: what routers may take.
         appraisals: what models take.
         publish: where events go.
+        resize: called when it is known, or known anew, how much memory there is.
 
     Attributes:
         strain: why no model is loaded for now: memory is short; "" while it is not.
@@ -49,6 +50,7 @@ class Upkeep:
         capacity: Capacity,
         appraisals: Appraisals,
         publish: Callable[[ev.Event], None],
+        resize: Callable[[], None],
     ) -> None:
         self.strain = ""
         self._routers = routers
@@ -57,10 +59,14 @@ class Upkeep:
         self._meter = capacity.meter
         self._appraisals = appraisals
         self._publish = publish
+        self._resize = resize
+        self._totals: Mapping[str, int | None] | None = None
         self._gaps = Gaps(TICK_S)
         self._strain, self._advice = Strain(), Advice()
         self._seen: dict[Key, _Seen] = {}
         self._is_measuring = False
+        self._lineup: list[int] = []  # who is loaded, as of the last look
+        self._lineup_since = 0.0
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -78,18 +84,21 @@ class Upkeep:
         if gap_s := self._gaps.pass_s(now):
             admission.was_away(gap_s)
         scheduler.check(now)
+        if (totals := self._capacity.totals()) != self._totals:
+            if self._totals is not None:
+                self._resize()
+            self._totals = totals
         self._expire(now)
         if scheduler.decides:
             self._relieve(now)
         slots = admission.slots()
         self._meter.is_busy = bool(admission.orders) or any(slot.stage is not Stage.LOADED for slot in slots)
-        self._note_others(slots)
+        self._note_others(slots, now)
         self._look_at(slots)
         if not self._is_measuring and (due := self._due(now)):
             self._is_measuring = True
             tasks.start_soon(self._measure, due)
-        if admission.orders:
-            tasks.start_soon(scheduler.refresh)
+        scheduler.refresh()
 
     def _expire(self, now: float) -> None:
         """Unload who has been idle for longer than its ttl."""
@@ -122,17 +131,21 @@ class Upkeep:
         why = advice.text if advice.level is Level.REFUSE else ""
         if why != self.strain:
             self.strain = why
-            self._scheduler.carry_out(admission.strain(why, now))
+            retry_after_s = advice.retry_after_s or 0.0
+            self._scheduler.carry_out(admission.strain(why, now, retry_after_s=retry_after_s))
 
-    def _note_others(self, slots: list[Slot]) -> None:
+    def _note_others(self, slots: list[Slot], now: float) -> None:
         """See what others hold of GPUs, while nothing of ours is on its way."""
-        if all(slot.stage is Stage.LOADED for slot in slots):
-            held: dict[str, int] = {}
-            for slot in slots:
-                for device, size in (self._appraisals.measured(slot.key) or slot.resident.bytes).items():
-                    held[device] = held.get(device, 0) + size
-            changed_at = max((slot.resident.loaded_at for slot in slots), default=0.0)
-            self._capacity.note_others(held, since=changed_at)
+        lineup = [id(slot) for slot in slots if slot.stage is Stage.LOADED]
+        if lineup != self._lineup or len(lineup) < len(slots):
+            self._lineup, self._lineup_since = lineup, now
+            return
+        held: dict[str, int] = {}
+        for slot in slots:
+            # Of what a driver does not tell of our processes the estimate has to do.
+            for device, size in {**slot.resident.bytes, **self._appraisals.measured(slot.key)}.items():
+                held[device] = held.get(device, 0) + size
+        self._capacity.note_others(held, since=self._lineup_since)
 
     # --- measuring ------------------------------------------------------------------------------------------------
 

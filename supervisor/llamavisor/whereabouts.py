@@ -39,13 +39,12 @@ class Whereabouts:
     def __repr__(self) -> str:
         return f"<Whereabouts on {', '.join(self._routers)}>"
 
-    def name_of(self, word: str) -> str:
-        """The name of the model that a client calls `word`."""
-        for router in self._routers.values():
-            name = router.shelf.name_of(word)
-            if name != word or name in router.shelf.wanted:
-                return name
-        return word
+    def name_of(self, word: str, *, only: str | None = None) -> str:
+        """The name of the model that a client calls `word`: a name on any router goes before an alias on another."""
+        routers = [router for router in self._routers.values() if only in (None, router.name)]
+        if any(word in router.shelf.wanted for router in routers):
+            return word
+        return next((name for router in routers if (name := router.shelf.name_of(word)) != word), word)
 
     def is_loaded(self, name: str, router: str | None = None) -> bool:
         """Whether the model can be used at once, on that router or, of None, on any."""

@@ -962,7 +962,7 @@ def test_a_quick_command_imports_nothing_heavy(stub: ControlStub, words: list[st
     """What the daemon needs would cost `status` ten times its own time."""
     stub.answer("GET", "/control/v1/models", {"models": [model()]})
     stub.answer("GET", "/control/v1/models/alpha", details(header=HEADER, command={"main": ["a", "b c"]}))
-    stub.answer("GET", "/control/v1/ps", {"models": [occupant()], **memory(device()), "queues": []})
+    stub.answer("GET", "/control/v1/ps", {"models": [occupant()], **memory(device()), "queues": [], "quarantined": []})
     script = (
         f"import sys\nfrom llamavisord.cli import main\ncode = main({words!r})\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)\nsys.exit(code)"

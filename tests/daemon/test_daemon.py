@@ -425,7 +425,7 @@ def test_everything_about_a_model(tmp_path: Path, models_dir: Path, fake_llama_s
 def test_late_device_is_waited_for(start: Start) -> None:
     """A device whose driver loads late is waited for, and the load that was asked for meanwhile is done then."""
     with start(
-        options=("--device", "CUDA0"), devices=["CUDA0: A card (24000 MiB, 23000 MiB free)"], devices_after_calls=2
+        options=("--device", "CUDA0"), devices=["CUDA0: A card (24000 MiB, 23000 MiB free)"], devices_after_calls=3
     ) as daemon:
         eventually(lambda: "CUDA0" in (daemon.router()["reason"] or ""), what="a router that waits for its device")
         assert daemon.router()["state"] == "starting"

@@ -155,7 +155,7 @@ async def test_what_is_not_known_is_null() -> None:
     assert (shown["enforced"], shown["strain"]) == (False, None)
     assert model.keys() == occupant().keys()
     assert ram.keys() == device().keys()
-    assert shown.keys() == {*memory(), "models", "queues"}
+    assert shown.keys() == {*memory(), "models", "queues", "quarantined"}
 
 
 @pytest.mark.parametrize(

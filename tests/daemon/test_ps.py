@@ -29,7 +29,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ControlStu
 
 def in_memory(*models: dict[str, object], **changes: object) -> dict[str, object]:
     """The answer to `ps`."""
-    return {"models": list(models), **memory(device(), GPU), "queues": [], **changes}
+    return {"models": list(models), **memory(device(), GPU), "queues": [], "quarantined": [], **changes}
 
 
 def cells(line: str) -> list[str]:
@@ -86,6 +86,23 @@ def test_what_is_not_known_is_a_dash(stub: ControlStub, capsys: pytest.CaptureFi
     assert main(["ps"]) == ExitCode.OK
     line = capsys.readouterr().out.splitlines()[1]
     assert cells(line) == ["alpha", "main", "loading", *["-"] * 7, "no"]
+
+
+def test_models_that_are_left_alone_are_told(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the reason, which is llama-server's own word and may hold anything, and how long that lasts."""
+    bad = {
+        "model": "broken",
+        "router": "main",
+        "failures": 2,
+        "reason": "error\x1b[31m loading",
+        "left_s": 42.0,
+        "until_unix": 0.0,
+    }
+    stub.answer("GET", "/control/v1/ps", in_memory(quarantined=[bad]))
+    assert main(["ps"]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "no model is in memory"
+    assert cells(lines[-1]) == ["broken", "main", "2", "42s", "error\\x1b[31m loading"]
 
 
 def test_bytes_that_are_not_all_of_it_are_marked(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:

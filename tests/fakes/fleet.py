@@ -90,16 +90,23 @@ class GatewayStage:
         folder: for the routers' output.
         models: what there is on every router, by name.
         ram: bytes of RAM that there are.
+        gauge: reads memory, one of RAM alone unless said otherwise.
+
+    Attributes:
+        watches: what looks at each folder of models.
     """
 
-    def __init__(self, folder: Path, models: Mapping[str, FakeModel], *, ram: int = 64 * GIB) -> None:
+    def __init__(
+        self, folder: Path, models: Mapping[str, FakeModel], *, ram: int = 64 * GIB, gauge: FakeGauge | None = None
+    ) -> None:
         self.machine = FakeMachine()
         self.hosts: dict[str, FakeHost] = {}
         self.models = dict(models)
         self.devices: dict[str, tuple[footprint.Device, ...]] = {}
         self.bus = Bus()
         self.story = Story(self.bus)
-        self.gauge = FakeGauge(ram)
+        self.gauge = gauge or FakeGauge(ram)
+        self.watches: list[FakeWatch] = []
         self.meter = fake_meter(self.bus, folder, self.gauge)
         self.fleet = Fleet(
             make_host=self._make_host,
@@ -138,7 +145,15 @@ class GatewayStage:
         for name in self.models:
             file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, 1))
             watch.entries[name] = Entry(name=name, state=EntryState.READY, files=(file,))
+        self.watches.append(watch)
         return watch
+
+    def replace(self, name: str) -> None:
+        """Another file has the name of a model."""
+        for watch in self.watches:
+            old = watch.entries[name]
+            file = ModelFile(old.path, FileId(1, hash(name), 1000, old.files[0].id.mtime_ns + 1))
+            watch.put(Entry(name=name, state=EntryState.READY, files=(file,)))
 
     def __getitem__(self, name: str) -> Router:
         """The router of that name."""

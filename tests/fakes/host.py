@@ -84,16 +84,25 @@ class FakeHost:
         self.offer_error: OSError | OptionError | None = None
         self.withholds: dict[str, str] = {}
         self.deliver: Callable[[Mapping[str, ModelSpec]], None] = lambda _: None
-        self.written = Offer()
         self.waits_for: frozenset[str] = frozenset()
         self.while_writing: Callable[[], None] | None = None
         self.source: ModelSource | None = None
         self.has_stranger = False
         self.devices: tuple[footprint.Device, ...] | None = ()
         self.prepared_at: list[float] = []
+        self.appraisals = 0
 
     def __repr__(self) -> str:
         return f"<FakeHost {self.settings.name}>"
+
+    @property
+    def written(self) -> Offer:
+        """What the router's files say; they are the same for every host of one router."""
+        return self.machine.written.get(self.settings.name, Offer())
+
+    @written.setter
+    def written(self, offer: Offer) -> None:
+        self.machine.written[self.settings.name] = offer
 
     @property
     def process(self) -> FakeProcess:
@@ -191,6 +200,7 @@ class FakeHost:
         self, launch: Launch, offered: Offered, devices: tuple[footprint.Device, ...]
     ) -> Appraisal | None:
         """What the model is scripted to take; it does not grow."""
+        self.appraisals += 1
         await anyio.sleep(ANSWER_S)
         model = self.models.get(offered.spec.name) or FakeModel()
         if not model.takes:

@@ -19,6 +19,7 @@ from llamavisor.gauge import RAM_ID
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import KILL_GRACE_S, ExitStatus, Leftovers
 from llamavisor.sections import ModelSpec
+from llamavisor.shelf import Offer
 from llamavisor.states import HAS_CHILD, ModelState
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ class FakeMachine:
 
     def __init__(self) -> None:
         self.processes: list[FakeProcess] = []
+        self.written: dict[str, Offer] = {}  # what the files of each router say, by name
         self.pids = iter(range(1000, 1_000_000))
 
     def __repr__(self) -> str:

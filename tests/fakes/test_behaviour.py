@@ -309,6 +309,16 @@ def test_a_slow_speaker(start: Callable[..., BareRouter]) -> None:
         assert events.wait_for_status("alpha", "unloaded")["data"]["exit_code"] == 1
 
 
+def test_a_model_that_grows(start: Callable[..., BareRouter]) -> None:
+    """Every answer costs memory, which is used and not given back."""
+    with start(models={"alpha": {"grow_mib": 32}}) as router:
+        process = psutil.Process(router.load("alpha").pid)
+        before = process.memory_info().rss
+        for count in (1, 2):
+            assert router.chat("alpha").status == 200
+            assert process.memory_info().rss - before > count * 31 * 2**20
+
+
 def test_a_model_that_will_not_end(start: Callable[..., BareRouter]) -> None:
     """It takes no notice of an unload until it is killed, nor of the router's death."""
     with start("[*]\nstop-timeout = 1\n", model={"ignore_exit": True}) as router, router.events() as events:

@@ -29,8 +29,8 @@ from llamavisor.demands import (
 )
 from llamavisor.eviction import Budget, Demand, Plan, Reason, choose
 from llamavisor.gauge import RAM_ID as RAM
-from llamavisor.orders import STRAINED_RETRY_S
-from llamavisor.placement import Candidate
+from llamavisor.orders import LOAD_STALL_S
+from llamavisor.placement import Candidate, Choice
 from llamavisor.quarantine import FIRST_S, FORGIVEN_AFTER_S, MAX_S, Quarantine, Quarantines
 from llamavisor.slots import Stage
 
@@ -357,12 +357,12 @@ def test_the_queue_is_bounded() -> None:
 
 
 def test_a_demand_is_late_by_stall_and_not_by_total_time(desk: Desk) -> None:
-    """As long as its load progresses it waits; then it is told why, and when to come again."""
+    """As long as its own load may progress it waits; then it is told why, and when to come again."""
     number, _ = desk.ask("a")
     for tenth in range(1, 10):
-        assert desk.wait(STALL_S - 1) == []
+        assert desk.wait(LOAD_STALL_S - 1) == []
         desk.admission.progressed("r", "a", tenth / 10, desk.now)
-    assert desk.wait(STALL_S - 1) == []
+    assert desk.wait(LOAD_STALL_S - 1) == []
     assert desk.rejections == {}
     assert desk.wait(1) == []
     assert desk.rejections[number].why is Why.STALLED
@@ -373,12 +373,23 @@ def test_a_demand_is_late_by_stall_and_not_by_total_time(desk: Desk) -> None:
 def test_a_hung_load_is_cancelled_with_its_last_demand(desk: Desk) -> None:
     """A late-comer has as long as anybody."""
     desk.ask("a")
-    desk.now += STALL_S / 2
+    desk.now += LOAD_STALL_S / 2
     late, _ = desk.ask("a")
-    assert desk.wait(STALL_S / 2) == []
+    assert desk.wait(LOAD_STALL_S / 2) == []
     assert late not in desk.rejections
-    assert desk.wait(STALL_S / 2) == [CancelLoad("r", "a")]
+    assert desk.wait(LOAD_STALL_S / 2) == [CancelLoad("r", "a")]
     assert late in desk.rejections
+
+
+def test_a_load_that_tells_no_progress_is_waited_for(desk: Desk) -> None:
+    """Slow is not dead: who waits for another load is refused after a while, who waits for this one is not."""
+    slow, _ = desk.ask("a", at(size=8))
+    other, _ = desk.ask("b", at(size=8))
+    for _ in range(5):
+        desk.wait(STALL_S)
+    assert desk.rejections[other].why is Why.STALLED
+    desk.loaded("a")
+    assert slow in desk.leases
 
 
 def test_who_waits_behind_a_load_that_progresses_is_not_late(desk: Desk) -> None:
@@ -554,7 +565,7 @@ def test_the_second_try_can_succeed(desk: Desk) -> None:
     assert desk.gone("b") == [Load("r", "b")]
     assert desk.loaded("b") == []
     assert number in desk.leases
-    assert desk.admission.quarantined("r", "b", desk.now) is None
+    assert desk.admission.quarantined(desk.now) == []
 
 
 def test_a_broken_model_is_refused_quickly_with_the_reason(desk: Desk) -> None:
@@ -676,7 +687,7 @@ def test_a_router_that_is_not_up_is_waited_for(desk: Desk) -> None:
     assert actions == []
     desk.now += STALL_S - 1
     assert desk.note(desk.admission.router_up("r", desk.now)) == []
-    assert desk.note(desk.admission.candidates_changed("a", [at()], desk.now)) == [Load("r", "a")]
+    assert desk.note(desk.admission.candidates_changed({("a", None): [at()]}, desk.now)) == [Load("r", "a")]
     assert number not in desk.rejections
 
 
@@ -693,10 +704,10 @@ def test_short_memory_refuses_loads_and_no_leases(desk: Desk) -> None:
     """Also who waits already is told to come again; once it is over everything is as before."""
     desk.has_idle("a")
     waiting = desk.ask("b", at(size=12))[0]
-    desk.note(desk.admission.strain("2 MiB of RAM are free", desk.now))
+    desk.note(desk.admission.strain("2 MiB of RAM are free", desk.now, retry_after_s=20.0))
     assert desk.rejections[waiting].why is Why.STRAINED
     number, actions = desk.ask("c")
-    assert (actions, desk.rejections[number].retry_after_s) == ([], STRAINED_RETRY_S)
+    assert (actions, desk.rejections[number].retry_after_s) == ([], 20.0)
     assert "2 MiB of RAM are free" in desk.rejections[number].text
     desk.note(desk.admission.strain("", desk.now))
     desk.gone("a")
@@ -738,6 +749,32 @@ def test_a_model_that_its_router_will_not_unload_is_left_alone(desk: Desk) -> No
     desk.loaded("d")
     assert desk.ask("e")[1] == [Unload("r", "c")]
     assert desk.ask("f", at(size=8))[1] == []
+
+
+def test_a_dismissal_that_came_to_nothing_is_over(desk: Desk) -> None:
+    """Its router would not let it go: by now it may be in use, or pinned, and whoever wanted it gone looks again."""
+    desk.has_idle("a")
+    assert desk.admission.dismiss("r", "a", desk.now) == [Unload("r", "a")]
+    assert desk.note(desk.admission.stayed("r", "a", desk.now)) == []
+    assert desk.ask("a")[0] in desk.leases
+    assert desk.wait(2 * STUCK_S) == []
+    assert desk.note(desk.admission.dismiss("r", "a", desk.now)) == []
+    assert [slot.stage for slot in desk.admission.slots()] == [Stage.DRAINING]
+
+
+def test_what_would_be_is_told_and_not_done() -> None:
+    """As the queue would decide it, with what is too large made to fit and what has failed left alone."""
+    desk = Desk(Limits(oversize="fit"))
+    desk.has_idle("a", "b")
+    usable, outcome = desk.admission.what_if("c", [at(size=20)], desk.now)
+    assert isinstance(outcome, Choice)
+    assert (outcome.plan.names, dict(usable[0].bytes)) == (("a", "b"), {GPU: 12})
+    assert [slot.stage for slot in desk.admission.slots()] == [Stage.LOADED, Stage.LOADED]
+    desk.note(desk.admission.crashed("r", "a", "broken", desk.now))
+    desk.gone("a")
+    _, outcome = desk.admission.what_if("a", [at()], desk.now)
+    assert isinstance(outcome, Rejection)
+    assert (outcome.why, [each.model for each in desk.admission.quarantined(desk.now)]) == (Why.QUARANTINED, ["a"])
 
 
 def test_memory_pressure_has_the_idle_leave(desk: Desk) -> None:
@@ -785,7 +822,7 @@ def test_candidates_may_change_while_somebody_waits(desk: Desk) -> None:
     """A larger budget serves at once who had no room."""
     desk.has("a", at(size=8))
     desk.ask("b", at(size=8))
-    changed = desk.admission.candidates_changed("b", [at(size=8, budget=16)], desk.now)
+    changed = desk.admission.candidates_changed({("b", None): [at(size=8, budget=16)]}, desk.now)
     assert changed == [Load("r", "b")]
 
 
@@ -890,7 +927,8 @@ class Fleet(RuleBasedStateMachine):
             if order.model in loads:
                 continue
             usable = [each for each in order.candidates if each.router in self.up]
-            usable = [each for each in usable if not self.admission.quarantined(each.router, order.model, self.now)]
+            bad = {(each.router, each.model) for each in self.admission.quarantined(self.now)}
+            usable = [each for each in usable if (each.router, order.model) not in bad]
 
             def has_room(among: Sequence[object], usable: list[Candidate] = usable, name: str = order.model) -> bool:
                 now = self.now
@@ -1064,7 +1102,7 @@ class Fleet(RuleBasedStateMachine):
         """Every demand ends, though everything hangs; and in time, as soon as everything does what it is told."""
         hung, steps = self.fork_hung(), 0
         if hung:
-            bound_s = (len(SIZES) + 1) * (STALL_S + 10)
+            bound_s = (len(SIZES) + 1) * (LOAD_STALL_S + 10)
             began = self.now
             while self.pending:
                 self.wait(10.0)

@@ -112,7 +112,7 @@ async def test_the_build_is_asked_with_the_models_options(stage: Stage) -> None:
     found = await stage.appraise()
     assert found.footprint.source is Source.FIT_PARAMS
     assert found.footprint.parts[RAM]["weights"] == 100 * MIB
-    assert (found.n_ctx, found.footprint.n_ctx, found.is_ctx_ours, found.warnings) == (8192, 8192, False, ())
+    assert (found.footprint.n_ctx, found.is_ctx_ours, found.warnings) == (8192, False, ())
     assert found.footprint.prompt_cache_bytes == 0
     (words,) = stage.asked
     assert f"--model {stage.model}" in words
@@ -265,6 +265,16 @@ async def test_a_header_that_the_catalog_does_not_have_is_read(stage: Stage) -> 
     stage.now += KEPT_S
     unread = Offered(replace(unread.spec, files=(file_id(stage.model),)), unread.section)
     assert await stage.appraiser.appraise(stage.found, {}, unread, ()) is None
+
+
+async def test_the_context_is_that_of_one_request(stage: Stage) -> None:
+    """What is held against llama-server's word is what it speaks of: a slot's share, no more than was trained for."""
+    stage.entries |= {"ctx-size": "2048", "parallel": "4"}
+    found = await stage.appraise()
+    assert (found.n_ctx, found.footprint.n_ctx) == (512, 2048)
+    stage.entries |= {"ctx-size": "8192", "parallel": "1"}
+    found = await stage.appraise()
+    assert (found.n_ctx, found.footprint.n_ctx) == (gguf.read(stage.model).context_length, 8192)
 
 
 async def test_whose_choice_the_context_is(stage: Stage) -> None:

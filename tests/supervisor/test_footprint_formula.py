@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ggufs import ARRAY, I32, STRING, U32, GgufFile, Tensor, Typed
 from llamavisor import gguf
-from llamavisor.footprint import RAM, Device, MemoryOptions, Plan, Weights, context_size, work_out
+from llamavisor.footprint import RAM, Device, MemoryOptions, Plan, Weights, context_size, slot_context, work_out
 from llamavisor.footprint.formula import (
     DEVICE_CONTEXT_BYTES,
     cells,
@@ -371,6 +371,33 @@ def test_the_context_is_what_the_server_makes_of_its_options() -> None:
     assert context_size(LLAMA_8B, MemoryOptions()) == 131_072
     assert context_size(LLAMA_8B, MemoryOptions(ctx_per_slot=1000)) == 4000
     assert context_size(MAMBA, MemoryOptions()) == 4096
+
+
+def test_all_that_it_was_trained_for_is_so_for_each_slot() -> None:
+    """Slots with caches of their own get the trained context each, unless llama.cpp is told to fit nothing."""
+    four = MemoryOptions(ctx_size=0, parallel=4)
+    assert context_size(LLAMA_8B, four) == 4 * 131_072
+    assert context_size(LLAMA_8B, replace(four, is_fitted=False)) == 131_072
+    assert context_size(LLAMA_8B, replace(four, kv_unified=True)) == 131_072
+
+
+@pytest.mark.parametrize(
+    ("options", "n_ctx", "told"),
+    [
+        (MemoryOptions(), 8192, 8192),
+        (MemoryOptions(parallel=1), 5000, 5120),
+        (MemoryOptions(parallel=4), 8192, 2048),
+        (MemoryOptions(parallel=3), 5000, 1792),
+        (MemoryOptions(parallel=4, kv_unified=True), 8192, 8192),
+        (MemoryOptions(), 1_000_000, 131_072),
+        (MemoryOptions(parallel=4), 4 * 131_072, 131_072),
+        (MemoryOptions(ctx_per_slot=1000), 4000, 1000),
+    ],
+    ids=["shared", "alone", "of four", "of three", "said to be shared", "beyond training", "all", "bounded"],
+)
+def test_a_request_has_its_share_of_the_context(options: MemoryOptions, n_ctx: int, told: int) -> None:
+    """It is what b11434 told of itself with these options."""
+    assert slot_context(LLAMA_8B, options, n_ctx) == told
 
 
 def test_a_header_that_says_too_little_has_no_footprint() -> None:

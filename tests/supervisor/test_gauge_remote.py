@@ -14,6 +14,7 @@ import anyio
 import pytest
 from trio.testing import MockClock
 
+from fakes.nvml import FakeNvml
 from fakes.waiting import eventually
 from llamavisor import procfs
 from llamavisor.gauge import Device, MachineGauge, RamGauge, Reading, open_gauge
@@ -394,45 +395,14 @@ async def test_a_read_that_is_cancelled_leaves_a_question_that_is_heard_later(vi
 
 # Real worker processes
 
-FAKE_PYNVML = """
-import os
-class NVMLError(Exception): pass
-class NVMLError_NotSupported(NVMLError): pass
-class NVMLError_LibraryNotFound(NVMLError): pass
-class Answer:
-    def __init__(self, **fields): self.__dict__.update(fields)
-HERE = os.path.dirname(__file__)
-def do(what):
-    return os.path.exists(os.path.join(HERE, what))
-def nvmlInit():
-    if do("absent"): raise NVMLError_LibraryNotFound("NVML Shared Library Not Found")
-def nvmlShutdown(): pass
-def nvmlDeviceGetCount(): return 1
-def nvmlDeviceGetHandleByIndex(index): return index
-def nvmlDeviceGetPciInfo(handle): return Answer(busId="00000000:01:00.0")
-def nvmlDeviceGetUUID(handle): return "GPU-1111"
-def nvmlDeviceGetName(handle): return "NVIDIA GeForce RTX 3090"
-def nvmlDeviceGetMigMode(handle): raise NVMLError_NotSupported("Not Supported")
-def nvmlDeviceGetMemoryInfo(handle):
-    os.write(1, b"a foreign library may print\\n")
-    if do("crash"): os.abort()
-    if do("raise"): raise TypeError("not an NVMLError")
-    if do("hang"): open(os.path.join(HERE, "hang")).read()
-    return Answer(total=24 << 30, used=5 << 30, free=18 << 30)
-def nvmlDeviceGetComputeRunningProcesses(handle): return [Answer(pid=7, usedGpuMemory=1 << 30)]
-def nvmlDeviceGetGraphicsRunningProcesses(handle): raise NVMLError_NotSupported("Not Supported")
-"""
-
 
 @pytest.fixture
-def nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a fake `pynvml` that worker processes will import; files in it tell it how to fail."""
-    folder = tmp_path / "nvml"
-    folder.mkdir()
-    (folder / "pynvml.py").write_text(FAKE_PYNVML)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")])))
+def nvml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
+    """A fake `pynvml` that worker processes will import."""
+    fake = FakeNvml(tmp_path / "nvml")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(fake.folder), os.environ.get("PYTHONPATH")])))
     monkeypatch.setattr(remote_module, "RESTART_S", 0.0)
-    return folder
+    return fake
 
 
 def real_gauge(root: Path, *, answer_s: float = 30.0) -> RemoteGauge:
@@ -449,7 +419,7 @@ def worker_pids() -> list[int]:
     return [pid for pid in running if (stat := procfs.stat(pid)) is not None and not stat.is_zombie]
 
 
-async def test_a_real_worker_tells_what_nvml_says(nvml: Path, tmp_path: Path) -> None:
+async def test_a_real_worker_tells_what_nvml_says(nvml: FakeNvml, tmp_path: Path) -> None:
     """And nothing is left of it."""
     gauge = real_gauge(tmp_path)
     for _ in range(2):
@@ -462,50 +432,49 @@ async def test_a_real_worker_tells_what_nvml_says(nvml: Path, tmp_path: Path) ->
     assert worker_pids() == []
 
 
-async def test_a_real_worker_that_crashes_is_replaced(nvml: Path, tmp_path: Path) -> None:
+async def test_a_real_worker_that_crashes_is_replaced(nvml: FakeNvml, tmp_path: Path) -> None:
     """A crash of the foreign library is an unknown reading."""
     gauge = real_gauge(tmp_path)
     await gauge.read()
-    (nvml / "crash").touch()
+    nvml.fails("crash")
     assert "SIGABRT" in assert_unknown(await gauge.read(), GPU)
-    (nvml / "crash").unlink()
+    nvml.works()
     assert (await gauge.read())[0].is_known
     await gauge.aclose()
 
 
-async def test_what_a_foreign_library_raises_is_a_reason(nvml: Path, tmp_path: Path) -> None:
+async def test_what_a_foreign_library_raises_is_a_reason(nvml: FakeNvml, tmp_path: Path) -> None:
     """Whatever it is; the worker goes on."""
     gauge = real_gauge(tmp_path)
     (first,) = await gauge.read()
     before = worker_pids()
-    (nvml / "raise").touch()
+    nvml.fails("raise")
     assert "not an NVMLError" in assert_unknown(await gauge.read(), first.device)
-    (nvml / "raise").unlink()
+    nvml.works()
     assert (await gauge.read())[0].is_known
     assert worker_pids() == before
     await gauge.aclose()
 
 
-async def test_a_real_worker_that_hangs_is_waited_for(nvml: Path, tmp_path: Path) -> None:
+async def test_a_real_worker_that_hangs_is_waited_for(nvml: FakeNvml, tmp_path: Path) -> None:
     """It answers when the driver does, and is the same process as before."""
     gauge = real_gauge(tmp_path)
     await gauge.read()
     before = worker_pids()
-    os.mkfifo(nvml / "hang")
+    nvml.fails("hang")
     gauge._answer_s = 0.2
     for _ in range(2):
         assert_unknown(await gauge.read(), GPU)
-    with (nvml / "hang").open("w"):  # opens when the worker reads it, who then sees its end
-        (nvml / "hang").unlink()
+    nvml.works()
     gauge._answer_s = 30.0
     assert (await gauge.read())[0].is_known
     assert worker_pids() == before
     await gauge.aclose()
 
 
-async def test_a_real_worker_that_hangs_does_not_keep_the_daemon(nvml: Path, tmp_path: Path) -> None:
+async def test_a_real_worker_that_hangs_does_not_keep_the_daemon(nvml: FakeNvml, tmp_path: Path) -> None:
     """It is killed where it hangs."""
-    os.mkfifo(nvml / "hang")
+    nvml.fails("hang")
     gauge = real_gauge(tmp_path, answer_s=0.2)
     assert list(await gauge.read()) == []
     assert len(worker_pids()) == 1
@@ -514,7 +483,7 @@ async def test_a_real_worker_that_hangs_does_not_keep_the_daemon(nvml: Path, tmp
 
 
 async def test_a_real_worker_that_is_stopped_is_replaced(
-    nvml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a while; a signal that means the daemon does not end it."""
     gauge = real_gauge(tmp_path)
@@ -534,9 +503,9 @@ async def test_a_real_worker_that_is_stopped_is_replaced(
     await gauge.aclose()
 
 
-async def test_without_a_driver_no_worker_is_kept(nvml: Path, tmp_path: Path) -> None:
+async def test_without_a_driver_no_worker_is_kept(nvml: FakeNvml, tmp_path: Path) -> None:
     """There are no devices then; if the kernel knows some they are unknown."""
-    (nvml / "absent").touch()
+    nvml.fails("absent")
     gauge = real_gauge(tmp_path)
     assert list(await gauge.read()) == []
     assert repr(gauge) == "<RemoteGauge NVML absent>"
@@ -599,7 +568,7 @@ async def test_this_machine_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path:
     await gauge.aclose()
 
 
-async def test_what_a_machine_has_is_asked(nvml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_a_machine_has_is_asked(nvml: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With nvidia-ml-py installed and an AMD card in /sys, both are read by workers of their own."""
     monkeypatch.setattr(machine_module, "has_nvml", lambda: True)
     device = tmp_path / "sys/devices/0000:03:00.0"

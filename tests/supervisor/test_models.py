@@ -20,7 +20,7 @@ from llamavisor.events import (
     ModelUnloaded,
     UnloadReason,
 )
-from llamavisor.models import Model, ModelTable
+from llamavisor.models import DEAD_S, Model, ModelTable
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 
 S = ModelState
@@ -141,6 +141,7 @@ def test_a_refusal_that_comes_too_late(it: Table) -> None:
     assert it.answers("a", "the connection broke") == []
     assert it["a"].state is S.LOADED
     it.asks("b")
+    it.says("b", S.LOADING)
     it.says("b", S.UNLOADED, exit_code=1)
     it.table.explain("b", "bad magic")
     assert it.answers("b", "the connection broke") == []
@@ -150,11 +151,37 @@ def test_a_refusal_that_comes_too_late(it: Table) -> None:
 def test_a_load_that_ends_without_the_model(it: Table) -> None:
     """A model that goes from loading to unloaded has failed, whatever the exit code says."""
     it.asks("a")
+    it.says("a", S.LOADING)
     [failed] = it.says("a", S.UNLOADED, exit_code=0)
     assert isinstance(failed, ModelLoadFailed)
     assert it["a"].state is S.FAILED
     assert it.says("a", S.LOADING) == [ModelLoading(router="main", model="a", is_requested=False)]
     assert it["a"].error is None
+
+
+def test_the_end_of_a_former_life_is_told_late(it: Table) -> None:
+    """A list may overtake an event: an end that the router tells of before our load is that of the process before."""
+    it.loads("a")
+    it.lists(_listed("a", failed=True), _listed("b"))
+    it.asks("a")
+    it.answers("a")
+    assert it.says("a", S.UNLOADED, exit_code=1) == []
+    assert it["a"].state is S.LOADING
+    it.says("a", S.LOADING)
+    [failed] = it.says("a", S.UNLOADED, exit_code=1)
+    assert isinstance(failed, ModelLoadFailed)
+
+
+def test_a_process_that_ends_while_its_model_loads(it: Table) -> None:
+    """A router that calls the model loaded all the same has lost sight of it; another process is a sign of life."""
+    it.says("a", S.LOADING)
+    it.table.child_found("a", 7, 40_000)
+    it.table.child_ended("a", 7, now=it.now)
+    it.says("a", S.LOADED)
+    it.now += DEAD_S
+    assert it.table.corpse(now=it.now) == "a"
+    it.table.child_found("a", 8, 40_001)
+    assert it.table.corpse(now=it.now) is None
 
 
 # --- leaving ----------------------------------------------------------------------------------------------------------
@@ -185,6 +212,7 @@ def test_an_unload_of_a_model_that_is_loading(it: Table) -> None:
     """A load that was cancelled did not fail."""
     it.asks("a")
     it.answers("a")
+    it.says("a", S.LOADING)
     it.unloads("a")
     assert it.says("a", S.UNLOADED, exit_code=1) == [
         ModelUnloaded(router="main", model="a", reason=UnloadReason.REQUESTED)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llamavisor.eviction import Budget, Demand, Plan, Reason, Refusal, Resident, choose
 from llamavisor.gauge.device import RAM_ID as RAM
-from llamavisor.placement import Candidate, Choice, loss, place
+from llamavisor.placement import Candidate, Choice, Reserved, loss, place
 
 A_GPU, B_GPU = "0000:01:00.0", "0000:02:00.0"
 NOW = 10_000.0
@@ -100,16 +100,16 @@ def test_two_routers_on_one_card_see_each_other() -> None:
 def test_what_is_promised_on_a_shared_card_is_taken() -> None:
     """A demand that waits at the neighbour has its bytes; the count is promised per router."""
     one, two = candidate("one", A_GPU, 8, models_max=1), candidate("two", A_GPU, 4, models_max=1)
-    waits = Demand("y", {A_GPU: 8}, "one")
-    assert chosen(place("x", [one, two], [], now=NOW, reserved=[waits])) == ("two", ())
-    refusal = place("x", [one], [], now=NOW, reserved=[waits])
+    waits = Reserved({A_GPU: 8}, {"one": 1})
+    assert chosen(place("x", [one, two], [], now=NOW, reserved=waits)) == ("two", ())
+    refusal = place("x", [one], [], now=NOW, reserved=waits)
     assert isinstance(refusal, Refusal)
     assert refusal.reason is Reason.RESERVED
-    halves = [Demand(name, {A_GPU: 5}, "one") for name in "yz"]
-    assert isinstance(place("x", [two], [], now=NOW, reserved=halves), Refusal)  # 10 of 12, and 4 are asked for
-    small = Demand("y", {A_GPU: 1}, "one")
-    assert isinstance(place("x", [one], [], now=NOW, reserved=[small]), Refusal)  # for the count
-    assert chosen(place("x", [one], [], now=NOW, reserved=[replace(small, router="two")])) == ("one", ())
+    both = Reserved({A_GPU: 10}, {"one": 2})
+    assert isinstance(place("x", [two], [], now=NOW, reserved=both), Refusal)  # 10 of 12, and 4 are asked for
+    small = Reserved({A_GPU: 1}, {"one": 1})
+    assert isinstance(place("x", [one], [], now=NOW, reserved=small), Refusal)  # for the count
+    assert chosen(place("x", [one], [], now=NOW, reserved=replace(small, models={"two": 1}))) == ("one", ())
 
 
 def test_model_may_be_kept_to_a_router_or_to_devices() -> None:

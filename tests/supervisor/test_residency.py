@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from itertools import pairwise
 
 import anyio
 import pytest
 
-from fakes.host import FakeHost
+from fakes.host import FakeHost, FakeUsage
 from fakes.machine import KILLED, FakeModel
 from fakes.supervised import supervised
 from llamavisor.errors import ModelLoadError
 from llamavisor.events import ModelLoaded, ModelLoadFailed, ModelLoading, Warned
 from llamavisor.states import ModelState, RouterState
+from llamavisor.usage import Usage
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
 
@@ -106,3 +108,25 @@ async def test_a_rescan_during_a_start_and_through_a_crash(host: FakeHost) -> No
             await anyio.sleep(0.0005)
             it.process.end(KILLED)
             await it.reaches(RouterState.BACKOFF)
+
+
+async def test_all_models_are_asked_at_once(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How busy models are is read every second, of all of them at the same moment, whenever each was loaded."""
+    asked: list[float] = []
+    read = FakeUsage.read
+
+    async def noted(self: FakeUsage) -> Usage:
+        asked.append(anyio.current_time())
+        return await read(self)
+
+    monkeypatch.setattr(FakeUsage, "read", noted)
+    async with supervised(host) as it:
+        await it.comes_up()
+        for name in ("alpha", "beta"):
+            await it.router.load(name)
+            await anyio.sleep(0.3)
+        asked.clear()
+        await anyio.sleep(3.0)
+    moments = sorted({round(at, 3) for at in asked})
+    assert len(asked) == 2 * len(moments)
+    assert [round(after - before, 3) for before, after in pairwise(moments)] == [1.0, 1.0]

@@ -9,11 +9,12 @@ import pytest
 
 from fakes.fleet import GIB, Client, GatewayStage, models
 from fakes.machine import KILLED, FakeModel
-from llamavisor.demands import STALL_S, Why
+from llamavisor.demands import MAX_WAITING_PER_MODEL, STALL_S, Why
 from llamavisor.errors import DemandRefusedError, ModelNotFoundError, RouterNotReadyError
 from llamavisor.events import (
     DemandMet,
     DemandRefused,
+    ModelChanged,
     ModelLoadFailed,
     ModelQuarantined,
     ModelUnloaded,
@@ -257,6 +258,78 @@ async def test_a_stalled_load_is_not_waited_for_without_end(it: GatewayStage) ->
         moving = it.client("beta")
         await it.until(lambda: moving.is_answered, within_s=30 * STALL_S)
         assert moving.has_it, moving.error
+
+
+async def test_a_mended_model_is_tried_at_once(it: GatewayStage) -> None:
+    """Its file has changed, or a person wants it loaded: what failed before was another one."""
+    it.models["alpha"] = FakeModel(exit_code=1, takes={"RAM": GIB})
+    async with it.running():
+        for mend in ("file", "person"):
+            failed = it.client("alpha")
+            await it.until(lambda failed=failed: failed.is_over)
+            assert isinstance(failed.error, DemandRefusedError)
+            assert [each.model for each in it.fleet.memory.occupancy().quarantined] == ["alpha"]
+            it.hosts["main"].models["alpha"].exit_code = 0
+            if mend == "file":
+                it.replace("alpha")
+                await it.until(lambda: it.story.of(ModelChanged))
+                await it.served("alpha")
+                await it["main"].unload("alpha")
+                it.hosts["main"].models["alpha"].exit_code = 1
+            else:
+                assert await it.fleet.load(it["main"], "alpha")
+                assert not await it.fleet.load(it["main"], "alpha")
+
+
+async def test_a_hammering_client_is_one_piece_of_news(it: GatewayStage) -> None:
+    """Each refusal is counted; the same one again within a minute is neither a warning nor kept."""
+    it.models["huge"] = FakeModel(takes={"RAM": 20 * GIB})
+    async with it.running(oversize="refuse"):
+        clients = [it.client("huge") for _ in range(50)]
+        await it.until(lambda: all(client.is_over for client in clients))
+        refused = it.story.of(DemandRefused)
+        assert [event.is_news for event in refused] == [True] + [False] * 49
+        assert sum(isinstance(each.event, DemandRefused) for each in it.bus.replay(0)) == 1
+        await anyio.sleep(61.0)
+        again = it.client("huge")
+        await it.until(lambda: again.is_over)
+        assert it.story.of(DemandRefused)[-1].is_news
+
+
+async def test_two_thousand_clients_of_a_cold_model_are_bounded(it: GatewayStage) -> None:
+    """They share one question what it takes, and those beyond the bounds are told so at once."""
+    async with it.running():
+        clients = [it.client("alpha") for _ in range(2000)]
+        await it.until(lambda: all(client.is_answered for client in clients))
+        refused = [client.error for client in clients if client.error is not None]
+        assert {error.reason for error in refused if isinstance(error, DemandRefusedError)} == {Why.QUEUE_FULL.value}
+        assert len(refused) == 2000 - MAX_WAITING_PER_MODEL
+        assert it.hosts["main"].appraisals == 1
+
+
+async def test_a_forecast_is_what_will_be(it: GatewayStage) -> None:
+    """Also for what is too large and is made to fit, and for what has failed."""
+    it.models |= {"huge": FakeModel(takes={"RAM": 20 * GIB}), "bad": FakeModel(exit_code=1, takes={"RAM": GIB})}
+    async with it.running():
+        await it.served("alpha", "beta")
+        told = await it.fleet.memory.forecast("huge")
+        assert (told.victims, dict(told.needed)) == ((("main", "alpha"), ("main", "beta")), {"RAM": 10 * GIB})
+        await it.served("huge")
+        assert it.loaded() == {"huge"}
+        failed = it.client("bad")
+        await it.until(lambda: failed.is_over)
+        told = await it.fleet.memory.forecast("bad")
+        assert "could not be loaded" in told.refusal
+        assert "tried again in" in told.hint
+
+
+async def test_a_name_goes_before_an_alias_of_another_router(it: GatewayStage) -> None:
+    """And a router that was asked for has its own aliases."""
+    async with it.running(it.router("one"), it.router("two")):
+        it["one"].shelf._aliases["beta"] = "alpha"
+        it["two"].shelf._aliases["x"] = "gamma"
+        where = it.fleet.memory.scheduler.where
+        assert (where.name_of("beta"), where.name_of("x"), where.name_of("x", only="one")) == ("beta", "gamma", "x")
 
 
 async def test_a_stopped_router_is_an_error_and_no_wait(it: GatewayStage) -> None:

@@ -22,7 +22,7 @@ _OURS = " (ours)"
 
 
 def ps(arguments: Namespace) -> int:
-    """List the models in memory, and who waits for others."""
+    """List the models in memory, who waits for others, and which are not loaded for now because they have failed."""
     answer = client_of(arguments).get("/control/v1/ps")
     screen = Screen()
     if arguments.json:
@@ -40,6 +40,16 @@ def ps(arguments: Namespace) -> int:
             [
                 (_name(screen, queue["model"]), queue["demands"], _duration(queue["waiting_s"]), queue["obstacle"])
                 for queue in queues
+            ],
+            cuts_last=True,
+        )
+    if answer["quarantined"]:
+        screen.line()
+        screen.table(
+            ("NOT LOADED", "ROUTER", "FAILURES", "FOR", "BECAUSE"),
+            [
+                (_name(screen, bad["model"]), bad["router"], bad["failures"], _duration(bad["left_s"]), bad["reason"])
+                for bad in answer["quarantined"]
             ],
             cuts_last=True,
         )

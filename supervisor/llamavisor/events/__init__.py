@@ -45,6 +45,7 @@ from llamavisor.events.memory import (
 )
 from llamavisor.events.model import (
     ModelAdded,
+    ModelChanged,
     ModelChildExited,
     ModelLoaded,
     ModelLoadFailed,
@@ -98,6 +99,7 @@ __all__ = [
     "MemoryShort",
     "MemoryUnreclaimed",
     "ModelAdded",
+    "ModelChanged",
     "ModelChildExited",
     "ModelLoadFailed",
     "ModelLoaded",

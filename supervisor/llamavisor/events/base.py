@@ -25,6 +25,11 @@ class Event:
         """The level of this one's log line: that of its kind, unless what happened is graver than usual."""
         return self.level
 
+    @property
+    def is_news(self) -> bool:
+        """Whether this one is worth its place: as all of its kind, unless it only repeats another."""
+        return self.is_kept
+
     def message(self) -> str:
         """One line for a person."""
         raise AssertionError(f"{type(self).__name__} does not say what it means")

@@ -60,7 +60,7 @@ class Bus:
         """Number the event and pass it on. Never blocks: a subscriber that does not keep up is cut off."""
         self._last_id += 1
         published = Published(self._last_id, self._wall(), event)
-        if event.is_kept:
+        if event.is_news:
             self._kept.append(published)
         for listener in self._listeners:
             listener(published)

@@ -28,7 +28,10 @@ class DemandMet(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemandRefused(Event):
-    """Somebody does not get a model, for a `demands.Why`; `retry_after_s` is None if coming again is in vain."""
+    """Somebody does not get a model, for a `demands.Why`; `retry_after_s` is None if coming again is in vain.
+
+    `is_repeated`: the same was refused for the same reason a moment ago; it is counted, and no news.
+    """
 
     level: ClassVar[int] = logging.WARNING
 
@@ -37,6 +40,17 @@ class DemandRefused(Event):
     detail: str
     wait_s: float
     retry_after_s: float | None
+    is_repeated: bool = False
+
+    @property
+    def log_level(self) -> int:
+        """Clients come again and again: only the first refusal is a warning."""
+        return logging.DEBUG if self.is_repeated else self.level
+
+    @property
+    def is_news(self) -> bool:
+        """Repetitions would bury what happens."""
+        return not self.is_repeated
 
     def message(self) -> str:
         again = "" if self.retry_after_s is None else f"; try again in {self.retry_after_s:.0f} s"

@@ -19,6 +19,7 @@ class UnloadReason(Enum):
     EVICTED = "evicted"  # room was made for another model, by us or by the router; or a client asked the router
     EXPIRED = "expired"  # nobody had used it for as long as its ttl says
     PRESSURE = "pressure"  # memory was short
+    CANCELLED = "cancelled"  # nobody waited for its load any more
     STALLED = "stalled"  # its load made no progress for too long
     CRASHED = "crashed"  # its child ended unasked
     OOM = "oom"  # the kernel killed its child for want of memory
@@ -140,6 +141,20 @@ class ModelAdded(Event):
     def message(self) -> str:
         after = "" if self.wait_s is None else f", {self.wait_s:.2f} s after its file was complete"
         return f"model {self.model}: can be served by {self.router}{after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelChanged(Event):
+    """A router is told something else of a model than before: of its files, or of its options."""
+
+    level: ClassVar[int] = logging.DEBUG
+    is_kept: ClassVar[bool] = False
+
+    router: str
+    model: str
+
+    def message(self) -> str:
+        return f"model {self.model}: {self.router} was told of its change"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

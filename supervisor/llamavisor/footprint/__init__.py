@@ -12,7 +12,7 @@ from llamavisor.footprint.estimate import (
     fit_target,
 )
 from llamavisor.footprint.fitparams import Fit, FitParams, FitRow, find_tool
-from llamavisor.footprint.formula import Device, Plan, Weights, context_size, work_out
+from llamavisor.footprint.formula import Device, Plan, Weights, context_size, slot_context, work_out
 from llamavisor.footprint.options import MemoryOptions, read_options, read_said, said_by
 from llamavisor.gauge.device import RAM_ID as RAM
 
@@ -37,5 +37,6 @@ __all__ = [
     "read_options",
     "read_said",
     "said_by",
+    "slot_context",
     "work_out",
 ]

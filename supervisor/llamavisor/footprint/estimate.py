@@ -106,7 +106,7 @@ def estimate(
         parts, source = work_out(weights, plan), Source.FORMULA
     total = parts.total() if parts else {}
     if measured:
-        total, source = median_of(measured), Source.MEASURED
+        total, source = total | median_of(measured), Source.MEASURED
     if not total:
         return None
     return Footprint(

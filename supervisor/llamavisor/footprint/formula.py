@@ -151,7 +151,24 @@ def context_size(header: Header, options: MemoryOptions) -> int:
         return options.ctx_size
     if options.ctx_size is None and options.ctx_per_slot:
         return options.ctx_per_slot * options.slots
-    return header.context_length or 4096
+    trained = header.context_length or 4096
+    # Each slot has all of it where llama.cpp fits the model in (`common_params_fit_impl` in common/fit.cpp).
+    return trained if options.is_unified or not options.is_fitted else trained * options.slots
+
+
+def slot_context(header: Header, options: MemoryOptions, n_ctx: int) -> int:
+    """Tokens of context that one request can have: the context that llama-server tells of a model.
+
+    Its share of the cache unless that is shared, and no more than the model was trained for (`n_ctx_slot` in
+    tools/server/server-context.cpp).
+
+    Args:
+        header: the model's.
+        options: how it is run.
+        n_ctx: tokens of context, all slots together.
+    """
+    size, _ = cells(options, n_ctx)
+    return min(size, header.context_length or size, options.ctx_per_slot or size)
 
 
 def cells(options: MemoryOptions, n_ctx: int) -> tuple[int, int]:

@@ -62,6 +62,8 @@ _IN_PIECES = frozenset({"devices", "tensor_split", "draft_devices", "draft_type"
 _OPTION = re.compile(r"--?[A-Za-z]")
 _TRUTHS = frozenset({"on", "enabled", "true", "1"})
 """`is_truthy` in llama.cpp's common/arg.cpp."""
+_FALSEHOODS = frozenset({"off", "disabled", "false", "0"})
+"""`is_falsey` there."""
 _UNKNOWN_EFFECT = ("override_tensor", "n_cpu_ffn", "rpc")
 """Options that move weights in ways that a formula does not follow."""
 
@@ -75,6 +77,7 @@ class MemoryOptions:
         parallel: slots, None for as many as llama-server likes.
         kv_unified: whether slots share one KV cache, None when it is not said.
         ctx_per_slot: tokens of context that one slot may have of a shared cache.
+        is_fitted: whether llama.cpp fits in what nobody has said, context too.
         batch_size: logical batch in tokens.
         ubatch_size: physical batch in tokens.
         flash_attn: "on", "off" or "auto".
@@ -111,6 +114,7 @@ class MemoryOptions:
     parallel: int | None = None
     kv_unified: bool | None = None
     ctx_per_slot: int | None = None
+    is_fitted: bool = True
     batch_size: int = 2048
     ubatch_size: int = 512
     flash_attn: str = "auto"
@@ -256,6 +260,7 @@ def read_said(said: Mapping[str, str]) -> MemoryOptions:
         parallel=numbers.positive("parallel"),
         kv_unified=_switch(said, "kv_unified", "no_kv_unified"),
         ctx_per_slot=numbers.positive("ctx_per_slot"),
+        is_fitted=said.get("fit", "on").lower() not in _FALSEHOODS,
         batch_size=numbers.positive("batch_size") or 2048,
         ubatch_size=numbers.positive("ubatch_size") or 512,
         flash_attn=_flash_attn(said.get("flash_attn", "auto")),

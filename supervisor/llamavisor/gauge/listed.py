@@ -32,10 +32,11 @@ _LINE = re.compile(
     r"^[ \t]+([A-Za-z][\w.\-]{0,63}): ([^\r\n]*) \(([0-9]{1,9}) MiB, ([0-9]{1,9}) MiB free\)[ \t]*\r?$",
     re.MULTILINE | re.ASCII,
 )
-_HIDING = (
+HIDING = (
     *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"),
     *("GGML_VK_VISIBLE_DEVICES", "ONEAPI_DEVICE_SELECTOR", "ZE_AFFINITY_MASK"),
 )
+"""Variables that keep devices from a process, or put them into another order."""
 _NVIDIA = re.compile(r"NVIDIA|GeForce|Quadro|Tesla", re.IGNORECASE)
 _AMD = re.compile(r"\bAMD\b|Radeon|RADV", re.IGNORECASE)
 _NUMBER = re.compile(r"\d+$", re.ASCII)
@@ -70,7 +71,7 @@ class ListedGauge:
         self, path: Path, env: Mapping[str, str], *, ask: Ask = ask_llama_server, kept_s: float = KEPT_S
     ) -> None:
         self._path = path
-        self._env = {name: value for name, value in env.items() if name not in _HIDING}
+        self._env = {name: value for name, value in env.items() if name not in HIDING}
         self._env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         self._ask = ask
         self._kept_s = kept_s

@@ -34,6 +34,7 @@ class ModelBehaviour(_Script):
         exit_with: how it ends then: an exit code, or the name of a signal.
         hang_after_s: answer nothing any more this long after it was loaded; connections are still accepted.
         hang_after_requests: likewise, after this many answered requests.
+        grow_mib: memory that it takes with every request, and does not give back.
         ignore_exit: take no notice of the router's order to end, nor of the router's death.
         grandchild: start a process that stays: "group" in the same process group, "setsid" in a session of its own.
         grandchild_holds_output: that process keeps the output open, so that the router never sees the end.
@@ -49,6 +50,7 @@ class ModelBehaviour(_Script):
     exit_with: int | str = "SIGKILL"
     hang_after_s: float | None = None
     hang_after_requests: int | None = None
+    grow_mib: int = 0
     ignore_exit: bool = False
     grandchild: str | None = None
     grandchild_holds_output: bool = False

@@ -100,6 +100,7 @@ class Child:
         self._busy = 0
         self._last_used = time.monotonic()
         self._requests = 0
+        self._grown: list[bytes] = []
         self._counts = dict.fromkeys((name for name, _, _ in _METRICS), 0)
         self._told = dict(self._counts)
         self._told_at = time.monotonic()
@@ -183,6 +184,8 @@ class Child:
             self._requests += 1
         if self._requests == self._script.exit_after_requests:
             end(self._script.exit_with)
+        if self._script.grow_mib:
+            self._grown.append(b"x" * (self._script.grow_mib << 20))
         self._wake()
         limit = body.get("max_tokens", body.get("n_predict", -1))
         words = self._words(limit if isinstance(limit, int) else -1)
