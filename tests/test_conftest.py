@@ -30,7 +30,9 @@ def test_known(): raise AssertionError
 """
 
 
-@pytest.mark.parametrize(("ci", "outcome"), [("1", "1 failed, 1 skipped, 1 xfailed, 3 errors"), ("0", "5 skipped, 1 xfailed")])
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("1", "1 failed, 1 skipped, 1 xfailed, 3 errors"), ("0", "5 skipped, 1 xfailed")]
+)
 def test_nothing_is_skipped_in_ci(tmp_path: Path, ci: str, outcome: str) -> None:
     """With LLAMAVISOR_CI=1 a skip is a failure that says what was skipped and why, but for what a machine forbids."""
     (tmp_path / "test_skips.py").write_text(_SKIPPING)
