@@ -23,7 +23,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
-from llamavisor.events import Bus, DaemonStarted, DaemonStopping, Published, Warned
+from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, Warned
 from llamavisor.fleet import open_fleet, sweep
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
@@ -229,11 +229,20 @@ async def _measure_lag(daemon: Daemon) -> None:
 
 
 async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
-    """Write down what was learned, now and then and at the end."""
+    """Write down what was learned, now and then and at the end; what a person has said, at once."""
+    said = anyio.Event()
+
+    def hear(published: Published) -> None:
+        if isinstance(published.event, ModelPinned):
+            said.set()
+
+    bus.listen(hear)
     try:
         while True:
-            await anyio.sleep(LEDGER_INTERVAL_S)
-            if ledger.is_due:
+            with anyio.move_on_after(LEDGER_INTERVAL_S):
+                await said.wait()
+            if ledger.is_due or said.is_set():
+                said = anyio.Event()
                 await _flush(ledger, bus)
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(LEDGER_END_S):

@@ -169,9 +169,11 @@ class _Api:
         return _json(ps_view(self._fleet.memory.occupancy()))
 
     async def forecast(self, request: web.Request) -> web.Response:
-        name, forecast = request.match_info["name"], None
+        name, forecast, router = request.match_info["name"], None, request.query.get("router")
+        if router is not None:
+            router = self._fleet[router].name  # or there is no such router
         with anyio.move_on_after(FORECAST_S):
-            forecast = await self._fleet.memory.forecast(name, router=request.query.get("router"))
+            forecast = await self._fleet.memory.forecast(name, router=router)
         if forecast is None:
             text = f"model {name}: what it would take is not known after {FORECAST_S:.0f} s"
             raise WaitTimeoutError(text, hint="ask again")

@@ -248,13 +248,19 @@ class Admission:
         return self._orders.settle(now)
 
     def stayed(self, router: str, model: str, now: float) -> list[Action]:
-        """The router would not unload a loaded model: it can be used again, and another is chosen (FAULTS.md, R4)."""
+        """The router would not unload a loaded model: it can be used again, and another is chosen (FAULTS.md, R4).
+
+        Nor would it end a load that was cancelled: that goes on, and whoever wants the model has it.
+        """
         slot = self._slots.get((router, model))
-        if slot is None or slot.stage is not Stage.LEAVING or slot.resident.is_loading:
+        if slot is None or slot.stage is not Stage.LEAVING:
             return []
         slot.stuck_until = now + STUCK_S
         slot.is_dismissed = False  # it may be used and pinned by now: whoever wanted it gone looks again
-        self._orders.reopen(slot)
+        if slot.resident.is_loading:
+            slot.become(Stage.LOADING)
+        else:
+            self._orders.reopen(slot)
         return self._orders.settle(now)
 
     def observed(

@@ -174,11 +174,11 @@ class Refusal:
         """What stands in the way, in one line."""
         held = ", ".join(each.name for each in self.blockers)
         count = "1 model" if self.limit == 1 else f"{self.limit} models"
-        room = f"room for {count}" if self.device == MODELS else f"{_gib(self.limit)} of {self.device}"
+        room = f"room for {count}" if self.device == MODELS else f"{_amount(self.limit)} of {self.device}"
         match self.reason:
             case Reason.TOO_LARGE:
-                need = _gib(self.demand.bytes.get(self.device, 0))
-                why = f"needs {need} of {self.device}, and the whole budget is {_gib(self.limit)}"
+                need = _amount(self.demand.bytes.get(self.device, 0))
+                why = f"needs {need} of {self.device}, and the whole budget is {_amount(self.limit)}"
             case Reason.ALL_PINNED:
                 why = f"there is {room}, and what is pinned leaves too little: {held}"
             case Reason.ALL_BUSY:
@@ -441,5 +441,5 @@ def _by_recency(each: Resident) -> tuple[float, str, str]:
     return (each.last_used, each.name, each.router)
 
 
-def _gib(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB"
+def _amount(size: int) -> str:
+    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"

@@ -258,7 +258,7 @@ class Generation:
         while True:
             try:
                 async with api.events() as events:
-                    await self._relist(api)
+                    await self._relist(api, is_first=True)
                     async for event in events:
                         if event is None:
                             self._hint.set()
@@ -288,14 +288,14 @@ class Generation:
             await anyio.sleep(POLL_LOADING_S if self._loading else POLL_S)
             await self._relist(api)
 
-    async def _relist(self, api: Api) -> None:
+    async def _relist(self, api: Api, *, is_first: bool = False) -> None:
         asked_at = self._revision()
         try:
             models = await api.models()
         except ApiError:
             return  # the probe reports a router that does not answer
         self._watch_children(models)
-        self._post(Listed(models, asked_at))
+        self._post(Listed(models, asked_at, is_first))
 
     def _watch_children(self, models: list[ListedModel]) -> None:
         for model in models:
@@ -366,13 +366,16 @@ class Generation:
         return usage
 
     async def _find_child(self, model: str) -> ModelProcess | None:
-        with anyio.move_on_after(CHILD_DEADLINE_S):
-            while model in self._running and self.process is not None:
+        gives_up_at = anyio.current_time() + CHILD_DEADLINE_S
+        child: ModelProcess | None = None
+        while model in self._running and self.process is not None:
+            is_last = anyio.current_time() >= gives_up_at  # looked for once more: the time may have passed in a gap
+            with anyio.move_on_after(CHILD_DEADLINE_S):
                 child = await self._host.find_child(self.process.pid, model)
-                if child is not None:
-                    return child
-                await anyio.sleep(CHILD_POLL_S)
-        return None
+            if child is not None or is_last:
+                break
+            await anyio.sleep(CHILD_POLL_S)
+        return child
 
     async def _probe(self, api: Api) -> None:
         while True:

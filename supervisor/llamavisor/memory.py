@@ -133,7 +133,7 @@ class Memory:
         return self._wish(model, is_pinned=True)
 
     def unpin(self, model: str) -> bool:
-        """Take that back, be it said here or written in the configuration; False if it is so.
+        """Do not want that any more, be it said here or written in the configuration; False if it is so.
 
         Raises:
             ModelNotFoundError: there is no such model.
@@ -146,7 +146,11 @@ class Memory:
         if not any(name in router.shelf.wanted or router.table.get(name) is not None for router in routers):
             raise ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
         was_pinned = self.scheduler.is_pinned(name)
-        self._pins.wish(name, is_pinned=is_pinned)
+        specs = (router.shelf.wanted.get(name) for router in routers)
+        if is_pinned is any(spec is not None and spec.is_pinned for spec in specs):
+            self._pins.forget(name)  # it is written so: what will be written later counts again
+        else:
+            self._pins.wish(name, is_pinned=is_pinned)
         self.note_specs()
         if was_pinned is not is_pinned:
             self._bus.publish(ModelPinned(model=name, is_pinned=is_pinned))

@@ -79,6 +79,7 @@ class Model:
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
     is_heard: bool = True  # the router has spoken of the load that we asked for: an end before that is of a former life
+    is_overdue: bool = False  # its load has made no progress for too long
     is_again: bool = False  # it was resident before its router ended, and is being loaded again
     leaves_for: UnloadReason = UnloadReason.REQUESTED  # why it is UNLOADING
     router_says: ModelState = ModelState.UNKNOWN  # what the router calls it while it is UNLOADING to us
@@ -122,7 +123,9 @@ class ModelTable:
     def is_all_idle(self, *, now: float) -> bool:
         """Whether no model is loading or leaving, and none is answering anybody, as far as is known."""
         running = (model for model in self if model.state in HAS_CHILD)
-        return all(model.dead_since is not None or self.is_idle(model.name, now=now) for model in running)
+        return all(
+            model.dead_since is not None or model.is_overdue or self.is_idle(model.name, now=now) for model in running
+        )
 
     def was_away(self, gap_s: float) -> None:
         """We did not run for so long: what happened meanwhile is heard only now, and is not late by that."""
@@ -152,6 +155,7 @@ class ModelTable:
         *,
         asked_at: int,
         now: float,
+        is_first: bool = False,
     ) -> list[Event]:
         """Take over a whole list of the router.
 
@@ -159,6 +163,7 @@ class ModelTable:
             listed: what GET /models said.
             asked_at: `revision` when the list was asked for; what changed since then is newer than the list.
             now: monotonic seconds.
+            is_first: whether it is the first after the event stream was opened.
         """
         happened: list[Event] = []
         knows_members = asked_at >= self._members_at
@@ -173,7 +178,7 @@ class ModelTable:
             model.path = entry.path or model.path
             model.n_ctx = entry.n_ctx or model.n_ctx
             if is_news:
-                model.is_heard = True
+                model.is_heard |= is_first  # a later one may have overtaken events
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
         for model in [model for model in self if model.name not in entries]:
             if knows_members and model.revision <= asked_at:
@@ -201,6 +206,7 @@ class ModelTable:
         happened += self._observe(model, event.state, now, exit_code=event.exit_code)
         if model.state is event.state is ModelState.LOADING and event.progress is not None:
             model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
+            model.is_overdue = False
             happened.append(
                 ModelProgress(router=self._router, model=model.name, stage=event.stage or "", progress=event.progress)
             )
@@ -215,6 +221,12 @@ class ModelTable:
     def has_process(self, name: str) -> bool:
         """Whether a process that served the model has not ended yet, whatever its router says."""
         return name in self._processes
+
+    def note_overdue(self, name: str) -> bool:
+        """Take note that a load has made no progress for too long; whether that is news."""
+        model = self._models[name]
+        was_overdue, model.is_overdue = model.is_overdue, True
+        return not was_overdue
 
     def used(self, name: str, usage: Usage | None, *, now: float) -> None:
         """Note how busy a model is; None when it did not say: it is not known to be idle then."""
@@ -378,7 +390,7 @@ class ModelTable:
     def _enter(self, model: Model, state: ModelState, now: float) -> None:
         self.revision += 1
         model.revision = self.revision
-        model.state, model.since = state, now
+        model.state, model.since, model.is_overdue = state, now, False
         if state is not ModelState.LOADING:
             model.stage = model.progress = None
         if state not in {ModelState.LOADED, ModelState.UNLOADING}:  # from the latter it may come back

@@ -18,7 +18,7 @@ from llamavisor.meter import Meter
 from llamavisor.reclaim import await_reclaim
 from llamavisor.router import Router
 from llamavisor.slots import Key, Slot
-from llamavisor.states import HAS_CHILD
+from llamavisor.states import HAS_CHILD, RESIDENT
 
 GONE_S = 10.0
 """After so long a process that does not end, though its router says that the model is unloaded, is warned about."""
@@ -137,6 +137,8 @@ class Moves:
         except ApiError:
             if self._is_there(slot):
                 self._tell(self._admission.stayed(name, model, anyio.current_time()))
+                if is_resident(router, model):  # it was loading when it was told to leave
+                    self._tell(self._admission.loaded(name, model, None, anyio.current_time()))
         except LlamavisorError:
             pass  # its router has ended, which is told besides, or does not know it any more
         if router.is_serving and self._is_there(slot) and not has_child(router, model):
@@ -189,6 +191,12 @@ class Moves:
     def _is_there(self, slot: Slot) -> bool:
         """Whether the slot is still the one of its model: there may be a later one, of which this says nothing."""
         return self._admission.slot(*slot.key) is slot
+
+
+def is_resident(router: Router, name: str) -> bool:
+    """Whether the router has the model loaded, as far as is known."""
+    model = router.table.get(name)
+    return model is not None and model.state in RESIDENT
 
 
 def has_child(router: Router, name: str) -> bool:

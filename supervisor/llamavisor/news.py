@@ -49,10 +49,14 @@ class Overdue:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """The router's whole list, as it was when the table had the revision `asked_at`."""
+    """The router's whole list, as it was when the table had the revision `asked_at`.
+
+    `is_first` tells that it is the first after the event stream was opened: no event of before is on its way any more.
+    """
 
     models: list[ListedModel]
     asked_at: int
+    is_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

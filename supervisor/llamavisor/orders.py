@@ -112,6 +112,7 @@ class Orders:
             if slot := self.find(order.model, order.candidates, Stage.LOADED):
                 self._remove(order)
                 granted += [self.grant(number, slot, now) for number in order.tickets]
+                granted += self._cancel_loads(order.model)  # it was begun elsewhere while this one was closed
         return granted
 
     def _advance(self, now: float, actions: list[Action]) -> set[Key]:
@@ -267,10 +268,14 @@ class Orders:
     def abandon(self, order: Order) -> list[Action]:
         """Nobody of that order waits any more."""
         self._remove(order)
+        return self._cancel_loads(order.model)
+
+    def _cancel_loads(self, model: str) -> list[Action]:
+        """End the loads of a model that nobody waits for any more and that have only begun."""
         cancelled: list[Action] = []
         for slot in self._slots:
-            is_its_load = slot.resident.name == order.model and slot.stage is Stage.LOADING and slot.is_ours
-            is_wanted = is_its_load and self.of(order.model, slot.resident.router)
+            is_its_load = slot.resident.name == model and slot.stage is Stage.LOADING and slot.is_ours
+            is_wanted = is_its_load and self.of(model, slot.resident.router)
             if is_its_load and not is_wanted and slot.progress < CANCEL_BELOW:
                 slot.become(Stage.LEAVING)
                 cancelled.append(CancelLoad(*slot.key))

@@ -35,6 +35,11 @@ class Pins:
         self._changes += 1
         return True
 
+    def forget(self, model: str) -> None:
+        """Nobody wants anything else of the model than what is written."""
+        if self._wishes.pop(model, None) is not None:
+            self._changes += 1
+
     def among(self, specs: Iterable[ModelSpec]) -> frozenset[str]:
         """The names of the models that are to stay: all that were pinned by name, and of these what is written."""
         written = {spec.name for spec in specs if spec.is_pinned}

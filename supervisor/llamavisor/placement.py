@@ -123,9 +123,7 @@ def place(
         return Choice(min(found, key=lambda each: there[each.router].is_loading).router, Plan())
     choices: list[Choice] = []
     opened = [each for each in ready if each.is_open]
-    refusals = [
-        Refusal(Reason.NOT_READY, Demand(name, each.bytes, each.router)) for each in allowed if each not in opened
-    ]
+    refusals = [_closed(name, each) for each in allowed if each not in opened]
     for each in opened:
         outcome = choose(
             residents,
@@ -143,6 +141,13 @@ def place(
     if choices:  # min and max keep the first of equals
         return min(choices, key=lambda choice: (loss(choice.plan, now=now), not choice.plan.is_free))
     return max(refusals, key=lambda refusal: _HOPE.index(refusal.reason))
+
+
+def _closed(name: str, candidate: Candidate) -> Refusal:
+    """Why a router that is not up, or may load nothing, is no choice: it is waited for only if it could have room."""
+    demand = Demand(name, candidate.bytes, candidate.router)
+    outcome = choose((), candidate.budget, demand, now=0.0)
+    return outcome if isinstance(outcome, Refusal) else Refusal(Reason.NOT_READY, demand)
 
 
 def loss(plan: Plan, *, now: float) -> float:

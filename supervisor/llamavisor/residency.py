@@ -231,8 +231,8 @@ class Residency:
         match news:
             case StatusEvent():
                 self._load_crashed_again(self._publish(self.table.apply_event(news, now=now)), now)
-            case Listed(models, asked_at):
-                happened = self.table.apply_list(models, asked_at=asked_at, now=now)
+            case Listed(models, asked_at, is_first):
+                happened = self.table.apply_list(models, asked_at=asked_at, now=now, is_first=is_first)
                 self._load_crashed_again(self._publish(happened), now)
             case Told(offer):
                 self.told(offer)
@@ -299,8 +299,9 @@ class Residency:
                 continue
             deadline_s = _deadline_s(self.shelf.size_bytes(model.name))
             if now - model.progressed_at > deadline_s:
-                text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
-                self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
+                if self.table.note_overdue(model.name):
+                    text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
+                    self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
                 self._operations.ask(Ticket(unload), self.table)
 
     # --- one call at a time ---------------------------------------------------------------------------------------

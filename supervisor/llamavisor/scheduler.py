@@ -327,7 +327,7 @@ class Scheduler:
                 case CancelLoad(router, model):
                     self._moves.note_reason((router, model), ev.UnloadReason.CANCELLED)
                     self._moves.unload((router, model), if_idle=False)
-                case Quarantine():
+                case Quarantine() if self._decides:  # else its router tries again whenever it is asked
                     self._tell_quarantine(action)
 
     def _tell_quarantine(self, quarantine: Quarantine) -> None:

@@ -39,10 +39,8 @@ def survey(
     slots = admission.slots()
     occupants = [_occupant(slot, routers.get(slot.resident.router), appraisals) for slot in slots]
     quarantined = [
-        Quarantined(
-            router=each.router, model=each.model, until=each.until, failures=each.failures, reason=each.reason
-        )
-        for each in admission.quarantined(now)
+        Quarantined(router=each.router, model=each.model, until=each.until, failures=each.failures, reason=each.reason)
+        for each in (admission.quarantined(now) if is_enforced else ())
     ]
     return Occupancy(
         occupants=tuple(sorted(occupants, key=lambda each: (each.router, each.model))),

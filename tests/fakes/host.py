@@ -52,6 +52,7 @@ class FakeHost:
         obstacle: what stands in the way of a start, None for nothing.
         build: changes when llama-server is replaced.
         prepare_s: how long the look at everything takes.
+        appraise_s: how long it takes to find out what a model takes.
         invisible: devices that llama-server should see and does not.
         has_events: whether this build has an event stream.
         models: the files in its folder and what they do.
@@ -78,6 +79,7 @@ class FakeHost:
         self.obstacle: Verdict | None = None
         self.build = 1
         self.prepare_s = 0.01
+        self.appraise_s = ANSWER_S
         self.invisible: tuple[str, ...] = ()
         self.models: dict[str, FakeModel] = {}
         self.reload_refusals: deque[tuple[int, str]] = deque()
@@ -201,7 +203,7 @@ class FakeHost:
     ) -> Appraisal | None:
         """What the model is scripted to take; it does not grow."""
         self.appraisals += 1
-        await anyio.sleep(ANSWER_S)
+        await anyio.sleep(self.appraise_s)
         model = self.models.get(offered.spec.name) or FakeModel()
         if not model.takes:
             return None

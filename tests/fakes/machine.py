@@ -370,6 +370,8 @@ class FakeProcess:
         try:
             assert self.calls_at_once == 1, "two operations at once"
             await anyio.sleep(seconds)
+            if self.status is not None:
+                raise ApiError("the router ended before it answered")
         finally:
             self.calls_at_once -= 1
 

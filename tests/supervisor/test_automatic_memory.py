@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -196,23 +195,3 @@ def test_another_budget_is_another_model() -> None:
     assert spec(ON_CPU) != spec(ONE_GPU)
     assert spec(ON_CPU) == spec(replace(ON_CPU), of=entry(header=model()))
     assert hash(spec(ON_CPU)) == hash(spec(replace(ON_CPU)))
-
-
-def test_ten_thousand_models_cost_a_second() -> None:
-    """Of models that are all different each costs a tenth of a millisecond, of those that are alike next to nothing."""
-    many = [
-        spec(ONE_GPU, of=entry(f"m{number}", header=replace(HEADER, name=f"m{number}"), size=(8 + number) * MIB))
-        for number in range(1_000)
-    ]
-    for_memory(many[0])
-    began = time.perf_counter()
-    for each in many:
-        for_memory(each, NEW)
-    different = (time.perf_counter() - began) / len(many)
-    began = time.perf_counter()
-    for _ in many:
-        for_memory(many[-1], NEW)
-    alike = (time.perf_counter() - began) / len(many)
-    print(f"different {different * 1e6:.0f} us, alike {alike * 1e6:.0f} us")
-    assert different < 0.001
-    assert alike < 0.0001

@@ -136,6 +136,7 @@ HUGE_B = candidate("b", B_GPU, 99)
         pytest.param([DOWN], [], Reason.NOT_READY, "a", id="down"),
         pytest.param([DOWN], [resident("x", "a", A_GPU)], Reason.NOT_READY, "a", id="down, and it was there"),
         pytest.param([DOWN, HUGE_B], [], Reason.NOT_READY, "a", id="down, and too large for the other"),
+        pytest.param([replace(HUGE_B, is_ready=False)], [], Reason.TOO_LARGE, "b", id="down, and too large for it"),
         pytest.param(
             [DOWN, B], [replace(each, in_flight=1) for each in B_FULL], Reason.ALL_BUSY, "b", id="down, the other busy"
         ),
@@ -221,7 +222,10 @@ def test_choice_is_the_best_of_the_allowed(
     plans = {router: plan for router, plan in outcomes.items() if isinstance(plan, Plan)}
     if isinstance(outcome, Refusal):
         assert not plans
-        is_any_down = any(each.is_allowed and not each.is_ready for each in routers)
+        down = [each for each in routers if each.is_allowed and not each.is_ready]
+        is_any_down = any(
+            (demand := Demand("x", each.bytes, each.router)).within(each.budget) == demand for each in down
+        )
         may_end = any(isinstance(each, Refusal) and not each.is_final for each in outcomes.values())
         assert outcome.is_final == (not may_end and not is_any_down)
         return

@@ -167,6 +167,16 @@ async def test_pinned_models_stay(it: GatewayStage) -> None:
         assert it.loaded() == {"beta", "gamma"}
 
 
+async def test_a_word_that_changes_nothing_is_not_kept(it: GatewayStage) -> None:
+    """To unpin what nobody has pinned decides nothing for the day on which somebody writes that it is to stay."""
+    pins = it.fleet.memory._pins
+    async with it.running():
+        assert not it.fleet.memory.unpin("alpha")
+        assert it.fleet.memory.pin("beta")
+        assert it.fleet.memory.unpin("beta")
+        assert pins.dump() == {}
+
+
 async def test_a_load_that_fails_is_refused_and_left_alone_for_a_while(it: GatewayStage) -> None:
     """With llama-server's own reason; later it is tried again."""
     it.models["alpha"] = FakeModel(exit_code=1, prints=("error loading model",), takes={"RAM": GIB})

@@ -84,6 +84,8 @@ def evict(arguments: Namespace) -> int:
         return ExitCode.FAILED if answer["refusal"] else ExitCode.OK
     if answer["refusal"]:
         refusal = answer["refusal"].removeprefix(f"model {answer['model']}: ")
+        if not answer["enforced"]:
+            _say('with serve = "router" budgets and pins are not enforced: llama-server may load it all the same')
         raise CommandError(f"model {answer['model']} cannot be loaded now: {refusal}", hint=answer["hint"] or "")
     _show_forecast(screen, answer)
     return ExitCode.OK
