@@ -96,6 +96,8 @@ class ModelTable:
     def __init__(self, router: str) -> None:
         self._router = router
         self._models: dict[str, Model] = {}
+        # Invariant: those of them that have a child. They are looked at all the time, and the others may be thousands.
+        self._running: dict[str, Model] = {}
         self.revision = 0
         self._members_at = 0  # revision at which a model was last added or removed: an older list knows nothing of it
         self._loads = 0
@@ -122,9 +124,9 @@ class ModelTable:
 
     def is_all_idle(self, *, now: float) -> bool:
         """Whether no model is loading or leaving, and none is answering anybody, as far as is known."""
-        running = (model for model in self if model.state in HAS_CHILD)
         return all(
-            model.dead_since is not None or model.is_overdue or self.is_idle(model.name, now=now) for model in running
+            model.dead_since is not None or model.is_overdue or self.is_idle(model.name, now=now)
+            for model in self.running()
         )
 
     def was_away(self, gap_s: float) -> None:
@@ -135,18 +137,18 @@ class ModelTable:
 
     def corpse(self, *, now: float) -> str | None:
         """A model whose process has ended while the router goes on calling it loaded; None without one."""
-        for model in self:
-            if model.dead_since is not None and model.state in HAS_CHILD and now - model.dead_since >= DEAD_S:
+        for model in self.running():
+            if model.dead_since is not None and now - model.dead_since >= DEAD_S:
                 return model.name
         return None
 
     def running(self) -> list[Model]:
         """The models that have a process, as far as is known."""
-        return [model for model in self if model.state in HAS_CHILD]
+        return list(self._running.values())
 
     def residents(self) -> list[str]:
         """The names of the models in memory, the most recently loaded first. One that is loading is not among them."""
-        resident = [model for model in self if model.state in RESIDENT]
+        resident = [model for model in self.running() if model.state in RESIDENT]
         return [model.name for model in sorted(resident, key=lambda model: -model.recency)]
 
     def apply_list(
@@ -398,5 +400,8 @@ class ModelTable:
             model.quiet_since = now if state is ModelState.SLEEPING else None
         if state is ModelState.LOADING or state not in HAS_CHILD:  # else only another process is a sign of life
             model.dead_since = None
-        if state not in HAS_CHILD:
+        if state in HAS_CHILD:
+            self._running[model.name] = model
+        else:
+            self._running.pop(model.name, None)
             model.pid = model.port = model.n_ctx = None

@@ -291,7 +291,7 @@ class Residency:
         if now >= self._look_again_at:
             self._look_again_at = now + LOOK_AGAIN_S
             self.shelf.look_again()
-        for model in self.table:  # of which there may be thousands
+        for model in self.table.running():
             if model.state is not ModelState.LOADING:
                 continue
             unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)

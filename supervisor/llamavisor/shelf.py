@@ -120,7 +120,7 @@ class Shelf:
 
     def kept(self, table: ModelTable) -> dict[str, Offered]:
         """What must stand in the next offer exactly as in the last: the models that run, changed or not."""
-        running = (model.name for model in table if model.state in HAS_CHILD)
+        running = (model.name for model in table.running())
         return {name: offered for name in running if (offered := self.offer.models.get(name)) is not None}
 
     def stale(self, table: ModelTable) -> Iterator[tuple[str, Change]]:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gguf_header
 import models_folder
 import residency_simulation
-from report import Row, ms, show
+import resident_models
+from report import Row, cpu_s, ms, show
 
 from conftest import find_llama_server
 from fakes.bare_router import BareRouter
@@ -58,6 +59,7 @@ def main() -> None:
         for each in chain(
             gguf_header.measure(Path(folder)),
             models_folder.measure(Path(folder), llama_server),
+            resident_models.measure(Path(folder) / "residents", llama_server),
             residency_simulation.measure(),
         ):
             show(each)
@@ -144,11 +146,6 @@ def measure_idle(folder: Path, models_dir: Path, llama_server: Path) -> None:
     row(f"idle daemon and worker, CPU of one core, {IDLE_S:.0f} s", f"{share:.2%}", "", "0.50%", is_good=share < 0.005)
     row("idle daemon, resident", f"{resident / 1e6:.0f} MB", "", "80 MB", is_good=resident < 80e6)
     row("the worker that looks at its folder, resident", f"{beside / 1e6:.0f} MB", "", "", is_good=True)
-
-
-def cpu_s(*processes: psutil.Process) -> float:
-    """Seconds of CPU that these have taken so far."""
-    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def median_of(work: Callable[[], object]) -> float:

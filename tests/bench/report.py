@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import psutil
+
 
 class Row(NamedTuple):
     """A line of the table: what, measured, its yardstick, what is allowed, and whether it is."""
@@ -40,6 +42,11 @@ def timed_s(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def cpu_s(*processes: psutil.Process) -> float:
+    """Seconds of CPU that these have taken so far."""
+    return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
 
 def ms(seconds: float) -> str:

@@ -447,6 +447,8 @@ def test_whatever_comes_the_table_is_sound(words: list[tuple[object, ...]]) -> N
                 case ModelLoadFailed(model=name, reason=reason):
                     assert states[name] is S.LOADING
                     assert (it[name].state, it[name].error) == (S.FAILED, reason)
+        running = {model.name for model in it.table.running()}
+        assert running == {model.name for model in it.table if model.state in HAS_CHILD}
         for model in it.table:
             assert model.state in HAS_CHILD or model.n_ctx is None
             assert model.progress is None or model.state is S.LOADING
