@@ -37,7 +37,8 @@ class Child:
         except ProcessLookupError:
             return
         try:
-            if self.identity.is_current:  # opened in time: the descriptor means this process for good
+            known = procfs.stat(self.identity.pid)  # None if it has gone, or if there is no descriptor to look with
+            if known is None or known.start_ticks == self.identity.start_ticks:
                 await anyio.wait_readable(pidfd)
         finally:
             os.close(pidfd)

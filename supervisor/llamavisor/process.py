@@ -250,7 +250,8 @@ class Spawner:
             try:
                 await _await_exec(error_read, argv[0])
                 identity = procfs.identify(popen.pid)
-                assert identity is not None  # noqa: S101 (our child stays at least a zombie until we reap it)
+                if identity is None:  # ours stays at least a zombie until we reap it: there is no descriptor
+                    raise _spawn_error(argv[0], OSError(errno.EMFILE, os.strerror(errno.EMFILE)))  # noqa: TRY301
             except BaseException:
                 os.close(pidfd)
                 _abandon(popen)

@@ -6,6 +6,7 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -46,6 +47,7 @@ LOAD_DEADLINE_MAX_S = 1800.0
 """A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
 LOOK_AGAIN_S = 30.0
 """How often what did not work is tried again: a reload that was refused, a model that is withheld."""
+WARN_EVERY_S = 3600.0
 _LOG_LINES = 1000
 _LOG_BEFORE_NEWS_BYTES = 8192
 
@@ -105,6 +107,7 @@ class Residency:
         )
         self._announcer = Announcer(settings.name)
         self._look_again_at = 0.0
+        self._refused = "", -math.inf  # the last reload that was refused: why, and when that was told
 
     def __repr__(self) -> str:
         return f"<Residency {self.table!r} {self._operations!r}>"
@@ -235,6 +238,7 @@ class Residency:
                 happened = self.table.apply_list(models, asked_at=asked_at, now=now, is_first=is_first)
                 self._load_crashed_again(self._publish(happened), now)
             case Told(offer):
+                self._refused = "", -math.inf
                 self.told(offer)
             case Used(model, usage):
                 self.table.used(model, usage, now=now)
@@ -436,7 +440,10 @@ class Residency:
                 self._refresh.put_off(name, now=now)
         elif error is not None:
             self.shelf.is_blocked = True  # tried again when something changes, or after a while
-            self._publish([ev.Warned(subject=f"router {self.settings.name}", text=str(error))])
+            text, told_at = self._refused
+            if str(error) != text or now - told_at >= WARN_EVERY_S:
+                self._refused = str(error), now
+                self._publish([ev.Warned(subject=f"router {self.settings.name}", text=str(error))])
         self._operations.end(refusal)
 
     def _load_refusal(self, name: str, error: ApiError) -> LlamavisorError:

@@ -388,7 +388,7 @@ async def test_a_build_that_reads_nothing_again_is_restarted(host: FakeHost) -> 
 
 
 async def test_files_that_cannot_be_written_leave_the_router_alone(host: FakeHost) -> None:
-    """R1: with a full disk the router goes on with what it knows, and is told once there is room."""
+    """R1: with a full disk the router goes on with what it knows, told once there is room; it warns once an hour."""
     async with supervised(host) as it:
         await up_with(it, "alpha")
         host.offer_error = OSError("No space left on device")
@@ -397,6 +397,9 @@ async def test_files_that_cannot_be_written_leave_the_router_alone(host: FakeHos
         await anyio.sleep(200)
         assert it.process.reloads == 0
         assert it.model("alpha") is ModelState.LOADED
+        assert len(it.story.of(Warned)) == 1
+        await anyio.sleep(3600)
+        assert len(it.story.of(Warned)) == 2
         host.offer_error = None
         await it.until(lambda: "delta" in names(it), within_s=40)
 
