@@ -28,6 +28,9 @@ from llamavisor.settings import FleetSettings
 from llamavisor.survey import forecast, survey
 from llamavisor.upkeep import Upkeep
 
+PINS_S = 0.5
+"""Between two looks at what thousands of tables say of pins."""
+
 
 class Memory:
     """The memory of one fleet.
@@ -58,7 +61,8 @@ class Memory:
         self.capacity = Capacity(meter)
         self._routers = routers
         self._bus = bus
-        self._pins = pins or Pins()
+        self._pins = Pins() if pins is None else pins
+        self._specs_changed = anyio.Event()
         self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints, publish=bus.publish)
         self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals)
         self._upkeep = Upkeep(
@@ -77,8 +81,16 @@ class Memory:
     async def run(self) -> None:
         """Look after it until cancelled."""
         async with anyio.create_task_group() as group:
-            for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run):
+            for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run, self._keep_pins):
                 group.start_soon(work)
+
+    async def _keep_pins(self) -> None:
+        """Look who is to stay after models have changed: once for many that change together."""
+        while True:
+            await self._specs_changed.wait()
+            self._specs_changed = anyio.Event()
+            self.note_specs()
+            await anyio.sleep(PINS_S)
 
     def is_loading(self) -> bool:
         """Whether a model is being loaded anywhere."""
@@ -163,4 +175,4 @@ class Memory:
 
     def _hear(self, published: Published) -> None:
         if isinstance(published.event, ModelAdded | ModelRemoved | ModelsChanged | RouterReady):
-            self.note_specs()
+            self._specs_changed.set()

@@ -399,11 +399,11 @@ class Router:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
                 disturbed = self._gaps.has_disturbed(now - duration_s, within_s=gen.PROBE_INTERVAL_S)
                 self._troubles.probed(error, counts=not disturbed)
-            case news.DevicesMissing(devices):
+            case news.DevicesMissing(devices) if self.is_serving:  # one that is being stopped is not renewed
                 self._renewal.devices_missing(devices)
             case news.Polling(reason):
                 self._warn(f"{reason}; its list is read every second instead")
-            case news.Replaced():
+            case news.Replaced() if self.is_serving:
                 self._renewal.replaced()
                 self._renewal.advance(now=now)
             case news.Waiting(reason, is_news):

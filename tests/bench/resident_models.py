@@ -17,6 +17,7 @@ from report import Row, cpu_s, ms
 from fakes.bare_router import BareRouter
 from fakes.waiting import eventually
 from gateway import Gateway
+from llamavisor.launch import HTTP_THREADS
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon
 from shapes import Shape, write_model
@@ -128,7 +129,10 @@ class Bare:
 
 
 async def swap(folder: Path, llama_server: Path) -> Row:
-    """A lease that has to drive out the only other model, over the same unload and load on a router without us."""
+    """A lease that has to drive out the only other model, over the same unload and load on a router without us.
+
+    Both routers are told the same, so that their models' processes have as many threads to begin and to end.
+    """
     models = folder / "models"
     models.mkdir(parents=True)
     for name in ("here", "there"):
@@ -137,7 +141,8 @@ async def swap(folder: Path, llama_server: Path) -> Row:
     bare_s, ours_s = [], []
     async with gateway.running("here", "there"):
         preset = (folder / "state" / "routers" / "main" / "preset.ini").read_text(encoding="utf-8")
-        with BareRouter(llama_server, folder / "bare", models, preset=preset) as router:
+        threads = ("--threads-http", str(HTTP_THREADS))
+        with BareRouter(llama_server, folder / "bare", models, preset=preset, arguments=threads) as router:
             bare = Bare(router)
             there, wanted = "here", "there"
             await anyio.to_thread.run_sync(router.load, there)

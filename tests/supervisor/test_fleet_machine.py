@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from fakes.fleet import Client
 from fakes.machine import KILLED, FakeModel, FakeProcess, FakeStart
 from fakes.stepwise import Stepwise
+from fakes.witness import Witness
 from fakes.world import RAM, TAKES, World
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.demands import STALL_S
@@ -79,8 +80,9 @@ class FleetMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         """Both routers are up."""
         self.world = World(Path(self.end.enter_context(tempfile.TemporaryDirectory())))
-        self.note_limits()
-        self.loop = Stepwise(self.life, self.world.witness)
+        self.witness = Witness(self.world)
+        self.note_limits(0.0)
+        self.loop = Stepwise(self.life, self.witness)
         self.end.callback(self.loop.end)
 
     @asynccontextmanager
@@ -95,11 +97,10 @@ class FleetMachine(RuleBasedStateMachine):
         two = self.world.settings("two", ram=10, card=6, models_max=self.wishes.cap)
         return (one, two) if self.wishes.has_two else (one,)
 
-    def note_limits(self) -> None:
+    def note_limits(self, now: float) -> None:
         """Tell the witness which budgets are in force from now on."""
-        now = self.loop.clock.current_time() if self.version > 1 or hasattr(self, "loop") else 0.0
         for each in self.routers():
-            limits = self.world.witness.limits.setdefault(each.name, [])
+            limits = self.witness.limits.setdefault(each.name, [])
             if limits:
                 limits[-1] = (now, limits[-1][1])
             limits.append((float("inf"), each))
@@ -174,7 +175,7 @@ class FleetMachine(RuleBasedStateMachine):
         """The process of a model ends; at times its router does not notice that of a loaded one."""
         children = sorted(self.world.children().items())
         (_, model), (process, child) = children[which % len(children)]
-        self.world.witness.fated.add(child)
+        self.witness.fated.add(child)
         if process.status is None:
             known = self.world[process.host.settings.name].table.get(model)
             is_lost = (
@@ -328,7 +329,7 @@ class FleetMachine(RuleBasedStateMachine):
     def apply(self, wishes: Wishes) -> None:
         """Have it followed."""
         self.wishes = wishes
-        self.note_limits()
+        self.note_limits(self.loop.clock.current_time())
         rules = [ModelRule.of("*", ModelSettings(ttl=wishes.ttl_s))]
         if wishes.pinned:
             rules.append(ModelRule.of(wishes.pinned, ModelSettings(pin=True)))
@@ -348,7 +349,7 @@ class FleetMachine(RuleBasedStateMachine):
     def nobody_complains(self) -> None:
         """What the witness has seen is all right, and so is what clients were told."""
         if hasattr(self, "world"):
-            assert not self.world.witness.complaints, self.world.told(*self.world.witness.complaints)
+            assert not self.witness.complaints, self.world.told(*self.witness.complaints)
 
     def teardown(self) -> None:
         """As soon as everything does what it should everybody has an answer, and what we know is what is."""

@@ -331,3 +331,16 @@ async def test_a_replaced_binary_does_not_wake_a_stopped_router(host: FakeHost) 
         await it.reaches(RouterState.STOPPED)
         await anyio.sleep(HOUR_S)
         assert (it.router.state, it.spawns) == (RouterState.STOPPED, 1)
+
+
+async def test_a_binary_that_is_replaced_while_its_router_stops(host: FakeHost) -> None:
+    """Who wants a router down has the last word, also when what is seen meanwhile calls for another process."""
+    host.usual = FakeStart(term_s=9.0)
+    async with supervised(host) as it:
+        await it.comes_up()
+        it.router.stop()
+        await it.reaches(RouterState.STOPPING)
+        host.build += 1
+        await it.reaches(RouterState.STOPPED)
+        await anyio.sleep(HOUR_S)
+        assert (it.router.state, it.spawns) == (RouterState.STOPPED, 1)
