@@ -156,7 +156,7 @@ class Witness(trio.abc.Instrument):
 
     def _check_place(self, key: Key, others: Mapping[Key, _Seen]) -> None:
         """Nothing is loaded a second time where everybody could have used what is there."""
-        router, model = key
+        model = key[1]
         scheduler = self._world.fleet.memory.scheduler
         if any(client.model == model and client._router is not None for client in self._world.clients):
             return  # somebody would have it nowhere else

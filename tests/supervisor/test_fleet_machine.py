@@ -17,10 +17,12 @@ from fakes.fleet import Client
 from fakes.machine import KILLED, FakeModel, FakeProcess, FakeStart
 from fakes.stepwise import Stepwise
 from fakes.witness import Witness
-from fakes.world import RAM, TAKES, World
+from fakes.world import TAKES, World
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.demands import STALL_S
+from llamavisor.gauge import RAM_ID as RAM
 from llamavisor.generation import BINARY_POLL_S
+from llamavisor.orders import LOAD_STALL_S
 from llamavisor.rules import ModelRule, ModelSettings
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.slots import Stage
@@ -29,6 +31,8 @@ from llamavisor.states import ModelState
 MODELS = sorted(TAKES)
 ANSWERED_S = 3 * STALL_S
 """How long it takes at most until everybody has an answer when everything does what it should."""
+HANGS_S = 2 * LOAD_STALL_S + len(MODELS) * STALL_S
+"""How long it takes at most until everybody has an answer when nothing moves any more."""
 RESTS_S = 300.0
 """How long it takes after that at most until nothing is on its way."""
 NATURES: Mapping[str, FakeModel] = {
@@ -355,6 +359,9 @@ class FleetMachine(RuleBasedStateMachine):
         """As soon as everything does what it should everybody has an answer, and what we know is what is."""
         try:
             if hasattr(self, "loop") and not self.loop._has_ended:
+                if self.is_hung:
+                    self.hang()
+                    self.nobody_complains()
                 self.mend()
                 self.nobody_complains()
                 self.all_are_answered()
@@ -365,6 +372,18 @@ class FleetMachine(RuleBasedStateMachine):
                 self.nobody_complains()
         finally:
             self.end.close()
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether nothing goes on at the end: in every fourth run."""
+        return len(self.world.waiting) % 4 == 1
+
+    def hang(self) -> None:
+        """Nothing is loaded, nothing is unloaded, and nobody leaves: who waits is refused for all that."""
+        for model in MODELS:
+            self.turn(model, "stalls")
+            self.world.models[model].unload_refusal = (500, "not now")
+        self.until(lambda: not self.world.waiting, HANGS_S, lambda: f"{self.world.waiting} wait")
 
     def mend(self) -> None:
         """Everything does what it should from now on, and whoever is served leaves."""
