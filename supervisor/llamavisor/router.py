@@ -369,13 +369,10 @@ class Router:
         self.history, delay = restart.after_end(self.history, now=now, ready_for_s=ready_for, jitter=self._random())
         self._why = verdict.cause
         self.retry_at = now + delay
-        self._publish(
-            ev.RouterRestartScheduled(
-                router=self.name, cause=verdict.cause, delay_s=delay, failures=self.history.failures
-            )
-        )
+        count = self.history.failures
+        self._publish(ev.RouterRestartScheduled(router=self.name, cause=verdict.cause, delay_s=delay, failures=count))
         if self.history.is_crash_loop and not was_loop:
-            self._publish(ev.RouterCrashLoop(router=self.name, failures=self.history.failures))
+            self._publish(ev.RouterCrashLoop(router=self.name, failures=count))
         self._pause.begin(self._generation, anyio.sleep, delay)
 
     def _latch(self) -> None:
@@ -383,8 +380,6 @@ class Router:
         self._why = verdict.cause
         self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
         self._pause.begin(self._generation, await_change, self._host, verdict, self.launch)
-
-    # --- news of the generation -----------------------------------------------------------------------------------
 
     def _hear(self, heard: news.News) -> None:
         now = anyio.current_time()

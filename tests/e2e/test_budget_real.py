@@ -19,6 +19,7 @@ from llamavisor.budgets import Allowance, allow, limits
 from llamavisor.catalog import Entry, EntryState, ModelFile
 from llamavisor.cause import Verdict
 from llamavisor.child import Child
+from llamavisor.errors import ApiError
 from llamavisor.footprint import RAM, FitParams, Source
 from llamavisor.launch import Launch, Launcher
 from llamavisor.ledger import Footprints
@@ -157,11 +158,23 @@ async def running(launcher: Launcher, launch: Launch) -> AsyncIterator[tuple[Pro
                 assert process.poll() is None, "\n".join(launcher.output.tail(20, since=0))
                 await anyio.sleep(0.01)
         async with launcher.connect() as api:
+            with anyio.fail_after(30):
+                while not await answers(api):  # it listens before it has read its models
+                    await anyio.sleep(0.01)
             yield process, api
     finally:
         with anyio.CancelScope(shield=True):
             await process.terminate(grace_s=5)
             await process.clear()
+
+
+async def answers(api: RouterApi) -> bool:
+    """Whether the router takes orders."""
+    try:
+        await api.check_health(timeout_s=5)
+    except ApiError:
+        return False
+    return True
 
 
 async def loaded(launcher: Launcher, process: Process, api: RouterApi) -> Child:

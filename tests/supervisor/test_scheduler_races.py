@@ -142,21 +142,17 @@ async def test_what_a_person_loads_while_it_leaves_is_there_again(it: GatewaySta
 
 async def test_a_process_that_begins_while_we_do_not_run_is_found(it: GatewayStage, virtual_time: MockClock) -> None:
     """T2: its port is not given up for a time in which nobody looked."""
-    it.models["alpha"] = FakeModel(load_s=0.001, progress=(), takes={"RAM": GIB})
+    it.models["alpha"] = FakeModel(load_s=0.0005, progress=(), takes={"RAM": GIB})
     async with it.running():
-        for loads in range(1, 11):  # what comes first after such a time is left to chance
-            client = it.client("alpha")
-            process = it.hosts["main"].process
-            await it.until(lambda loads=loads, process=process: len(process.loads) == loads, within_s=1.0)
-            await anyio.sleep(0.001)
-            for _ in range(10):  # the router's word has come, and its process is looked for
-                await anyio.sleep(0)
-            virtual_time.jump(8.0)
-            await it.until(lambda client=client: client.is_answered)
-            assert client.has_it, client.error
-            client.leave()
-            await it["main"].unload("alpha")
-            await anyio.sleep(1.0)
+        client = it.client("alpha")
+        while not it.loaded():  # its process is still being looked for then
+            await anyio.sleep(0.0001)
+        assert it["main"].table.get("alpha").port is None
+        virtual_time.jump(8.0)
+        await it.until(lambda: client.is_answered)
+        again = it.client("alpha")
+        await it.until(lambda: again.is_answered)
+        assert again.has_it, again.error
 
 
 async def test_settings_that_follow_each_other_at_once_are_all_followed(it: GatewayStage) -> None:
