@@ -340,6 +340,24 @@ def test_who_comes_after_a_cancelled_load_has_it_loaded_again(desk: Desk) -> Non
     assert again in desk.leases
 
 
+def test_a_load_is_cancelled_when_the_model_can_be_had_elsewhere(desk: Desk) -> None:
+    """Somebody else had it loaded there; who would have it on the first router alone keeps that load."""
+    places = at("r"), at("s", gpu=OTHER_GPU)
+    number, actions = desk.ask("a", *places)
+    assert actions == [Load("r", "a")]
+    desk.admission.loading("s", "a", {OTHER_GPU: 4}, desk.now)
+    assert desk.loaded("a", "s") == [CancelLoad("r", "a")]
+    assert desk.leases[number].router == "s"
+    desk.ask("b", *places)
+    bound, actions = desk.admission.ask("b", [at("r")], desk.now, only="r")
+    desk.note(actions)
+    desk.gone("a")
+    desk.admission.loading("s", "b", {OTHER_GPU: 4}, desk.now)
+    assert desk.loaded("b", "s") == []
+    desk.loaded("b")
+    assert desk.leases[bound].router == "r"
+
+
 def test_the_queue_is_bounded() -> None:
     """Per model and altogether; the refusal says when to come again."""
     desk = Desk(Limits(max_waiting=3, max_waiting_per_model=2))

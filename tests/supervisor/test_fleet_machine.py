@@ -446,4 +446,4 @@ class FleetMachine(RuleBasedStateMachine):
 
 
 TestFleetMachine = FleetMachine.TestCase
-TestFleetMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+TestFleetMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

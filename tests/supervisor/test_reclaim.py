@@ -106,6 +106,20 @@ async def test_what_does_not_come_is_told(virtual_time: MockClock) -> None:
     assert len(bench.reads) < 40
 
 
+async def test_the_wait_ends_whatever_the_time_is(virtual_time: MockClock) -> None:
+    """Times are rounded: that so much has passed since it began may never become true, and no pause be long enough."""
+    for power in range(6, 20):  # the later times are coarser than the earlier ones
+        virtual_time.jump(2.0**power - 2.1 - power / 7 - anyio.current_time())
+        reads: list[float] = []
+
+        async def read(within_s: float, reads: list[float] = reads) -> Mapping[str, Reading]:
+            reads.append(within_s)
+            assert len(reads) < 100, "it never ends"
+            return {GPU.id: Reading(GPU, TOTAL[GPU.id], TOTAL[GPU.id], 0, anyio.current_time())}
+
+        assert await await_reclaim(read, {GPU.id: 0}, {GPU.id: GIB}) == {GPU.id: GIB}
+
+
 async def test_almost_all_is_all(virtual_time: MockClock) -> None:
     """Nine tenths of a device's memory are enough: others use it too. A little less is missing."""
     bench = Bench()
