@@ -154,7 +154,9 @@ def _origins(
 
 async def _ask_for_command(router: Router, name: str, answers: dict[str, Any]) -> None:
     """Ask a router for a model's command line; it need not answer."""
+    if router.url is None:
+        return
     with anyio.move_on_after(COMMAND_TIMEOUT_S), suppress(ApiError):
-        async with RouterApi(router.settings.url, api_key=router.settings.api_key) as api:
+        async with RouterApi(router.url, api_key=router.settings.api_key) as api:
             command = await api.command_line(name)
             answers[router.name] = list(without_secrets(command)) if command else None

@@ -26,7 +26,7 @@ def router_view(router: Router) -> dict[str, Any]:
         "name": router.name,
         "state": router.state.value,
         "since_unix": unix_time(router.since),
-        "url": router.settings.url,
+        "url": router.url,
         "pid": router.process.pid if router.process is not None else None,
         "reason": router.reason,
         "hint": router.hint,

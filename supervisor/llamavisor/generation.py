@@ -178,7 +178,7 @@ class Generation:
         self.process = process
         self._post(Spawned(process, launch, offer))
         ready = anyio.Event()
-        async with self._host.connect() as api, anyio.create_task_group() as workers:
+        async with self._host.connect(launch) as api, anyio.create_task_group() as workers:
             self._workers, self._api = workers, api
             workers.start_soon(self._serve, api, launch, missing, ready)
             status = await process.wait()
@@ -209,7 +209,7 @@ class Generation:
         deadline_s = START_DEADLINE_S + START_DEADLINE_PER_MODEL_S * len(launch.specs)
         while models is None:
             with anyio.move_on_after(deadline_s) as scope:
-                models = await self._come_up(api)
+                models = await self._come_up(api, launch)
             if scope.cancelled_caught and was_missed(scope.deadline, anyio.current_time()):
                 continue
             if models is None:
@@ -227,14 +227,14 @@ class Generation:
                 group.start_soon(self._watch_devices, launch)
             self._watch_children(models)
 
-    async def _come_up(self, api: Api) -> list[ListedModel] | None:
+    async def _come_up(self, api: Api, launch: Launch) -> list[ListedModel] | None:
         """Wait for the router's own word that it serves; None if what came up is not a router."""
         assert self.process is not None  # noqa: S101 (a generation without a process does not come here)
         pause = _READY_POLL_S
         while True:
             try:
                 props = await api.props()
-                if await self._host.is_listening(self.process.pid, log_mark=self._log_mark):
+                if await self._host.is_listening(self.process.pid, launch, log_mark=self._log_mark):
                     if props.is_router:
                         return await api.models()
                     self._refusal = Verdict(

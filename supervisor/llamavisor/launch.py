@@ -31,7 +31,7 @@ from llamavisor.output import OutputFile
 from llamavisor.process import Process, Spawner
 from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec, NamedFile, named_files, section, try_rule
-from llamavisor.settings import RouterSettings
+from llamavisor.settings import RouterSettings, base_url
 from llamavisor.shelf import Offer, Offered
 from llamavisor.shortage import SHORTAGE_HINT, is_shortage
 from llamavisor.sight import Sights
@@ -71,6 +71,7 @@ class Launch:
         found: the llama-server and what it can do.
         options: what its models are told.
         env: the whole environment of the process.
+        port: TCP port that it will listen on.
         specs: the models that it is to serve, by name; llama-server opens the file of every one before it listens.
         warnings: what a person should know although the router can start.
     """
@@ -78,6 +79,7 @@ class Launch:
     found: Binary
     options: flags.LaunchOptions
     env: Mapping[str, str]
+    port: int
     specs: Mapping[str, ModelSpec] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -150,13 +152,13 @@ class Launcher:
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
-        obstacle = _port_obstacle(self.settings.host, self.settings.port)
-        if obstacle is not None:
-            return obstacle
+        port = _find_port(self.settings.host, self.settings.port)
+        if isinstance(port, Verdict):
+            return port
         warnings = []
         if _SYSTEM_CONFIG.exists():
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
-        return Launch(found, options, env, specs, tuple(warnings))
+        return Launch(found, options, env, port, specs, tuple(warnings))
 
     async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
         """The GPUs that the router sees, in its order; None when its llama-server cannot be asked.
@@ -366,30 +368,31 @@ class Launcher:
         """A reader of how busy the model behind a child's port is."""
         return UsageReader(port, api_key=self.settings.api_key)
 
-    def connect(self) -> RouterApi:
-        """A client of this router."""
-        return RouterApi(self.settings.url, api_key=self.settings.api_key)
+    def connect(self, launch: Launch) -> RouterApi:
+        """A client of this router, started as `launch` says."""
+        return RouterApi(base_url(self.settings.host, launch.port), api_key=self.settings.api_key)
 
     async def find_child(self, router_pid: int, model: str) -> Child | None:
         """The process that serves `model` under this router's process, None when there is none yet."""
         return await anyio.to_thread.run_sync(find_child, router_pid, model)
 
-    async def is_listening(self, router_pid: int, *, log_mark: int) -> bool:
+    async def is_listening(self, router_pid: int, launch: Launch, *, log_mark: int) -> bool:
         """Whether this very process holds the router's port, and not somebody else who answers there.
 
         Args:
             router_pid: the process.
+            launch: what it was started as.
             log_mark: size of the output in bytes when it was started. What it says of itself since then is the quick
                 answer; the kernel's, over ten milliseconds for all of its sockets, is for routers told to be silent.
         """
         if any("listening on" in line for line in self.output.tail(_START_LINES, since=log_mark)):
             return True
-        return await anyio.to_thread.run_sync(_listens, router_pid, self.settings.port)
+        return await anyio.to_thread.run_sync(_listens, router_pid, launch.port)
 
     def _argv(self, launch: Launch, *, autoload: bool) -> list[str]:
         settings = self.settings
         argv = [
-            *(str(launch.found.path), "--host", settings.host, "--port", str(settings.port)),
+            *(str(launch.found.path), "--host", settings.host, "--port", str(launch.port)),
             *("--models-dir", str(self._links), "--models-preset", str(self._preset)),
             # Its own cap would cut off whom it does not know to be busy: who decides about loads counts models too.
             *("--models-max", str(settings.models_max if settings.autoload else 0)),
@@ -436,8 +439,13 @@ def _is_other(path: Path, known: Sequence[int]) -> bool:
     return [now.st_ino, now.st_mtime_ns, now.st_size] != known
 
 
-def _port_obstacle(host: str, port: int) -> Verdict | None:
-    """What keeps us from binding the port, seen by binding it for a moment as llama-server will."""
+def _find_port(host: str, port: int) -> int | Verdict:
+    """The port to listen on, or what keeps us from it, seen by binding it for a moment as llama-server will.
+
+    Args:
+        host: the address.
+        port: the port; 0 for any that is free.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -445,6 +453,7 @@ def _port_obstacle(host: str, port: int) -> Verdict | None:
         with closing(socket.socket(family, kind, protocol)) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
+            return int(probe.getsockname()[1])
     except (OSError, UnicodeError) as error:
         if is_shortage(error):
             return Verdict(Cause.SPAWN, f"cannot look at port {port}: {error.strerror}", SHORTAGE_HINT)
@@ -456,7 +465,6 @@ def _port_obstacle(host: str, port: int) -> Verdict | None:
         reason = f"port {port} on {host} is taken" + (f" by {holder}" if holder else "")
         hint = "choose another port, or end what holds it"
         return Verdict(Cause.PORT_TAKEN, reason, hint, is_obstacle=True)
-    return None
 
 
 def _holder(port: int) -> str | None:

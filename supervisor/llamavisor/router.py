@@ -36,7 +36,7 @@ from llamavisor.process import TERM_GRACE_S
 from llamavisor.renewal import Renewal
 from llamavisor.residency import Line, Residency
 from llamavisor.sections import ModelSpec
-from llamavisor.settings import OnOverwrite, RouterSettings
+from llamavisor.settings import OnOverwrite, RouterSettings, base_url
 from llamavisor.shelf import Offered, Shelf
 from llamavisor.states import SERVING, Change, Life, RouterAction, RouterInput, RouterState, step
 from llamavisor.troubles import Troubles
@@ -129,6 +129,12 @@ class Router:
         return self._residency.shelf
 
     @property
+    def url(self) -> str | None:
+        """Where this machine's own clients reach it; None while a port is still to be found for it."""
+        port = self.launch.port if self.launch is not None else self.settings.port
+        return base_url(self.settings.host, port) if port else None
+
+    @property
     def is_serving(self) -> bool:
         """Whether clients are answered."""
         return self.state in SERVING
@@ -145,9 +151,8 @@ class Router:
             return self._troubles.text
         if self.state is RouterState.STARTING and self._waiting:
             return self._waiting
-        if self.state in {RouterState.READY, RouterState.STOPPED} or self.verdict is None:
-            return None
-        return self.verdict.reason
+        is_well = self.state in {RouterState.READY, RouterState.STOPPED}
+        return None if is_well or self.verdict is None else self.verdict.reason
 
     @property
     def hint(self) -> str | None:
@@ -423,15 +428,13 @@ class Router:
                 self._signal(RouterInput.GONE)
 
     def _come_up(self, up: news.CameUp) -> None:
-        assert self.process is not None  # noqa: S101 (it answers)
-        assert self._generation is not None  # noqa: S101
+        assert self.process is not None and self._generation is not None  # noqa: S101, PT018 (it answers)
         self._ready_since = anyio.current_time()
-        self.verdict = None
         assert self.launch is not None  # noqa: S101
+        self.verdict = None
         self._residency.came_up(Line(up.api, self._generation, self._host, self.launch), up.models)
         self._signal(RouterInput.READY)
-        url = self.settings.url
-        self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=url, start_s=up.start_s))
+        self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=self.url or "", start_s=up.start_s))
         if not up.models:
             self._warn(f"no models yet: put GGUF files into {self.settings.models_dir}")
         self._renewal.devices_missing(up.missing_devices)
@@ -478,10 +481,8 @@ class Router:
             self._post(Tick())
 
     def _tell_of_log(self, size_bytes: int, error: OSError | None) -> None:
-        if error is None:
-            self._publish(ev.LogRotated(router=self.name, size_bytes=size_bytes))
-        else:
-            self._publish(ev.Warned(subject=f"log of router {self.name}", text=str(error)))
+        rotated = ev.LogRotated(router=self.name, size_bytes=size_bytes)
+        self._publish(rotated if error is None else ev.Warned(subject=f"log of router {self.name}", text=str(error)))
 
     def _tick(self) -> None:
         now = anyio.current_time()

@@ -33,7 +33,7 @@ class RouterSettings:
     Attributes:
         name: unique among the routers of a fleet; used in file names, so `[A-Za-z0-9_-]+`.
         host: address that the router listens on.
-        port: TCP port, 1 to 65535.
+        port: TCP port, 1 to 65535; 0 for any that is free when it is started.
         models_dir: absolute path of the folder with the GGUF files.
         models_max: how many models may be loaded at once, 0 = no cap.
         llama_server: path or command name as configured, None = search for one.
@@ -60,11 +60,6 @@ class RouterSettings:
     def without_models(self) -> RouterSettings:
         """The same, without what is only about its models: a router need not be restarted for that."""
         return replace(self, layers=flags.only_for_routers(self.layers), memory=MemoryBudget())
-
-    @property
-    def url(self) -> str:
-        """Where this machine's own clients reach the router."""
-        return base_url(self.host, self.port)
 
 
 OnOverwrite = Literal["reload", "unload", "keep"]

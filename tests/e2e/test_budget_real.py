@@ -154,10 +154,10 @@ async def running(launcher: Launcher, launch: Launch) -> AsyncIterator[tuple[Pro
     process = await launcher.spawn(launch, autoload=True)
     try:
         with anyio.fail_after(30):
-            while not await launcher.is_listening(process.pid, log_mark=0):
+            while not await launcher.is_listening(process.pid, launch, log_mark=0):
                 assert process.poll() is None, "\n".join(launcher.output.tail(20, since=0))
                 await anyio.sleep(0.01)
-        async with launcher.connect() as api:
+        async with launcher.connect(launch) as api:
             with anyio.fail_after(30):
                 while not await answers(api):  # it listens before it has read its models
                     await anyio.sleep(0.01)

@@ -134,9 +134,9 @@ class FakeHost:
         binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
         if self.source is not None:
             specs = await self.source.take()
-            return specs if isinstance(specs, Verdict) else Launch(binary, LaunchOptions({}), {}, specs)
+            return specs if isinstance(specs, Verdict) else Launch(binary, LaunchOptions({}), {}, self.settings.port, specs)
         self.look()
-        return Launch(binary, LaunchOptions({}), {}, self.specs())
+        return Launch(binary, LaunchOptions({}), {}, self.settings.port, self.specs())
 
     def _fingerprint(self) -> Fingerprint:
         return Fingerprint(_PATH, (("llama-server", self.build, 0, 0),))
@@ -238,7 +238,7 @@ class FakeHost:
             raise
         return process
 
-    async def is_listening(self, router_pid: int, *, log_mark: int) -> bool:
+    async def is_listening(self, router_pid: int, launch: Launch, *, log_mark: int) -> bool:
         """Whether the router with that pid holds the port."""
         await anyio.sleep(ANSWER_S)
         process = self.machine.at(self.settings.port)
@@ -251,7 +251,7 @@ class FakeHost:
         child = process.children.get(model) if process is not None and process.pid == router_pid else None
         return child if child is not None and not child.ended.is_set() else None
 
-    def connect(self) -> FakeApi:
+    def connect(self, launch: Launch) -> FakeApi:
         """A client of whatever answers on the port."""
         return FakeApi(self)
 
