@@ -107,6 +107,18 @@ class Admission:
         order.tickets[number] = now
         return number, self._orders.settle(now)
 
+    def grant_loaded(self, model: str, now: float, *, only: str | None = None) -> Lease | None:
+        """A lease on a model that is loaded, on the router with the fewest; None if it has to be asked for."""
+        usable = [
+            slot
+            for slot in self._slots
+            if slot.resident.name == model
+            and slot.stage is Stage.LOADED
+            and only in (None, slot.resident.router)
+            and self._orders.is_up.get(slot.resident.router, True)
+        ]
+        return self._orders.promise(min(usable, key=lambda slot: len(slot.leases)), now) if usable else None
+
     def what_if(
         self, model: str, candidates: Sequence[Candidate], now: float
     ) -> tuple[Sequence[Candidate], Choice | Refusal | Rejection]:

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from llamavisor.demands import Lease
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a model answers, for as long as its lease lasts.
 
     Attributes:
-        router: the router that has it.
-        model: its name.
+        lease: the promise that it stays there.
         host: the address of its process.
         port: likewise.
         api_key: what its process asks for, None for nothing.
+        waited_s: how long it was waited for, in seconds.
+        load_s: how long the load took that was waited for, 0 if it was loaded already.
     """
 
-    router: str
-    model: str
+    lease: Lease
     host: str
     port: int
     api_key: str | None = field(default=None, repr=False)
+    waited_s: float = 0.0
+    load_s: float = 0.0
+
+    @property
+    def router(self) -> str:
+        """The router that has it."""
+        return self.lease.router
+
+    @property
+    def model(self) -> str:
+        """Its name."""
+        return self.lease.model
 
     @property
     def url(self) -> str:

@@ -22,6 +22,7 @@ from llamavisor.folder import Folder, Watch
 from llamavisor.gauge import open_gauge
 from llamavisor.host import Host
 from llamavisor.launch import Launcher, ModelSource
+from llamavisor.leases import Leases
 from llamavisor.ledger import Footprints
 from llamavisor.memory import Memory
 from llamavisor.meter import Meter
@@ -339,6 +340,11 @@ class Fleet:
                 return ModelNotFoundError(f"model {model} is withheld from router {router.name}: {withheld.reason}")
         return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
 
+    @property
+    def leases(self) -> Leases:
+        """How models are had without a block that keeps them."""
+        return self.memory.scheduler.leases
+
     def lease(self, model: str, *, router: str | None = None) -> AbstractAsyncContextManager[Endpoint]:
         """The address of a model, which is loaded if need be and stays loaded until the block ends.
 
@@ -358,7 +364,7 @@ class Fleet:
             DemandRefusedError: it is not to be had now; `retry_after_s` says when to ask again.
             ModelLoadError: it was lost while it was asked for.
         """
-        return self.memory.scheduler.lease(model, router=None if router is None else self[router].name)
+        return self.memory.scheduler.leases.lease(model, router=None if router is None else self[router].name)
 
     async def load(self, router: Router, model: str) -> bool:
         """Have a model loaded on that router because a person wants it; returns whether it was not yet.
@@ -367,7 +373,7 @@ class Fleet:
             LlamavisorError: as `Router.load` does; where admission decides, as `lease` does.
         """
         if self.memory.scheduler.decides:
-            return await self.memory.scheduler.have(model, router=router.name)
+            return await self.memory.scheduler.leases.have(model, router=router.name)
         return await router.load(model)
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:

@@ -301,9 +301,13 @@ class Orders:
 
     def grant(self, number: int, slot: Slot, now: float) -> Grant:
         """Give a lease on a loaded model to whose demand has that number."""
+        return Grant(number, self.promise(slot, now))
+
+    def promise(self, slot: Slot, now: float) -> Lease:
+        """Give a lease on a loaded model."""
         lease = Lease(self.next_number(), *slot.key)
         slot.add_lease(lease.number, now)
-        return Grant(number, lease)
+        return lease
 
     def note_progress(self, key: Key, now: float) -> None:
         """A slot has moved: who waits for it is not late."""

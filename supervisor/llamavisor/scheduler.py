@@ -8,8 +8,7 @@ No method here waits, but for those that are said to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -20,10 +19,11 @@ from llamavisor.admission import Admission
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
 from llamavisor.cause import is_for_memory
-from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Order, Refuse, Rejection, Unload, Why
+from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Order, Refuse, Rejection, Unload
 from llamavisor.endpoint import Endpoint
-from llamavisor.errors import LlamavisorError, ModelLoadError, RouterNotReadyError
+from llamavisor.errors import LlamavisorError
 from llamavisor.inbox import Inbox
+from llamavisor.leases import Leases
 from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
 from llamavisor.placement import Candidate
@@ -32,21 +32,16 @@ from llamavisor.router import Router
 from llamavisor.settings import FleetSettings
 from llamavisor.slots import Key, Stage
 from llamavisor.states import RouterState
-from llamavisor.waiters import Answer, Waiters, refusal
+from llamavisor.waiters import Waiters, refusal
 from llamavisor.whereabouts import Whereabouts
 
-PORT_S = 5.0
-"""How long the process of a loaded model may take to be found; it is known long before, as a rule."""
 CRASHES = 3
 CRASHES_WITHIN_S = 300.0
 """A serving model that has crashed so often within so long is left alone for a while (FAULTS.md, P6)."""
-APPRAISE_S = 30.0
-"""How long it may take to find out what a model would take; then it waits in the queue until that is known."""
-QUEUE_RETRY_S = 5.0
 OOM_NEWS_S = 2.0
 """How long after a kill by the kernel the end of a process is put down to it."""
 
-_CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED})
+_CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED, ev.UnloadReason.UNRESPONSIVE})
 
 
 class Scheduler:
@@ -61,6 +56,7 @@ class Scheduler:
     Attributes:
         admission: the table and the queue.
         where: where models may be.
+        leases: how whoever wants a model comes to it.
     """
 
     def __init__(
@@ -79,9 +75,16 @@ class Scheduler:
         self._decides = False
         self._pinned: frozenset[str] = frozenset()
         self._waiters = Waiters(bus.publish)
-        self._appraising = 0  # demands that are not in the queue yet: what they would take is being found out
         self._is_refreshing = self._refreshes_again = False
         self.where = Whereabouts(routers, self.admission, capacity, appraisals)
+        self.leases = Leases(
+            routers,
+            admission=self.admission,
+            waiters=self._waiters,
+            where=self.where,
+            carry_out=self.carry_out,
+            decides=lambda: self._decides,
+        )
         self._moves = Moves(
             routers,
             self.admission,
@@ -108,7 +111,12 @@ class Scheduler:
     def follow(self, settings: FleetSettings) -> None:
         """Decide by these settings from now on."""
         self._decides = settings.serve == "gateway"
-        limits = Limits(min_residency_s=settings.min_residency_s, oversize=settings.oversize)
+        limits = Limits(
+            max_waiting=settings.max_waiting,
+            max_waiting_per_model=settings.max_waiting_per_model,
+            min_residency_s=settings.min_residency_s,
+            oversize=settings.oversize,
+        )
         self.carry_out(self.admission.restrict(limits, anyio.current_time()))
 
     # --- for routers ----------------------------------------------------------------------------------------------
@@ -124,7 +132,7 @@ class Scheduler:
 
         def answer(outcome: Lease | Rejection) -> None:
             if isinstance(outcome, Lease):
-                self.release(outcome)
+                self._release(outcome)
                 ticket.finish()
             else:
                 ticket.finish(refusal(outcome))
@@ -132,7 +140,7 @@ class Scheduler:
         async def ask() -> None:
             try:
                 await self.where.appraise(name)
-                self._ask(name, self.where.candidates(name, first=router), answer)
+                self.leases.ask(name, self.where.candidates(name, first=router), answer)
             except LlamavisorError as error:
                 ticket.finish(error)
 
@@ -161,109 +169,7 @@ class Scheduler:
 
     # --- for those who want models --------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def lease(self, model: str, *, router: str | None = None) -> AsyncIterator[Endpoint]:
-        """The address of a model that stays until the block ends; it is loaded if need be. Waits.
-
-        Args:
-            model: its name, or an alias.
-            router: the only one on which it may be, None for any.
-
-        Raises:
-            ModelNotFoundError: no router may have it.
-            RouterNotReadyError: those that may are stopped or failed, or decide over their loads themselves.
-            DemandRefusedError: it is not to be had now.
-            ModelLoadError: its process was lost.
-        """
-        lease = await self._acquire(model, router)
-        try:
-            yield await self._endpoint(lease)
-        finally:
-            self.release(lease)
-
-    async def have(self, model: str, *, router: str | None = None) -> bool:
-        """Have a model loaded because a person wants it; returns whether it was not yet. Waits; raises as `lease` does.
-
-        That it has failed before does not count: the person may have mended it.
-        """
-        name = self.where.name_of(model, only=router)
-        self.carry_out(self.admission.forgive(name, anyio.current_time()))
-        was_there = self.where.is_loaded(name, router)
-        self.release(await self._acquire(name, router))
-        return not was_there
-
-    async def _acquire(self, model: str, router: str | None) -> Lease:
-        if not self._decides:
-            raise RouterNotReadyError(
-                'routers decide themselves what they load with serve = "router"', hint="ask the router for the model"
-            )
-        name = self.where.name_of(model, only=router)
-        await self._appraise(name, router)
-        outcome: list[Lease | Rejection] = []
-        decided = anyio.Event()
-
-        def answer(given: Lease | Rejection) -> None:
-            outcome.append(given)
-            decided.set()
-
-        number = self._ask(name, self.where.candidates(name, only=router), answer, only=router)
-        try:
-            await decided.wait()
-        except BaseException:
-            self._waiters.remove(number)
-            for given in outcome:
-                if isinstance(given, Lease):
-                    self.release(given)
-            if not outcome:
-                self.carry_out(self.admission.give_up(number, anyio.current_time()))
-            raise
-        given = outcome[0]
-        if isinstance(given, Rejection):
-            raise refusal(given)
-        return given
-
-    async def _appraise(self, name: str, router: str | None) -> None:
-        """See that it is known what the model would take; who waits for that counts among those who wait."""
-        if self._appraising + self.admission.waiting >= self.admission.limits.max_waiting:
-            detail = f"{self._appraising + self.admission.waiting} others wait"
-            raise refusal(Rejection(Why.QUEUE_FULL, name, detail, QUEUE_RETRY_S))
-        self._appraising += 1
-        try:
-            with anyio.move_on_after(APPRAISE_S):
-                await self.where.appraise(name, only=router)
-        finally:
-            self._appraising -= 1
-
-    def _ask(
-        self,
-        name: str,
-        candidates: Sequence[Candidate],
-        answer: Answer,
-        *,
-        only: str | None = None,
-    ) -> int:
-        now = anyio.current_time()
-        number, actions = self.admission.ask(name, candidates, now, only=only)
-        self._waiters.add(number, name, answer)
-        self.carry_out(actions)
-        return number
-
-    async def _endpoint(self, lease: Lease) -> Endpoint:
-        router = self._routers.get(lease.router)
-        if router is not None:
-
-            def is_decided() -> bool:
-                return _port(router, lease.model) is not None or not self.admission.is_kept(lease)
-
-            with anyio.move_on_after(PORT_S):
-                await router.wait_until(is_decided)
-            port = _port(router, lease.model)
-            if port is not None and self.admission.is_kept(lease):  # else it is the port of its next life
-                return Endpoint(lease.router, lease.model, "127.0.0.1", port, router.settings.api_key)
-        raise ModelLoadError(f"model {lease.model}: its process was lost", hint="ask again")
-
-    def release(self, lease: Lease) -> None:
-        """A lease has ended."""
+    def _release(self, lease: Lease) -> None:
         self.carry_out(self.admission.release(lease, anyio.current_time()))
 
     def refresh(self) -> None:
@@ -298,6 +204,17 @@ class Scheduler:
             self._pinned = models
             self.carry_out(self.admission.pin(models, anyio.current_time()))
 
+    def end_unresponsive(self, endpoint: Endpoint) -> None:
+        """The process of a model lives and takes no connection: have it ended, so that it can be loaded anew.
+
+        A child that somebody has sent SIGTERM is such a one, for ever (ROUTER.md, D6).
+        """
+        key = endpoint.router, endpoint.model
+        if self.leases.is_kept(endpoint):
+            self._moves.note_reason(key, ev.UnloadReason.UNRESPONSIVE)
+            self._moves.unload(key, if_idle=False)
+            self.carry_out(self.admission.leaving(*key, anyio.current_time()))
+
     # --- what is decided ------------------------------------------------------------------------------------------
 
     def carry_out(self, actions: Sequence[Action], *, reason: ev.UnloadReason | None = None) -> None:
@@ -311,7 +228,7 @@ class Scheduler:
             match action:
                 case Grant(number, lease):
                     if not self._waiters.grant(number, lease):
-                        self.release(lease)
+                        self._release(lease)
                 case Refuse(number, rejection):
                     self._waiters.refuse(number, rejection)
                 case Load(router, model, is_oversize):
@@ -443,8 +360,3 @@ class Scheduler:
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         self._work.post((work, args))
-
-
-def _port(router: Router, name: str) -> int | None:
-    model = router.table.get(name)
-    return model.port if model is not None else None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from llamavisor import flags
+from llamavisor.demands import MAX_WAITING, MAX_WAITING_PER_MODEL
 from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.flags import OptionLayer
 from llamavisor.rules import ModelRule
@@ -83,6 +84,8 @@ class FleetSettings:
         min_residency_s: seconds after its load during which a model is the last to be unloaded to make room. It puts
             victims into an order, and never delays a demand.
         oversize: what happens to a demand for a model that is larger than its budget; "fit" unloads all else before it.
+        max_waiting: how many demands may wait at once; the next is refused.
+        max_waiting_per_model: how many of them for one model.
     """
 
     routers: tuple[RouterSettings, ...]
@@ -92,6 +95,8 @@ class FleetSettings:
     serve: Serve = "router"
     min_residency_s: float = MIN_RESIDENCY_S
     oversize: Oversize = "fit"
+    max_waiting: int = MAX_WAITING
+    max_waiting_per_model: int = MAX_WAITING_PER_MODEL
 
 
 def base_url(host: str, port: int) -> str:

@@ -134,7 +134,11 @@ class FakeHost:
         binary = Binary(_PATH, "fake", None, parse_help(""), self._fingerprint())
         if self.source is not None:
             specs = await self.source.take()
-            return specs if isinstance(specs, Verdict) else Launch(binary, LaunchOptions({}), {}, self.settings.port, specs)
+            return (
+                specs
+                if isinstance(specs, Verdict)
+                else Launch(binary, LaunchOptions({}), {}, self.settings.port, specs)
+            )
         self.look()
         return Launch(binary, LaunchOptions({}), {}, self.settings.port, self.specs())
 

@@ -253,7 +253,7 @@ def test_a_terminated_model_counts_as_loaded(router: BareRouter) -> None:
 
 def test_a_stopped_model_is_killed_after_its_stop_timeout(start: Callable[..., BareRouter]) -> None:
     """A model that does not react to an unload counts as loaded for its stop-timeout; then it is killed."""
-    with start(preset="[*]\nthreads = 1\nstop-timeout = 1\n") as router, router.events() as events:
+    with start(preset="[*]\nthreads = 1\nstop-timeout = 3\n") as router, router.events() as events:
         process = router.load("alpha")
         psutil.Process(process.pid).suspend()
         begin = time.monotonic()
@@ -263,7 +263,7 @@ def test_a_stopped_model_is_killed_after_its_stop_timeout(start: Callable[..., B
         assert (answer.status, answer.json) == (400, refusal(400, "model is already running"))
         assert router.call("POST", "/models/unload", {"model": "alpha"}).status == 200
         assert events.wait_for_status("alpha", "unloaded")["data"]["exit_code"] == 1
-        assert time.monotonic() - begin >= 0.9
+        assert time.monotonic() - begin >= 2.9
         assert "force-killing model instance name=alpha after timeout" in router.stderr
 
 

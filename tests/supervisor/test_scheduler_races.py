@@ -81,12 +81,12 @@ async def test_the_room_of_a_router_that_ends_is_free_when_nothing_of_it_is_left
 async def test_a_lease_leads_to_no_later_process(it: GatewayStage) -> None:
     """One that was given just before its router ended is lost: nobody would keep what is loaded then."""
     async with it.running():
-        scheduler = it.fleet.memory.scheduler
-        lease = await scheduler._acquire("alpha", None)
+        leases = it.fleet.leases
+        lease = await leases._acquire("alpha", None)
         it.hosts["main"].process.end(KILLED)
         await it.until(lambda: not it["main"].is_serving)
         with pytest.raises(ModelLoadError, match="lost"):
-            await scheduler._endpoint(lease)
+            await leases._await_endpoint(lease)
         await it.until(lambda: it.loaded() == {"alpha"})
 
 

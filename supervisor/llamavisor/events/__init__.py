@@ -30,6 +30,11 @@ from llamavisor.events.folder import (
     WatcherChanged,
     WatcherFailed,
 )
+from llamavisor.events.gateway import (
+    GatewayDraining,
+    GatewayListening,
+    GatewayResumed,
+)
 from llamavisor.events.memory import (
     ContextShrunk,
     DemandMet,
@@ -58,6 +63,10 @@ from llamavisor.events.model import (
     ModelUnloaded,
     ModelWithheld,
     UnloadReason,
+)
+from llamavisor.events.request import (
+    RequestEnded,
+    RequestOutcome,
 )
 from llamavisor.events.router import (
     LogRotated,
@@ -91,6 +100,9 @@ __all__ = [
     "FolderBack",
     "FolderLooked",
     "FolderStale",
+    "GatewayDraining",
+    "GatewayListening",
+    "GatewayResumed",
     "GaugeBack",
     "GaugeFailed",
     "LogRotated",
@@ -115,6 +127,8 @@ __all__ = [
     "ModelsChanged",
     "PeerRefused",
     "Published",
+    "RequestEnded",
+    "RequestOutcome",
     "RouterCrashLoop",
     "RouterDegraded",
     "RouterExited",

@@ -22,6 +22,7 @@ class UnloadReason(Enum):
     CANCELLED = "cancelled"  # nobody waited for its load any more
     STALLED = "stalled"  # its load made no progress for too long
     CRASHED = "crashed"  # its child ended unasked
+    UNRESPONSIVE = "unresponsive"  # its child lived and took no connection
     OOM = "oom"  # the kernel killed its child for want of memory
     FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
     ROUTER = "router"  # its router ended
