@@ -11,7 +11,8 @@ import math
 import os
 import resource
 import socket
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import anyio
 from aiohttp import web
@@ -32,17 +33,23 @@ WARN_EVERY_S = 3600.0
 class Acceptor:
     """Takes the connections of one web server.
 
-    One more than there is room for ends the oldest that is not being answered, or the oldest of all. So whoever comes
-    is served, however many others say nothing.
+    One more than there is room for ends the oldest that is not being answered. So whoever comes is served, however many
+    others say nothing. If all are being answered, the oldest of all is ended, or the one that has come is turned away.
 
     Args:
         subject: what they connect to, for a person.
         bus: hears once an hour at most that there is no descriptor left.
+        connections_max: how many there may be.
+        turned_away: what is sent to one more than that if all are being answered; None to end the oldest for it.
     """
 
-    def __init__(self, subject: str, bus: Bus) -> None:
+    def __init__(
+        self, subject: str, bus: Bus, *, connections_max: int = CONNECTIONS_MAX, turned_away: bytes | None = None
+    ) -> None:
+        self.connections_max = connections_max
         self._subject = subject
         self._bus = bus
+        self._turned_away = turned_away
         self._warned_at = -math.inf
         self._answering: set[asyncio.BaseProtocol] = set()
         self._reserve: list[int] = []  # descriptors that are kept for when there is no other
@@ -74,9 +81,10 @@ class Acceptor:
                 except OSError as error:
                     await self._make_room(server, error)
                     continue
-                if len(_open(server)) >= _most():
-                    self._end_one(server)
                 connection.setblocking(False)
+                if len(_open(server)) >= self._most() and not self._end_one(server, for_one=True):
+                    self._turn_away(connection)
+                    continue
                 await loop.connect_accepted_socket(server, connection)
         finally:
             while self._spend_reserve():
@@ -85,10 +93,16 @@ class Acceptor:
     @web.middleware
     async def note(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Remember on which connections somebody is being answered."""
+        with self.answering(request):
+            return await handler(request)
+
+    @contextmanager
+    def answering(self, request: web.BaseRequest) -> Iterator[None]:
+        """Remember for the length of the block that the one who asks is being answered."""
         connection = request.protocol
         self._answering.add(connection)
         try:
-            return await handler(request)
+            yield
         finally:
             self._answering.discard(connection)
 
@@ -102,11 +116,25 @@ class Acceptor:
             self._end_one(server)
             await anyio.sleep(PAUSE_S)
 
-    def _end_one(self, server: web.Server) -> None:
+    def _end_one(self, server: web.Server, *, for_one: bool = False) -> bool:
+        """Make room by ending one, `for_one` who has come; False if nobody is to be ended for that."""
         connections = _open(server)
         silent = [connection for connection in connections if connection not in self._answering]
+        if for_one and not silent and self._turned_away is not None:
+            return False
         for connection in (silent or connections)[:1]:
             connection.force_close()
+        return True
+
+    def _turn_away(self, connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.send(self._turned_away or b"")
+
+    def _most(self) -> int:
+        """How many connections there is room for, by the limit as it is at this moment."""
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = self.connections_max
+        return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft // SHARE))
 
     def _keep_reserve(self) -> None:
         with suppress(OSError):
@@ -124,9 +152,3 @@ class Acceptor:
 def _open(server: web.Server) -> list[web.RequestHandler]:
     """The connections that hold a descriptor, the oldest first."""
     return [connection for connection in server.connections if connection.transport is not None]
-
-
-def _most() -> int:
-    """How many connections there is room for, by the limit as it is at this moment."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(1, min(CONNECTIONS_MAX, soft // SHARE))

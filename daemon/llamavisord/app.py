@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -23,7 +24,7 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
-from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, Warned
+from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, RequestEnded, Warned
 from llamavisor.fleet import open_fleet, sweep
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
@@ -37,6 +38,7 @@ from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Lock,
 from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
+from llamavisord.gateway.service import Service
 from llamavisord.plain import plain
 
 LAG_INTERVAL_S = 0.5
@@ -49,6 +51,8 @@ LEDGER_INTERVAL_S = 5.0
 LEDGER_END_S = 1.0
 """How long the last write of the ledger may take: its disk may not answer, and what it says can be learned again."""
 THREAD_END_S = 0.5
+DESCRIPTORS = 65536
+"""So many are enough for all that the gateway allows at once."""
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
 
@@ -73,6 +77,7 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     # They wait for the receiver in _main: what comes before it is neither lost nor fatal.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     _log_to_stderr(config.log_level)
+    _raise_descriptors()
     try:
         with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
             exit_code = anyio.run(_main, config, reload, control_socket)
@@ -82,6 +87,14 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
         return ExitCode.ALREADY_RUNNING if is_running else ExitCode.FAILED
     leave_hung_threads(exit_code)
     return exit_code
+
+
+def _raise_descriptors() -> None:
+    """Every request takes two descriptors; the soft limit of 1,024 is for programs that call select(2)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def leave_hung_threads(exit_code: int) -> None:
@@ -168,12 +181,15 @@ async def _live(
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus)
     exposition = Exposition(daemon)
+    service = Service(daemon, config.gateway) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
     try:
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(fleet.run, config.fleet_settings())
+            tasks.start_soon(fleet.run, daemon.fleet_settings())
+            if service is not None:
+                tasks.start_soon(service.run)
             tasks.start_soon(_measure_lag, daemon)
             tasks.start_soon(_keep_ledger, ledger, bus)
             if config.metrics.enabled:
@@ -184,7 +200,7 @@ async def _live(
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
                     bus.publish(Warned(subject="configuration", text=warning))
-                await _obey(signals, daemon)
+                await _obey(signals, daemon, service)
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -192,7 +208,7 @@ async def _live(
     return exit_code
 
 
-async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon) -> None:
+async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon, service: Service | None) -> None:
     """Reload on SIGHUP; end on SIGTERM and SIGINT, and faster on a second one. Returns when the fleet has ended."""
     async with anyio.create_task_group() as tasks:
         ending = False
@@ -204,17 +220,21 @@ async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon) -> None:
             elif not ending:
                 ending = True
                 daemon.bus.publish(DaemonStopping(reason=number.name))
-                tasks.start_soon(_shut_down, daemon, tasks.cancel_scope)
+                tasks.start_soon(_shut_down, daemon, service, tasks.cancel_scope)
             else:
-                tasks.start_soon(_hurry, daemon)
+                tasks.start_soon(_hurry, daemon, service)
 
 
-async def _shut_down(daemon: Daemon, scope: anyio.CancelScope) -> None:
+async def _shut_down(daemon: Daemon, service: Service | None, scope: anyio.CancelScope) -> None:
+    if service is not None:
+        await service.end()
     await daemon.fleet.shut_down()
     scope.cancel()
 
 
-async def _hurry(daemon: Daemon) -> None:
+async def _hurry(daemon: Daemon, service: Service | None) -> None:
+    if service is not None:
+        service.hurry()
     await daemon.fleet.shut_down(grace_s=HURRY_S)
 
 
@@ -310,5 +330,10 @@ def _instance(state_dir: Path) -> str:
 
 
 def _log_event(published: Published) -> None:
-    event = published.event
-    _log.log(event.log_level, "%s", event.message())
+    event, level = published.event, published.event.log_level
+    if not _log.isEnabledFor(level):  # asked first: every request of a client passes here
+        return
+    if isinstance(event, RequestEnded) and event.body is not None:
+        _log.log(level, "%s, asked: %s", event.message(), event.body)
+    else:
+        _log.log(level, "%s", event.message())

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from llamavisor.demands import MAX_WAITING, MAX_WAITING_PER_MODEL
 from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.rules import ModelRule
 from llamavisor.settings import FleetSettings, OnOverwrite, Oversize, RouterSettings, Serve
+from llamavisord.gateway.keys import Keys
 from llamavisord.problems import ConfigError, Origin
 
-__all__ = ["Config", "ConfigError", "Metrics", "Setting"]
+__all__ = ["Config", "ConfigError", "GatewaySettings", "Metrics", "Setting"]
+
+ANY = "*"
+"""Alone in a list of hosts or origins it stands for all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,50 @@ class Metrics:
     enabled: bool
     host: str
     port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatewaySettings:
+    """What the gateway is told to be.
+
+    Attributes:
+        host: address that it listens on; a loopback one stands for both, 127.0.0.1 and ::1.
+        port: TCP port, 1 to 65535.
+        keys: what clients must send; empty for nothing.
+        default_model: the model that serves requests which name none; None for no such model.
+        allow_origins: web pages that may use it besides those of this machine, as browsers write origins; `ANY`.
+        allow_hosts: names that a Host header may carry besides those of the address it listens on, in lower case
+            without a port; `ANY`.
+        max_body_bytes: what the body of one request may take.
+        max_held_bytes: what the bodies of all requests may take together; never less than `max_body_bytes`.
+        max_connections: how many clients may be connected at once.
+        max_waiting: how many requests may wait for models at once.
+        max_waiting_per_model: how many of them for one model.
+        wait_s: how long one request waits for its model at most.
+        drain_s: how long answers may go on when the daemon is told to end.
+        retries: how often a request is sent again after its model has died before it said anything.
+        public_without_key: whether a person has said that everybody on the network may use it.
+        log_requests: whether each request is logged.
+        log_bodies: whether with its body.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    keys: Keys = field(default_factory=Keys)
+    default_model: str | None = None
+    allow_origins: tuple[str, ...] = ()
+    allow_hosts: tuple[str, ...] = ()
+    max_body_bytes: int = 256 * 1024**2
+    max_held_bytes: int = 1024**3
+    max_connections: int = 1024
+    max_waiting: int = MAX_WAITING
+    max_waiting_per_model: int = MAX_WAITING_PER_MODEL
+    wait_s: float = 600.0
+    drain_s: float = 30.0
+    retries: int = 2
+    public_without_key: bool = False
+    log_requests: bool = False
+    log_bodies: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +86,8 @@ class Config:
 
     Attributes:
         path: the file that was read, None without one.
-        serve: "router".
+        serve: "gateway" or "router".
+        gateway: what the gateway is told to be, None with serve = "router".
         routers: what each router is told to be, in the order of the file.
         metrics: the Prometheus endpoint.
         socket: the control socket.
@@ -63,6 +113,7 @@ class Config:
     log_dir: Path
     log_level: str
     log_size_bytes: int
+    gateway: GatewaySettings | None = None
     rules: tuple[ModelRule, ...] = ()
     link_dirs: tuple[Path, ...] = ()
     on_overwrite: OnOverwrite = "reload"
@@ -76,14 +127,21 @@ class Config:
         """The folder of the control socket."""
         return self.socket.parent
 
-    def fleet_settings(self) -> FleetSettings:
-        """What the routers and their models are told to be."""
+    def fleet_settings(self, *, router_key: str) -> FleetSettings:
+        """What the routers and their models are told to be.
+
+        Args:
+            router_key: what routers ask for that only the gateway talks to.
+        """
+        is_behind = self.gateway is not None
         return FleetSettings(
-            routers=self.routers,
+            routers=tuple(replace(each, api_key=router_key) if is_behind else each for each in self.routers),
             rules=self.rules,
             link_dirs=self.link_dirs,
             on_overwrite=self.on_overwrite,
             serve=self.serve,
             min_residency_s=self.min_residency_s,
             oversize=self.oversize,
+            max_waiting=self.gateway.max_waiting if self.gateway else MAX_WAITING,
+            max_waiting_per_model=self.gateway.max_waiting_per_model if self.gateway else MAX_WAITING_PER_MODEL,
         )

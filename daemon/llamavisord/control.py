@@ -18,17 +18,18 @@ from aiohttp.typedefs import Handler, Middleware
 
 from llamavisor.errors import DemandRefusedError, LlamavisorError
 from llamavisor.events import Bus, PeerRefused, Published
-from llamavisor.fleet import Fleet
 from llamavisor.router import Router
 from llamavisor.states import SERVING, RouterState
 from llamavisord.control_socket import ControlSocket, peer_of
 from llamavisord.daemon import Daemon
 from llamavisord.details import describe
+from llamavisord.drain import NoGatewayError
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.memory_view import forecast_view, memory_view, ps_view
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
 from llamavisord.search import Search
+from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
 
 BODY_BYTES = 64 * 1024
@@ -58,6 +59,8 @@ _STATUS = {
     "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
     "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
     "demand_refused": HTTPStatus.CONFLICT,  # 503 if the same demand may succeed later
+    "no_gateway": HTTPStatus.CONFLICT,
+    "ending": HTTPStatus.CONFLICT,
     "router_api_failed": HTTPStatus.BAD_GATEWAY,
     "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
 }
@@ -102,24 +105,28 @@ def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Applicatio
             web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
             web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
             web.post(base + r"/routers/{name:[^/]+}/start", api.start),
+            web.post(f"{base}/drain", api.drain),
+            web.post(f"{base}/resume", api.resume),
             web.post(f"{base}/reload", api.reload),
             web.get(f"{base}/events", api.events),
             web.get(f"{base}/logs", api.logs),
-            *health_routes(daemon.fleet),
+            *health_routes(daemon),
         ]
     )
     return app
 
 
-def health_routes(fleet: Fleet) -> list[web.RouteDef]:
-    """/livez: this process answers. /readyz: at least one router is serving."""
+def health_routes(daemon: Daemon) -> list[web.RouteDef]:
+    """/livez: this process answers. /readyz: at least one router is serving, and the gateway lets clients in."""
 
     async def livez(_: web.Request) -> web.Response:
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
-        lines = [f"{router.name} {router.state.value}" for router in fleet]
-        status = HTTPStatus.OK if fleet.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
+        lines = [f"{router.name} {router.state.value}" for router in daemon.fleet]
+        if daemon.traffic is not None:
+            lines.append(f"gateway {daemon.traffic.state}")
+        status = HTTPStatus.OK if daemon.is_ready else HTTPStatus.SERVICE_UNAVAILABLE
         return web.Response(text="\n".join([*lines, ""]), status=status)
 
     return [web.get("/livez", livez), web.get("/readyz", readyz)]
@@ -142,7 +149,7 @@ class _Api:
         return _json(
             {
                 **self._daemon.view(),
-                "ready": self._fleet.is_ready,
+                "ready": self._daemon.is_ready,
                 "event_id": self._bus.last_id,
                 "routers": [router_view(router) for router in self._fleet],
                 "folders": folders_view(self._fleet),
@@ -251,6 +258,25 @@ class _Api:
             await router.wait_until(is_done)
         status = _outcome(scope, wait_s, f"router {router.name}")
         return _json({"router": router_view(router), "changed": changed, "event_id": event_id}, status=status)
+
+    async def drain(self, request: web.Request) -> web.Response:
+        traffic = self._traffic()
+        event_id, wait_s = self._bus.last_id, _wait_s(request)
+        changed = traffic.drain.begin("asked for")
+        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
+            await traffic.drain.wait_empty()
+        status = _outcome(scope, wait_s, "gateway")
+        return _json({"gateway": traffic.view(), "changed": changed, "event_id": event_id}, status=status)
+
+    async def resume(self, _: web.Request) -> web.Response:
+        traffic, event_id = self._traffic(), self._bus.last_id
+        changed = traffic.drain.end()
+        return _json({"gateway": traffic.view(), "changed": changed, "event_id": event_id})
+
+    def _traffic(self) -> Traffic:
+        if self._daemon.traffic is None:
+            raise NoGatewayError
+        return self._daemon.traffic
 
     async def reload(self, _: web.Request) -> web.Response:
         event_id = self._bus.last_id

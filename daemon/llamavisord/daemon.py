@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
@@ -17,13 +18,14 @@ from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
 from llamavisor.fleet import Applied, Fleet
-from llamavisor.settings import base_url
+from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
 from llamavisord import __version__
 from llamavisord.config import Config
 from llamavisord.inventory import Inventory
 from llamavisord.memory_view import memory_warnings
 from llamavisord.problems import ConfigError, Problem
+from llamavisord.traffic import Traffic
 from llamavisord.unmatched import unmatched
 
 RELOAD_LOOK_S = 10.0
@@ -46,15 +48,21 @@ class Daemon:
         self.config_loaded_at = time.time()
         self.fleet = fleet
         self.bus = bus
+        self.traffic: Traffic | None = None  # of the gateway, if there is one
         self.metrics_error: str | None = None
         self.loop_lag_s = 0.0
         self.started_at = time.time()
         self._started_mono = anyio.current_time()
         self._load_config = load_config
+        self._router_key = secrets.token_urlsafe(32)  # lives as long as we do: a reload restarts no router for it
         self._reloading = anyio.Lock()  # two reloads at once would apply half of each
 
     def __repr__(self) -> str:
         return f"<Daemon {self.fleet!r}>"
+
+    def fleet_settings(self) -> FleetSettings:
+        """What the routers and their models are told to be."""
+        return self.config.fleet_settings(router_key=self._router_key)
 
     async def reload(self) -> Applied:
         """Read the configuration again and go over to it, all or nothing; then look at the models folders.
@@ -68,21 +76,25 @@ class Daemon:
             try:
                 config = await anyio.to_thread.run_sync(self._load_config)
                 self._refuse_fixed(config)
-                if problems := await self.fleet.check(config.fleet_settings()):
+                settings = config.fleet_settings(router_key=self._router_key)
+                if problems := await self.fleet.check(settings):
                     raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
             except ConfigError as error:
                 self.config_error = str(error)
                 self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
                 raise
             self.config, self.config_error, self.config_loaded_at = config, None, time.time()
-            applied = await self.fleet.apply(config.fleet_settings())
+            applied = await self.fleet.apply(settings)
             self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models))
             return replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""
-        fixed = ("socket", "state_dir", "log_dir", "log_size_bytes", "log_level", "metrics")
+        fixed = ("serve", "socket", "state_dir", "log_dir", "log_size_bytes", "log_level", "metrics")
         changed = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
+        if config.gateway is not None and self.config.gateway is not None:
+            doors = config.gateway, self.config.gateway
+            changed += [key for key in ("host", "port") if len({getattr(door, key) for door in doors}) > 1]
         if changed:
             text = "cannot be changed by a reload: restart llamavisor"
             raise ConfigError([Problem(text, key=key) for key in changed])
@@ -92,11 +104,18 @@ class Daemon:
         with suppress(LlamavisorError):
             await self.reload()
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a client who comes now is served: a router is, and the gateway, if there is one, lets clients in."""
+        return self.fleet.is_ready and (self.traffic is None or self.traffic.state == "open")
+
     def warnings(self) -> list[str]:
         """What a person should know although it works."""
         found = list(self.config.warnings)
         if self.metrics_error:
             found.append(self.metrics_error)
+        if self.traffic is not None:
+            found += self.traffic.warnings()
         for folder in self.fleet.folders:
             catalog = folder.catalog
             if catalog.stale:
@@ -146,5 +165,6 @@ class Daemon:
             "config_loaded_unix": self.config_loaded_at,
             "socket": str(self.config.socket),
             "metrics_url": f"{base_url(metrics.host, metrics.port)}/metrics" if metrics.enabled else None,
+            "gateway": self.traffic.view() if self.traffic is not None else None,
             "warnings": self.warnings(),
         }

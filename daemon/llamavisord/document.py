@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -26,7 +26,7 @@ from pydantic_core import ErrorDetails, core_schema
 from llamavisor.options import ModelOptions
 from llamavisor.quantities import parse_duration, parse_size
 from llamavisor.rules import ModelSettings
-from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize
+from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize, Serve
 from llamavisord.toml_lines import Location
 
 _ROUTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -39,6 +39,14 @@ _DEVICE = re.compile(r"[A-Za-z][A-Za-z0-9_.:\[\]-]{0,255}")
 """How llama-server names devices: CUDA0, Vulkan1, RPC0, RPC[10.0.0.2:50052]."""
 _BUDGET_BYTES_MIN = 1024 * 1024
 """A smaller budget is a number whose unit was forgotten."""
+_BODY_BYTES_MIN = 1024
+_RETRIES_MAX = 10
+_MANY = 1_000_000
+_NAME_MAX = 255
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([a-z0-9._-]+|\[[0-9a-f:.]+\])(?::([0-9]{1,5}))?")
+_PORTS = {"http": "80", "https": "443"}
+"""Ports that a browser leaves out of an origin."""
+_HOST_AND_PORT = re.compile(r"[^:]*:[0-9]+")
 
 
 def _whole(value: object, low: int, high: int, expected: str) -> int:
@@ -124,10 +132,67 @@ def _memory(value: object, read_table: ValidatorFunctionWrapHandler) -> MemoryBu
     return MemoryBudget(_budget(value, either))
 
 
-def _serve(value: object) -> object:
-    if value == "gateway":
-        raise ValueError('"gateway" comes with a later version; this one serves with "router"')
-    return value
+def _many(value: object) -> int:
+    return _whole(value, 1, _MANY, f"expected a whole number from 1 to {_MANY}")
+
+
+def _retries(value: object) -> int:
+    return _whole(value, 0, _RETRIES_MAX, f"expected a whole number from 0 to {_RETRIES_MAX}")
+
+
+def _body(value: object) -> int:
+    size_bytes = parse_size(value)
+    if size_bytes < _BODY_BYTES_MIN:
+        raise ValueError('no request fits into that: write the unit too, as in "256MiB"')
+    return size_bytes
+
+
+def _held(value: object) -> int | Literal["auto"]:
+    return "auto" if value == "auto" else _body(value)
+
+
+def _patience(value: object) -> float:
+    seconds = parse_duration(value)
+    if seconds < 1:
+        raise ValueError('expected a duration of at least 1 s, such as "10m": no model loads at once')
+    return seconds
+
+
+def _origins(value: object) -> tuple[str, ...]:
+    return _any_or_each(value, _origin, 'origins such as "https://chat.example.org"')
+
+
+def _origin(text: str) -> str:
+    """An origin as browsers write it: in lower case, without the port that goes without saying."""
+    found = _ORIGIN.fullmatch(text.lower())
+    if found is None:
+        raise ValueError(f'"{text}" is no origin: it is written like "https://chat.example.org", without a path')
+    scheme, host, port = found.groups()
+    return f"{scheme}://{host}" if port in (None, _PORTS.get(scheme)) else f"{scheme}://{host}:{port}"
+
+
+def _host_names(value: object) -> tuple[str, ...]:
+    return _any_or_each(value, _host_name, 'host names such as "llm.example.org"')
+
+
+def _host_name(text: str) -> str:
+    name = text.lower().removesuffix(".")
+    if not _HOST.fullmatch(name) or not all(map(_is_label, name.split("."))) or _HOST_AND_PORT.fullmatch(name):
+        raise ValueError(f'"{text}" is no host name: it is written like "llm.example.org", without a port')
+    return name
+
+
+def _any_or_each(value: object, read: Callable[[str], str], what: str) -> tuple[str, ...]:
+    """There are three cases: "*" for all, a list of proper things, anything else."""
+    if value in ("*", ["*"]):
+        return ("*",)
+    if not isinstance(value, list) or not all(isinstance(each, str) and each.isprintable() for each in value):
+        raise ValueError(f'expected a list of {what}, or "*" for all')
+    if "*" in value:
+        raise ValueError('"*" stands for all: nothing else may stand beside it')
+    if long := next((each for each in value if len(each) > _NAME_MAX), None):
+        raise ValueError(f"a name of {len(long)} characters: at most {_NAME_MAX} are one")
+    return tuple(dict.fromkeys(map(read, value)))
 
 
 def _flag(value: object) -> bool:
@@ -164,9 +229,9 @@ class RouterKeys(_Table):
     """What the top of a file says for every router, and a `[[router]]` table for itself."""
 
     host: Host | None = None
-    """Address that the router listens on."""
+    """Address to listen on: the gateway's; with serve = "router" a router's."""
     port: Port | None = None
-    """TCP port that the router listens on; several routers need one each."""
+    """TCP port to listen on: the gateway's; with serve = "router" a router's, and several routers need one each."""
     models_dir: Text | None = None
     """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file."""
     models_max: Annotated[int, BeforeValidator(_count)] | None = None
@@ -176,7 +241,8 @@ class RouterKeys(_Table):
     llama_server: Text | None = None
     """llama-server to run, a path or a command; else LLAMAVISOR_LLAMA_SERVER, PATH, the llama extra."""
     api_key_file: Text | None = None
-    """File with the API key that clients must send, on one line. The key itself is never written here."""
+    """File with the API keys that clients must send, one on each line; with serve = "router" exactly one. A key itself
+    is never written here."""
 
 
 class MetricsTable(_Table):
@@ -188,6 +254,43 @@ class MetricsTable(_Table):
     """Address that it listens on."""
     port: Annotated[int, BeforeValidator(_metrics_port)] | None = None
     """TCP port that it listens on."""
+
+
+Flag = Annotated[bool, BeforeValidator(_flag)]
+
+
+class GatewayTable(_Table):
+    """`[gateway]`: how the one address behaves that clients know."""
+
+    default_model: Text | None = None
+    """The model that serves requests which name none; without it they are refused."""
+    allow_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] | None = None
+    """Web pages that may use it besides those of this machine: a list of origins, or "*" for all."""
+    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_host_names)] | None = None
+    """Names that clients may call it by besides those of its address: a list of host names, or "*" for all."""
+    max_body: Annotated[int, BeforeValidator(_body)] | None = None
+    """What the body of one request may take, such as "256MiB"."""
+    max_held: Annotated[int | Literal["auto"], BeforeValidator(_held)] | None = None
+    """What the bodies of all requests may take together: a size, or "auto", 1 GiB or a quarter of RAM if that is less,
+    but never less than max_body."""
+    max_connections: Annotated[int, BeforeValidator(_many)] | None = None
+    """How many clients may be connected at once."""
+    max_waiting: Annotated[int, BeforeValidator(_many)] | None = None
+    """How many requests may wait for models at once; the next is refused."""
+    max_waiting_per_model: Annotated[int, BeforeValidator(_many)] | None = None
+    """How many of them for one model."""
+    max_wait: Annotated[float, BeforeValidator(_patience)] | None = None
+    """How long one request waits for its model at most, such as "10m"."""
+    drain: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    """How long answers may go on when the daemon is told to end, such as "30s"."""
+    retries: Annotated[int, BeforeValidator(_retries)] | None = None
+    """How often a request is sent again after its model has died before it said anything."""
+    public_without_key: Flag | None = None
+    """Whether everybody who reaches its address may use it although no key is set."""
+    log_requests: Flag | None = None
+    """Whether each request is logged."""
+    log_bodies: Flag | None = None
+    """Whether with what people have asked their models."""
 
 
 class DefaultsTable(ModelOptions):
@@ -218,8 +321,8 @@ class ModelTable(ModelSettings):
 class Document(RouterKeys):
     """A whole file; every key may be left out."""
 
-    serve: Annotated[Literal["router"], BeforeValidator(_serve)] | None = None
-    """Who listens on the public address: "router", each llama-server router itself."""
+    serve: Serve | None = None
+    """Who listens on the public address: "gateway", llamavisor for all routers; or "router", each of them itself."""
     socket: Text | None = None
     """Unix socket of the control API."""
     state_dir: Text | None = None
@@ -238,6 +341,8 @@ class Document(RouterKeys):
     """What becomes of a demand for a model larger than its budget: "fit" it as llama.cpp can, or "refuse" it."""
     metrics: MetricsTable = Field(default_factory=MetricsTable)
     """Where Prometheus reads."""
+    gateway: GatewayTable = Field(default_factory=GatewayTable)
+    """The one address that clients know."""
     defaults: DefaultsTable = Field(default_factory=DefaultsTable)
     """Options of every model."""
     router: Annotated[list[RouterTable], BeforeValidator(_tables)] = Field(default_factory=list)
@@ -264,7 +369,12 @@ _EXPECTED = {
 _CONFIDENTIAL = frozenset({"env", "args", "api_key", "api_key_file"})
 """Keys whose values a message does not repeat: they may hold a secret."""
 
-_LISTS = frozenset({"aliases", "args", "devices", "draft_devices", "lora", "router", "tags", "tensor_split"})
+_LISTS = frozenset(
+    {
+        *("aliases", "allow_hosts", "allow_origins", "args", "devices", "draft_devices", "lora", "router", "tags"),
+        "tensor_split",
+    }
+)
 """Keys that may be lists: of one that is refused the message says which part of it is wrong."""
 
 
@@ -325,13 +435,13 @@ def _explain(location: Location, error: ErrorDetails) -> str:
 
 
 def _explain_unknown(location: Location, key: str) -> str:
-    """There are five cases: a secret, what no model can have, a key of another table, a misspelt one, any other."""
+    """There are five cases: a secret, what no model can have, a misspelt key, a key of another table, any other."""
     if key == "api_key":
         return "a key is not written here: put it into a file of its own and name that with api_key_file"
     if key == "env" and location[:1] == ("model",):
         return (
-            "models have the environment of their router: write a [[router]] with that env and a port of its own,"
-            ' and name it here: router = "that"'
+            "models have the environment of their router: write a [[router]] with that env, and name it here:"
+            ' router = "that"'
         )
     here = _table_at(location[:-1]).model_fields
     if key in ModelSettings.model_fields and key not in ModelOptions.model_fields and location[:1] != ("model",):
@@ -340,6 +450,8 @@ def _explain_unknown(location: Location, key: str) -> str:
         return f"unknown key{close}"
     if key in ModelOptions.model_fields:
         return "unknown key here: it belongs in [defaults] or a [[router]]"
+    if key in GatewayTable.model_fields:
+        return "unknown key here: it belongs in [gateway]"
     if key in Document.model_fields:
         return "unknown key here: it belongs at the top of the file, above the first [table]"
     return "unknown key"
@@ -348,6 +460,7 @@ def _explain_unknown(location: Location, key: str) -> str:
 def _table_at(location: Location) -> type[BaseModel]:
     tables: dict[str, type[BaseModel]] = {
         "metrics": MetricsTable,
+        "gateway": GatewayTable,
         "defaults": DefaultsTable,
         "router": RouterTable,
         "model": ModelTable,

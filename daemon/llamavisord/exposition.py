@@ -27,6 +27,7 @@ from llamavisord import __version__
 from llamavisord.control import health_routes
 from llamavisord.daemon import Daemon
 from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges
+from llamavisord.exposition_requests import RequestCounts, traffic_gauges
 from llamavisord.view import unix_time
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -116,6 +117,11 @@ class Exposition:
             buckets=_SERVABLE_BUCKETS_S,
             registry=registry,
         )
+        self._requests = RequestCounts(
+            is_known=lambda model: any(router.table.get(model) is not None for router in daemon.fleet),
+            routers=lambda: [router.name for router in daemon.fleet],
+        )
+        registry.register(self._requests)
         self._memory = MemoryCounts(registry)
         self._of_models = (self._loads, self._load_seconds, self._unloads, *self._memory.of_models)
         self._of_routers = (
@@ -132,6 +138,9 @@ class Exposition:
 
     def _count(self, published: ev.Published) -> None:
         event = published.event
+        if isinstance(event, ev.RequestEnded):  # first: there may be thousands in a second
+            self._requests.count(event)
+            return
         self._memory.count(event)
         if (router := getattr(event, "router", None)) is not None:
             self._counted.add((router, ""))
@@ -163,6 +172,7 @@ class Exposition:
 
     def _forget_vanished(self) -> None:
         """Drop the series of routers, models and folders that are not there any more: they would stay for ever."""
+        self._requests.forget_vanished()
         routers = {router.name: router for router in self._daemon.fleet}
         for router, model in list(self._counted):
             there = routers.get(router)
@@ -184,7 +194,7 @@ class Exposition:
             return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE})
 
         app = web.Application()
-        app.add_routes([web.get("/metrics", metrics), *health_routes(self._daemon.fleet)])
+        app.add_routes([web.get("/metrics", metrics), *health_routes(self._daemon)])
         return app
 
 
@@ -215,6 +225,8 @@ class _Snapshot(Collector):
         yield from _of_models(daemon.fleet)
         yield from _of_folders(daemon.fleet)
         yield from memory_gauges(daemon.fleet.memory.occupancy())
+        if daemon.traffic is not None:
+            yield from traffic_gauges(daemon.traffic)
 
         lag = gauge("event_loop_lag_seconds", "The longest that the event loop was late in the last ten seconds.")
         lag.add_metric([], daemon.loop_lag_s)

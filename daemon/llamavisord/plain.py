@@ -12,7 +12,9 @@ def plain(text: object, *, keep: str = "") -> str:
     """
     if text is None:
         return "-"
+    if (whole := str(text)).isprintable():  # nearly always, and each line of the log passes here
+        return whole
     return "".join(
         char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in str(text)
+        for char in whole
     )

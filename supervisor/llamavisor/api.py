@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -70,14 +70,19 @@ class _Status(_Answer):
 
 
 class _Meta(_Answer):
+    model_config = ConfigDict(extra="allow", frozen=True)  # clients are shown it as it came
+
     n_ctx: int | None = None
-    size: int | None = None
 
 
-class _Model(_Answer):
+class _Info(_Answer):
+    architecture: object = None
+    meta: _Meta | None = None
+
+
+class _Model(_Info):
     id: str
     status: _Status
-    meta: _Meta | None = None
 
 
 class _Models(_Answer):
@@ -89,6 +94,8 @@ class _Health(_Answer):
 
 
 class _Props(_Answer):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
     role: str = ""
     build_info: str | None = None
 
@@ -96,10 +103,6 @@ class _Props(_Answer):
 class _Progress(_Answer):
     current: str = ""
     value: float = 0.0
-
-
-class _Info(_Answer):
-    meta: _Meta | None = None
 
 
 class _EventData(_Answer):
@@ -125,6 +128,7 @@ class ListedModel:
         failed: whether its last process ended with anything but success.
         path: file that it is loaded from, None when the router does not say.
         n_ctx: context length in tokens that it really got, None while it is not loaded.
+        info: what its process says of it, as it came: `architecture` and `meta`; None while it is not loaded.
     """
 
     name: str
@@ -132,6 +136,7 @@ class ListedModel:
     failed: bool
     path: Path | None
     n_ctx: int | None
+    info: Mapping[str, object] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +150,7 @@ class StatusEvent:
         stage: with LOADING: what is being loaded, for example "text_model".
         progress: with LOADING: fraction of the stage, 0 to 1.
         n_ctx: with LOADED: context length in tokens.
+        info: with LOADED: what its process says of it, as for `ListedModel`.
     """
 
     model: str
@@ -153,14 +159,16 @@ class StatusEvent:
     stage: str | None = None
     progress: float | None = None
     n_ctx: int | None = None
+    info: Mapping[str, object] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Props:
-    """What GET /props says: whether this is a router, and which build."""
+    """What GET /props says: whether this is a router, which build, and all of it as it came."""
 
     is_router: bool
     build: str | None
+    document: Mapping[str, object] = field(default_factory=dict, repr=False)
 
 
 class RouterApi:
@@ -214,7 +222,7 @@ class RouterApi:
             ApiError: no understandable answer.
         """
         answer = _parse(_Props, await self._call("GET", "/props"), "/props")
-        return Props(answer.role == "router", answer.build_info)
+        return Props(answer.role == "router", answer.build_info, answer.model_dump())
 
     async def models(self, *, reload: bool = False) -> list[ListedModel]:
         """The models that the router knows, after it has read its folder and preset again if `reload`.
@@ -322,14 +330,15 @@ def _status_event(raw: bytes) -> StatusEvent | None:
     # Three names have been used for the same thing over time: model_status, status_update, status_change.
     if event.data is None or event.data.status not in _LIVE:
         return None
-    progress = event.data.progress
+    progress, info = event.data.progress, event.data.info
     return StatusEvent(
         model=event.model,
         state=_STATES[event.data.status],
         exit_code=event.data.exit_code,
         stage=progress.current if progress else None,
         progress=progress.value if progress else None,
-        n_ctx=event.data.info.meta.n_ctx if event.data.info and event.data.info.meta else None,
+        n_ctx=info.meta.n_ctx if info and info.meta else None,
+        info=_as_it_came(info) if info else None,
     )
 
 
@@ -341,7 +350,16 @@ def _listed(model: _Model) -> ListedModel:
         failed=model.status.failed,
         path=Path(path) if path else None,
         n_ctx=model.meta.n_ctx if model.meta else None,
+        info=_as_it_came(model),
     )
+
+
+def _as_it_came(info: _Info) -> Mapping[str, object] | None:
+    """What the process of a model has said of it; None if it has not spoken yet."""
+    if info.meta is None:
+        return None
+    said = {"architecture": info.architecture, "meta": info.meta.model_dump(exclude_unset=True)}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 async def _parse_models(body: bytes, path: str) -> AsyncIterator[_Model]:

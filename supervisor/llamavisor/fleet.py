@@ -292,7 +292,7 @@ class Fleet:
             for folder in self.folders:
                 group.start_soon(_look, folder, within_s, problems)
         with anyio.move_on_after(within_s) as scope:
-            for router in self:
+            for router in list(self):  # other settings may be applied meanwhile
                 if router.is_serving:
                     problems += await _rescan(router)
         if scope.cancelled_caught:

@@ -12,7 +12,7 @@ from typing import Any
 import anyio
 import anyio.abc
 
-from llamavisor.api import ListedModel
+from llamavisor.api import ListedModel, Props
 from llamavisor.cause import Cause, Verdict, classify
 from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.gaps import was_missed
@@ -205,19 +205,20 @@ class Generation:
     async def _serve(self, api: Api, launch: Launch, missing: tuple[str, ...], ready: anyio.Event) -> None:
         """What goes on beside a running process: see it come up, then follow it until it ends."""
         started = anyio.current_time()
-        models: list[ListedModel] | None = None
+        came_up: tuple[Props, list[ListedModel]] | None = None
         deadline_s = START_DEADLINE_S + START_DEADLINE_PER_MODEL_S * len(launch.specs)
-        while models is None:
+        while came_up is None:
             with anyio.move_on_after(deadline_s) as scope:
-                models = await self._come_up(api, launch)
+                came_up = await self._come_up(api, launch)
             if scope.cancelled_caught and was_missed(scope.deadline, anyio.current_time()):
                 continue
-            if models is None:
+            if came_up is None:
                 if self._refusal is None:
                     self._post(Overdue(f"not ready within {deadline_s:.0f} s"))
                 return
         ready.set()
-        self._post(CameUp(api, models, anyio.current_time() - started, missing))
+        props, models = came_up
+        self._post(CameUp(api, models, anyio.current_time() - started, missing, props))
         async with anyio.create_task_group() as group:
             group.start_soon(self._follow, api)
             group.start_soon(self._heed_hints, api)
@@ -227,8 +228,8 @@ class Generation:
                 group.start_soon(self._watch_devices, launch)
             self._watch_children(models)
 
-    async def _come_up(self, api: Api, launch: Launch) -> list[ListedModel] | None:
-        """Wait for the router's own word that it serves; None if what came up is not a router."""
+    async def _come_up(self, api: Api, launch: Launch) -> tuple[Props, list[ListedModel]] | None:
+        """Wait for the router's own word that it serves, and what; None if what came up is not a router."""
         assert self.process is not None  # noqa: S101 (a generation without a process does not come here)
         pause = _READY_POLL_S
         while True:
@@ -236,7 +237,7 @@ class Generation:
                 props = await api.props()
                 if await self._host.is_listening(self.process.pid, launch, log_mark=self._log_mark):
                     if props.is_router:
-                        return await api.models()
+                        return props, await api.models()
                     self._refusal = Verdict(
                         Cause.BAD_BINARY,
                         "llama-server came up, but not as a router",

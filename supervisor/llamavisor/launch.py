@@ -7,16 +7,12 @@ default.
 
 from __future__ import annotations
 
-import errno
-import socket
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import anyio.to_thread
-import psutil
 
 from llamavisor import flags, footprint, gauge, preset
 from llamavisor.api import RouterApi
@@ -28,6 +24,7 @@ from llamavisor.child import find as find_child
 from llamavisor.errors import BinaryError, OptionError
 from llamavisor.offer import link_all, make_offer, to_preset
 from llamavisor.output import OutputFile
+from llamavisor.ports import find_port, is_listener
 from llamavisor.process import Process, Spawner
 from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec, NamedFile, named_files, section, try_rule
@@ -152,7 +149,7 @@ class Launcher:
             return Verdict(Cause.BAD_BINARY, str(error), error.hint, is_obstacle=True)
         except OptionError as error:
             return Verdict(Cause.BAD_OPTION, str(error), error.hint, is_obstacle=True)
-        port = _find_port(self.settings.host, self.settings.port)
+        port = find_port(self.settings.host, self.settings.port)
         if isinstance(port, Verdict):
             return port
         warnings = []
@@ -387,7 +384,7 @@ class Launcher:
         """
         if any("listening on" in line for line in self.output.tail(_START_LINES, since=log_mark)):
             return True
-        return await anyio.to_thread.run_sync(_listens, router_pid, launch.port)
+        return await anyio.to_thread.run_sync(is_listener, router_pid, launch.port)
 
     def _argv(self, launch: Launch, *, autoload: bool) -> list[str]:
         settings = self.settings
@@ -437,56 +434,3 @@ def _is_other(path: Path, known: Sequence[int]) -> bool:
     except OSError:
         return any(known)  # a dangling link is known as such
     return [now.st_ino, now.st_mtime_ns, now.st_size] != known
-
-
-def _find_port(host: str, port: int) -> int | Verdict:
-    """The port to listen on, or what keeps us from it, seen by binding it for a moment as llama-server will.
-
-    Args:
-        host: the address.
-        port: the port; 0 for any that is free.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with closing(socket.socket(family, kind, protocol)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            return int(probe.getsockname()[1])
-    except (OSError, UnicodeError) as error:
-        if is_shortage(error):
-            return Verdict(Cause.SPAWN, f"cannot look at port {port}: {error.strerror}", SHORTAGE_HINT)
-        if not isinstance(error, OSError) or error.errno != errno.EADDRINUSE:
-            why = error.strerror if isinstance(error, OSError) else error
-            hint = "correct `host`; a port below 1024 needs the right to bind it"
-            return Verdict(Cause.PORT_TAKEN, f"cannot listen on {host}:{port}: {why}", hint, is_obstacle=True)
-        holder = _holder(port)
-        reason = f"port {port} on {host} is taken" + (f" by {holder}" if holder else "")
-        hint = "choose another port, or end what holds it"
-        return Verdict(Cause.PORT_TAKEN, reason, hint, is_obstacle=True)
-
-
-def _holder(port: int) -> str | None:
-    """Who listens on the port, as `name (pid N)`, None when it cannot be seen (another user's process)."""
-    try:
-        for connection in psutil.net_connections(kind="tcp"):
-            if _is_listener(connection, port) and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except (psutil.Error, OSError):
-        return None
-    return None
-
-
-def _listens(pid: int, port: int) -> bool:
-    try:
-        connections = psutil.Process(pid).net_connections(kind="tcp")
-    except psutil.AccessDenied:  # a hardened system hides descriptors even of our own child: believe the answer
-        return True
-    except (psutil.Error, OSError):  # OSError: no descriptor to look with
-        return False
-    return any(_is_listener(connection, port) for connection in connections)
-
-
-def _is_listener(connection: Any, port: int) -> bool:
-    return connection.status == psutil.CONN_LISTEN and bool(connection.laddr) and connection.laddr.port == port

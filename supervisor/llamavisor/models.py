@@ -7,7 +7,7 @@ method returns the events that follow from what it was told.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Model:
         pid: its child process, None without one or before it was found.
         port: port of its child on 127.0.0.1.
         n_ctx: context length in tokens that it really got.
+        info: what its process says of it, as `api.ListedModel` has it.
         stage: what is being loaded.
         progress: fraction of the stage, 0 to 1.
         progressed_at: monotonic time of the last sign of a load's progress.
@@ -64,6 +65,7 @@ class Model:
     pid: int | None = None
     port: int | None = None
     n_ctx: int | None = None
+    info: Mapping[str, object] | None = None
     stage: str | None = None
     progress: float | None = None
     progressed_at: float = 0.0
@@ -179,6 +181,7 @@ class ModelTable:
                 model = self._add(name, now)
             model.path = entry.path or model.path
             model.n_ctx = entry.n_ctx or model.n_ctx
+            model.info = entry.info or model.info
             if is_news:
                 model.is_heard |= is_first  # a later one may have overtaken events
                 happened += self._observe(model, entry.state, now, exit_code=1 if entry.failed else 0)
@@ -202,6 +205,7 @@ class ModelTable:
         happened: list[Event] = []
         if event.n_ctx is not None:
             model.n_ctx = event.n_ctx
+        model.info = event.info or model.info
         if not model.is_heard and event.state is ModelState.UNLOADED:  # a list has told us so before
             return []
         model.is_heard = True
@@ -404,4 +408,4 @@ class ModelTable:
             self._running[model.name] = model
         else:
             self._running.pop(model.name, None)
-            model.pid = model.port = model.n_ctx = None
+            model.pid = model.port = model.n_ctx = model.info = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.api import ListedModel, Props, StatusEvent
 from llamavisor.cause import Verdict
 from llamavisor.host import Api, ModelProcess, RouterProcess
 from llamavisor.launch import Launch
@@ -38,6 +38,7 @@ class CameUp:
     models: list[ListedModel]
     start_s: float
     missing_devices: tuple[str, ...]
+    props: Props
 
 
 @dataclass(frozen=True, slots=True)

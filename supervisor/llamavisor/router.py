@@ -17,7 +17,7 @@ import anyio.abc
 from llamavisor import events as ev
 from llamavisor import generation as gen
 from llamavisor import news, restart
-from llamavisor.api import StatusEvent
+from llamavisor.api import Props, StatusEvent
 from llamavisor.appraisal import Appraisal
 from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
@@ -67,6 +67,7 @@ class Router:
         self.process: RouterProcess | None = None
         self.spawned_at: float | None = None  # monotonic time of the start of its process
         self.launch: Launch | None = None
+        self.props: Props | None = None  # what its process said of itself when it came up; the last one's while none is
         self._host = host
         self._publish = bus.publish
         self._random = random
@@ -428,10 +429,9 @@ class Router:
                 self._signal(RouterInput.GONE)
 
     def _come_up(self, up: news.CameUp) -> None:
-        assert self.process is not None and self._generation is not None  # noqa: S101, PT018 (it answers)
+        assert self.process is not None and self._generation is not None and self.launch is not None  # noqa: S101, PT018
         self._ready_since = anyio.current_time()
-        assert self.launch is not None  # noqa: S101
-        self.verdict = None
+        self.verdict, self.props = None, up.props
         self._residency.came_up(Line(up.api, self._generation, self._host, self.launch), up.models)
         self._signal(RouterInput.READY)
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=self.url or "", start_s=up.start_s))

@@ -42,6 +42,7 @@ class ModelSpec:
             used. Files that a configuration names are not among them.
         projector: found beside it and used, None without one.
         draft: likewise.
+        senses: what the projector lets it read besides text: "image", "audio".
         base: the option tables of its router, lowest precedence first, as far as a load heeds them.
         layers: its own above them, likewise: what was found beside it, then the rules.
         aliases: more names, such as its folder's.
@@ -53,6 +54,7 @@ class ModelSpec:
         ttl_s: seconds without requests after which it is unloaded, None for never.
         is_pinned: whether it is unloaded neither to make room nor for being idle.
         header: of its first file, None when it could not be read.
+        parameter_count: of all its parts; 0 when that is not known.
         allowance: what the memory budgets of its router come to, None when they are not known (yet).
     """
 
@@ -72,6 +74,8 @@ class ModelSpec:
     ttl_s: float | None = field(default=None, compare=False)
     is_pinned: bool = field(default=False, compare=False)
     header: Header | None = field(default=None, compare=False, repr=False)
+    senses: tuple[str, ...] = field(default=(), compare=False)  # of the projector's content, which is compared
+    parameter_count: int = field(default=0, compare=False)
     allowance: Allowance | None = None
 
     @property
@@ -129,6 +133,8 @@ def specify(
         ttl_s=_ttl_s((*base, *(rule.layer for rule in own))),
         is_pinned=_last(own, "pin", default=False) is True,
         header=header,
+        senses=entry.senses if projector else (),
+        parameter_count=entry.parameter_count,
         allowance=allowance,
     )
 

@@ -23,6 +23,7 @@ from fakes.control_stub import (
     device,
     event,
     folder,
+    gateway,
     memory,
     model,
     occupant,
@@ -651,6 +652,100 @@ def test_reload_says_what_changed(stub: ControlStub, capsys: pytest.CaptureFixtu
     stub.problem("POST", "/control/v1/reload", "config_invalid", "f.toml:1: a\nf.toml:2: b", http=422)
     assert main(["reload"]) == ExitCode.BAD_CONFIG
     assert capsys.readouterr().err == "llamavisor: f.toml:1: a\nllamavisor: f.toml:2: b\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "http://127.0.0.1:8080, http://[::1]:8080 open: 0 in flight, 0 waiting, 0 connections"),
+        (
+            {"draining": True, "in_flight": {"a": 2, "b": 1}, "waiting": 4, "connections": 8, "held_bytes": 1536},
+            "http://127.0.0.1:8080, http://[::1]:8080 draining: 3 in flight, 4 waiting, 8 connections, 1.5 KiB held",
+        ),
+        ({"urls": []}, "closed: 0 in flight, 0 waiting, 0 connections"),
+    ],
+)
+def test_status_has_a_line_for_the_gateway(
+    stub: ControlStub, capsys: pytest.CaptureFixture[str], changes: dict[str, object], told: str
+) -> None:
+    """Where it is and what is in it; none where there is no gateway."""
+    assert main(["status"]) == ExitCode.OK
+    assert "gateway" not in capsys.readouterr().out
+    stub.answer("GET", "/control/v1/status", status([router()], gateway=gateway(**changes)))
+    assert main(["status"]) == ExitCode.OK
+    assert f"gateway  {told}" in capsys.readouterr().out.splitlines()
+
+
+def test_drain_waits_and_resume_takes_it_back(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """The daemon is asked to wait ten minutes, or not at all; --json is what it said."""
+    drained = {"gateway": gateway(draining=True), "changed": True, "event_id": 1}
+    stub.answer("POST", "/control/v1/drain", drained)
+    assert main(["drain"]) == ExitCode.OK
+    assert capsys.readouterr() == ("gateway: takes no new requests; 0 in flight, 0 waiting\n", "")
+    assert stub.requests == [("POST", "/control/v1/drain", {"wait": "600.0"})]
+    busy = {"gateway": gateway(draining=True, in_flight={"a": 2}), "changed": False, "event_id": 1}
+    stub.answer("POST", "/control/v1/drain", busy, code=202)
+    assert main(["drain", "--no-wait"]) == ExitCode.OK
+    assert capsys.readouterr().out == "gateway: takes no new requests; 2 in flight, 0 waiting\n"
+    assert stub.requests[-1][2] == {}
+    assert main(["drain", "--no-wait", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out) == busy
+    for changed, told in ((True, "takes requests again"), (False, "was taking requests")):
+        stub.answer("POST", "/control/v1/resume", {"gateway": gateway(), "changed": changed, "event_id": 1})
+        assert main(["resume"]) == ExitCode.OK
+        assert capsys.readouterr().out == f"gateway: {told}\n"
+    assert main(["resume", "--json"]) == ExitCode.OK
+    assert json.loads(capsys.readouterr().out)["changed"] is False
+
+
+def test_a_drain_that_was_taken_back_is_none(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever waited for an empty gateway has not got one."""
+    stub.answer("POST", "/control/v1/drain", {"gateway": gateway(), "changed": True, "event_id": 1})
+    assert main(["drain"]) == ExitCode.FAILED
+    assert capsys.readouterr() == ("", "llamavisor: the gateway was told meanwhile to take requests again\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "http", "exit_code"), [("no_gateway", 409, 1), ("ending", 409, 1), ("wait_timeout", 504, 5)]
+)
+def test_a_drain_that_cannot_be_says_why(
+    stub: ControlStub, capsys: pytest.CaptureFixture[str], code: str, http: int, exit_code: int
+) -> None:
+    """In one line."""
+    for command in ("drain", "resume"):
+        stub.problem("POST", f"/control/v1/{command}", code, "no", "do that", http=http)
+        assert main([command]) == exit_code
+        assert capsys.readouterr() == ("", "llamavisor: no; do that\n")
+
+
+def test_drain_shows_what_is_still_there_and_may_be_interrupted(
+    stub: ControlStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C ends the waiting, not the draining."""
+    shown: list[str] = []
+
+    def interrupt(_: Progress, fraction: float | None, stage: str) -> None:
+        shown.append(stage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "show", interrupt)
+    monkeypatch.setattr("llamavisord.cli.act.DRAIN_TICK_S", 0.01)
+    asked = threading.Event()
+
+    def drain(_: dict[str, str]) -> tuple[int, str, bytes]:
+        asked.wait(TIMEOUT_S)
+        return 200, "application/json", b"{}"
+
+    busy = gateway(draining=True, in_flight={"a": 2}, waiting=1)
+    stub.answer("GET", "/control/v1/status", status([router()], gateway=busy))
+    stub.answer_with("POST", "/control/v1/drain", drain)
+    try:
+        assert main(["drain"]) == ExitCode.INTERRUPTED
+    finally:
+        asked.set()
+    assert shown == ["2 in flight, 1 waiting"]
+    told = "llamavisor: interrupted; the gateway takes no new requests all the same; `llamavisor resume` ends that\n"
+    assert capsys.readouterr() == ("", told)
 
 
 # Nobody there

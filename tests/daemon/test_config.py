@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llamavisor.settings import MemoryBudget
 from llamavisord.config import Config
-from llamavisord.document import DefaultsTable, Document, MetricsTable, ModelTable, RouterTable
+from llamavisord.document import DefaultsTable, Document, GatewayTable, MetricsTable, ModelTable, RouterTable
 from llamavisord.loading import load
 from llamavisord.places import Places
 from llamavisord.problems import ConfigError
@@ -52,6 +52,9 @@ NO_BUDGET = (
     " to keep models off a GPU, name only the others in `devices`"
 )
 DURATION = 'expected a duration: a number of seconds, or text such as "30s", "10m" or "1h30m"'
+
+ROUTER = 'serve = "router"\nmodels_dir = "/m"\n'
+"""What a file begins with where llama-server itself faces the clients; `test_config_gateway.py` has the other way."""
 
 Write = Callable[[str], Path]
 
@@ -107,7 +110,9 @@ def test_no_file_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config = load(None, NOTHING, Overrides(models_dir="/m"), places=Places(NOTHING, is_root=True))
     (router,) = config.routers
     assert config.path is None
-    assert (router.name, router.port, router.models_max, router.layers) == ("main", 8080, 4, ())
+    assert (router.name, router.models_max, router.layers) == ("main", 4, ())
+    assert config.gateway is not None
+    assert (config.serve, config.gateway.host, config.gateway.port) == ("gateway", "127.0.0.1", 8080)
     assert config.socket == Path("/run/llamavisor/control.sock")
     assert config.state_dir == Path("/var/lib/llamavisor")
     assert config.log_dir == Path("/var/lib/llamavisor/logs")
@@ -117,13 +122,16 @@ def test_flags_win_over_variables_over_the_file_over_the_defaults(write: Write) 
     """Each of four keys is decided by a different one of the four."""
     path = write('models_dir = "/file"\nport = 1\nmodels_max = 1\n')
     environ = {"LLAMAVISOR_PORT": "2", "LLAMAVISOR_MODELS_MAX": "2"}
-    (router,) = load(path, environ, Overrides(models_max=3)).routers
-    assert (router.host, router.models_dir, router.port, router.models_max) == ("127.0.0.1", Path("/file"), 2, 3)
+    config = load(path, environ, Overrides(models_max=3))
+    (router,) = config.routers
+    assert config.gateway is not None
+    found = (config.gateway.host, router.models_dir, config.gateway.port, router.models_max)
+    assert found == ("127.0.0.1", Path("/file"), 2, 3)
 
 
 def test_a_flag_speaks_for_every_router(write: Write) -> None:
     """What a router's own table says gives way to a flag too."""
-    path = write('[[router]]\nname = "a"\nport = 1\nmodels_dir = "/a"\n[[router]]\nname = "b"\nport = 2\n')
+    path = write('[[router]]\nname = "a"\nmodels_dir = "/a"\n[[router]]\nname = "b"\n')
     routers = load(path, NOTHING, Overrides(models_dir="/flag", models_max=9)).routers
     assert [(router.models_dir, router.models_max) for router in routers] == [(Path("/flag"), 9)] * 2
 
@@ -131,7 +139,7 @@ def test_a_flag_speaks_for_every_router(write: Write) -> None:
 def test_a_router_inherits_what_it_does_not_say_itself(write: Write) -> None:
     """The top of the file, [defaults] and the command line reach every router, in that order of its layers."""
     path = write(
-        'host = "::1"\nmodels_dir = "/top"\n[defaults]\nctx_size = 1\nenv = { A = "1", B = "1" }\n'
+        'serve = "router"\nhost = "::1"\nmodels_dir = "/top"\n[defaults]\nctx_size = 1\nenv = { A = "1", B = "1" }\n'
         '[[router]]\nname = "a"\nport = 1\nctx_size = 2\nenv = { B = "2" }\n[[router]]\nname = "b"\nport = 2\n'
     )
     a, b = load(path, NOTHING, Overrides(gpu_layers="7", args=("--top-k", "1"))).routers
@@ -219,8 +227,8 @@ def test_a_budget_is_auto_or_a_size_or_sizes_by_device(write: Write, written: st
 def test_the_nearest_word_on_memory_counts_alone(write: Write) -> None:
     """A router's own table takes nothing over from that at the top of the file; a variable or a flag replaces both."""
     path = write(
-        'models_dir = "/m"\nmemory = { CUDA0 = "1GiB", RAM = "4GiB" }\n[[router]]\nname = "a"\nport = 1\n'
-        '[[router]]\nname = "b"\nport = 2\n[router.memory]\nCUDA1 = "2GiB"\n'
+        'models_dir = "/m"\nmemory = { CUDA0 = "1GiB", RAM = "4GiB" }\n[[router]]\nname = "a"\n'
+        '[[router]]\nname = "b"\n[router.memory]\nCUDA1 = "2GiB"\n'
     )
     top, own = MemoryBudget(None, (("CUDA0", GIB), ("RAM", 4 * GIB))), MemoryBudget(None, (("CUDA1", 2 * GIB),))
     assert [router.memory for router in load(path, NOTHING).routers] == [top, own]
@@ -251,7 +259,7 @@ def test_how_room_is_made_reaches_the_fleet(write: Write) -> None:
     """Both keys have a default, and stand with their lines in what is shown."""
     config = load(write('models_dir = "/m"\n'), NOTHING)
     fleet = config.fleet_settings()
-    assert (fleet.serve, fleet.min_residency_s, fleet.oversize) == ("router", 60.0, "fit")
+    assert (fleet.serve, fleet.min_residency_s, fleet.oversize) == ("gateway", 60.0, "fit")
     path = write('models_dir = "/m"\nmin_residency = "1h30m"\noversize = "refuse"\n')
     config = load(path, NOTHING)
     fleet = config.fleet_settings()
@@ -373,8 +381,8 @@ def test_a_user_without_a_home_still_has_places(monkeypatch: pytest.MonkeyPatch)
             '1: host: expected one address or host name in quotes, such as "127.0.0.1" or "::1", found "127.0.0.1,::1"',
         ),
         (
-            'serve = "gateway"\n',
-            '1: serve: "gateway" comes with a later version; this one serves with "router", found "gateway"',
+            'serve = "proxy"\n',
+            "1: serve: expected 'router' or 'gateway', found \"proxy\"",
         ),
         ('[defaults]\ntensor_split = [1, "x"]\n', '2: defaults.tensor_split[1]: expected a number, found "x"'),
         ("[metrics]\nmemory = 1\n", AT_THE_TOP.format("2: metrics.memory")),
@@ -469,23 +477,23 @@ def test_everything_that_is_wrong_is_told_at_once(write: Write) -> None:
 def test_contradictions_are_told_with_their_lines(write: Write, tmp_path: Path) -> None:
     """Names and ports that are taken twice, and what the library refuses in options and variables."""
     path = write(
-        'models_dir = "/m"\napi_key_file = "nokey"\n[defaults]\nargs = ["--port", "1"]\n'
+        'models_dir = "/m"\nserve = "router"\napi_key_file = "nokey"\n[defaults]\nargs = ["--port", "1"]\n'
         '[[router]]\nname = "a"\nport = 1\n[[router]]\nname = "a"\nport = 1\n'
         '[[router]]\nname = "m"\nport = 9155\nenv = { LLAMA_ARG_PORT = "1" }\n'
     )
     lines = refusal(path)
-    assert f"2: api_key_file: {tmp_path}/nokey cannot be read: No such file or directory" in lines
-    assert any(line.startswith("4: [defaults]: --port in args is refused") for line in lines)
-    assert "9: router[1].name: 2 routers are called a; each needs a name of its own" in lines
-    assert "10: router[1].port: both router a and router a would listen on port 1; each needs its own" in lines
-    assert "13: router[2].port: both the metrics and router m would listen on port 9155; each needs its own" in lines
-    assert any(line.startswith("14: [[router]] m: LLAMA_ARG_PORT is the supervisor's to set") for line in lines)
+    assert f"3: api_key_file: {tmp_path}/nokey cannot be read: No such file or directory" in lines
+    assert any(line.startswith("5: [defaults]: --port in args is refused") for line in lines)
+    assert "10: router[1].name: 2 routers are called a; each needs a name of its own" in lines
+    assert "11: router[1].port: both router a and router a would listen on port 1; each needs its own" in lines
+    assert "14: router[2].port: both the metrics and router m would listen on port 9155; each needs its own" in lines
+    assert any(line.startswith("15: [[router]] m: LLAMA_ARG_PORT is the supervisor's to set") for line in lines)
     assert len(lines) == 6
 
 
 def test_one_port_on_two_addresses_is_two_ports(write: Write) -> None:
     """A wildcard address and a name may be any address, two different addresses are none of each other's business."""
-    text = 'models_dir = "/m"\n[[router]]\nname = "a"\nhost = "127.0.0.1"\n[[router]]\nname = "b"\nhost = "{}"\n'
+    text = f'{ROUTER}[[router]]\nname = "a"\nhost = "127.0.0.1"\n[[router]]\nname = "b"\nhost = "{{}}"\n'
     assert len(load(write(text.format("127.0.0.2")), NOTHING).routers) == 2
     for host in ("0.0.0.0", "localhost", "127.0.0.1"):
         assert len(refusal(write(text.format(host)))) == 1
@@ -493,9 +501,9 @@ def test_one_port_on_two_addresses_is_two_ports(write: Write) -> None:
 
 def test_several_routers_need_names_and_take_no_port_from_a_flag(write: Write) -> None:
     """One port for all of them cannot be meant."""
-    path = write('models_dir = "/m"\n[[router]]\nport = 1\n[[router]]\nname = "b"\nport = 2\n')
-    assert refusal(path) == ["2: router[0]: has no name; several routers need one each"]
-    path = write('models_dir = "/m"\n[[router]]\nname = "a"\nport = 1\n[[router]]\nname = "b"\nport = 2\n')
+    path = write(f'{ROUTER}[[router]]\nport = 1\n[[router]]\nname = "b"\nport = 2\n')
+    assert refusal(path) == ["3: router[0]: has no name; several routers need one each"]
+    path = write(f'{ROUTER}[[router]]\nname = "a"\nport = 1\n[[router]]\nname = "b"\nport = 2\n')
     text = "--port: means nothing to several routers: each [[router]] table has a port of its own"
     assert refusal(path, NOTHING, Overrides(port=3)) == [text]
 
@@ -547,7 +555,8 @@ def test_an_unknown_variable_is_a_warning_with_a_suggestion(write: Write) -> Non
 
 def test_an_empty_variable_is_not_set(write: Write) -> None:
     """That is how a unit file or a compose file unsets one."""
-    assert load(write('models_dir = "/m"\n'), {"LLAMAVISOR_PORT": "", "LLAMAVISOR_CONFIG": ""}).routers[0].port == 8080
+    config = load(write(ROUTER), {"LLAMAVISOR_PORT": "", "LLAMAVISOR_CONFIG": ""})
+    assert config.routers[0].port == 8080
 
 
 # Keys
@@ -561,7 +570,7 @@ def test_an_api_key_is_read_from_its_file_and_never_shown(write: Write, tmp_path
     top.chmod(0o600)
     own.chmod(0o644)
     path = write(
-        'models_dir = "/m"\napi_key_file = "top"\n[[router]]\nname = "a"\nport = 1\n'
+        f'{ROUTER}api_key_file = "top"\n[[router]]\nname = "a"\nport = 1\n'
         '[[router]]\nname = "b"\nport = 2\napi_key_file = "own"\n'
     )
     config = load(path, NOTHING)
@@ -577,8 +586,8 @@ def test_an_api_key_is_read_from_its_file_and_never_shown(write: Write, tmp_path
 def test_a_file_without_a_proper_key_is_refused_and_not_repeated(write: Write, tmp_path: Path, text: str) -> None:
     """To serve without a key because the file is wrong would be worse than not to serve."""
     (tmp_path / "key").write_text(text, encoding="utf-8")
-    (told,) = refusal(write('models_dir = "/m"\napi_key_file = "key"\n'))
-    assert told.startswith(f"2: api_key_file: {tmp_path}/key")
+    (told,) = refusal(write(f'{ROUTER}api_key_file = "key"\n'))
+    assert told.startswith(f"3: api_key_file: {tmp_path}/key")
     assert "xxxx" not in told
 
 
@@ -608,6 +617,7 @@ _KEYS = st.sampled_from(
         {
             *Document.model_fields,
             *MetricsTable.model_fields,
+            *GatewayTable.model_fields,
             *DefaultsTable.model_fields,
             *RouterTable.model_fields,
             *ModelTable.model_fields,
@@ -621,7 +631,24 @@ _LEAVES = st.one_of(
     st.integers(0, 70_000),
     st.floats(),
     st.text(max_size=8),
-    st.sampled_from(["auto", "main", "/m", "~", "~x", "127.0.0.1", "router", "64MiB", "5m", "--port", "\0", "x" * 120]),
+    st.sampled_from(
+        [
+            "auto",
+            "main",
+            "/m",
+            "~",
+            "~x",
+            "127.0.0.1",
+            "router",
+            "gateway",
+            "*",
+            "64MiB",
+            "5m",
+            "--port",
+            "\0",
+            "x" * 120,
+        ]
+    ),
 )
 _TABLES = st.recursive(
     _LEAVES,
@@ -712,7 +739,7 @@ def test_no_environment_makes_more_than_a_config_error(environ: dict[str, str]) 
 )
 def test_a_public_address_without_a_key_is_warned_about(write: Write, tmp_path: Path, host: str, is_open: bool) -> None:
     """Whoever opens a router to everybody is told so, and how to close it."""
-    text = f'models_dir = "/m"\nhost = "{host}"\n'
+    text = f'{ROUTER}host = "{host}"\n'
     assert any("without a key" in warning for warning in load(write(text), NOTHING).warnings) is is_open
     key = tmp_path / "key"
     key.write_text("sesame\n")

@@ -18,7 +18,7 @@ from llamavisord.tiny_model import write_tiny_model
 
 NOTHING: Mapping[str, str] = {}
 HEAD = 'models_dir = "/m"\n'
-TWO_ROUTERS = '[[router]]\nname = "r"\nport = 1\n[[router]]\nname = "s"\nport = 2\n'
+TWO_ROUTERS = '[[router]]\nname = "r"\n[[router]]\nname = "s"\n'
 
 Write = Callable[[str], Path]
 
@@ -120,7 +120,7 @@ def test_links_and_overwritten_files(write: Write, tmp_path: Path) -> None:
         ("[model.a]\nport = 1\n", "3: model.a.port: unknown key here: it belongs at the top of the file"),
         (
             '[model.a]\nenv = { A = "1" }\n',
-            "3: model.a.env: models have the environment of their router: write a [[router]] with that env and a port",
+            "3: model.a.env: models have the environment of their router: write a [[router]] with that env, and",
         ),
         ("[model]\nctx_size = 1\n", '3: model.ctx_size: expected a table for each name: [model."NAME"]'),
         ("model = 1\n", '2: model: expected a table for each name: [model."NAME"]'),
@@ -191,11 +191,11 @@ threads = 2
 args = ["--top-k", "1", "--batch-size", "64", "--temp", "0.5"]
 [[router]]
 name = "a"
-port = 1
+models_max = 1
 ctx_size = 256
 [[router]]
 name = "b"
-port = 2
+models_max = 2
 [model."al*"]
 batch_size = 128
 args = ["--top-k", "2"]
@@ -310,7 +310,7 @@ def test_config_check_asks_the_llama_server_about_tables_of_models(
 ) -> None:
     """Each table against each router that may hold its models, all problems at once."""
     head = f'models_dir = "{folder}"\nllama_server = "{fake_llama_server()}"\n'
-    routers = '[[router]]\nname = "a"\nport = 1\n[[router]]\nname = "b"\nport = 2\n'
+    routers = '[[router]]\nname = "a"\nmodels_max = 1\n[[router]]\nname = "b"\nmodels_max = 2\n'
     bad = '[model.x]\nargs = ["--nope"]\nrouter = "b"\n[model."*"]\nargs = ["--neither"]\n'
     assert main(["config", "check", str(write(head + routers + bad))]) == ExitCode.BAD_CONFIG
     lines = capsys.readouterr().err.splitlines()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
-from llamavisor.events import ModelUnloaded, Published, UnloadReason
+from llamavisor.events import ModelUnloaded, Published, RequestEnded, RequestOutcome, UnloadReason
 from llamavisord.app import _log_event
 
 
@@ -31,3 +32,48 @@ def test_a_model_that_crashed_is_a_warning(
     with caplog.at_level(logging.INFO, logger="llamavisor"):
         _log_event(Published(1, 0.0, ModelUnloaded(router="main", model="a", reason=reason)))
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(level, text)]
+
+
+def request(**more: Any) -> Published:
+    """A request that has ended."""
+    event = RequestEnded(
+        route="props",
+        model=None,
+        router=None,
+        key=None,
+        status=200,
+        outcome=RequestOutcome.OK,
+        queue_s=0.0,
+        load_s=0.0,
+        first_data_s=None,
+        duration_s=0.5,
+        retries=0,
+        bytes_in=0,
+        bytes_out=9,
+        tokens_in=None,
+        tokens_out=None,
+        is_stream=False,
+        **more,
+    )
+    return Published(1, 0.0, event)
+
+
+def test_no_line_is_made_that_nobody_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be made for every request."""
+
+    def message(event: RequestEnded) -> str:
+        raise AssertionError(event)
+
+    monkeypatch.setattr(RequestEnded, "message", message)
+    with caplog.at_level(logging.INFO, logger="llamavisor"):
+        _log_event(request())
+    assert caplog.records == []
+
+
+def test_requests_are_logged_when_the_configuration_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """And what was asked, when it says that too."""
+    with caplog.at_level(logging.INFO, logger="llamavisor"):
+        _log_event(request(is_logged=True))
+        _log_event(request(is_logged=True, body='{"prompt": "%s"}'))
+    line = "props, 200 after 0.500 s, 0 bytes in, 9 out"
+    assert [record.getMessage() for record in caplog.records] == [line, f'{line}, asked: {{"prompt": "%s"}}']

@@ -130,6 +130,19 @@ def memory(*devices: dict[str, object], **changes: object) -> dict[str, object]:
     return {"devices": list(devices), "enforced": False, "strain": None, **changes}
 
 
+def gateway(**changes: object) -> dict[str, object]:
+    """The gateway as the control API shows it; open and idle if nothing else is said."""
+    return {
+        "urls": ["http://127.0.0.1:8080", "http://[::1]:8080"],
+        "draining": False,
+        "in_flight": {},
+        "waiting": 0,
+        "held_bytes": 0,
+        "connections": 0,
+        **changes,
+    }
+
+
 def details(*routers: dict[str, object], **changes: object) -> dict[str, object]:
     """Everything about a model as the control API shows it; loaded on one router if nothing else is said."""
     items = routers or (model(),)
@@ -165,6 +178,7 @@ def status(
         "socket": "/run/llamavisor/control.sock",
         "metrics_url": "http://127.0.0.1:9155/metrics",
         "ready": True,
+        "gateway": None,
         "warnings": [],
         "event_id": 7,
         "routers": list(routers) or [router()],

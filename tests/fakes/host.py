@@ -170,7 +170,8 @@ class FakeHost:
         for name, spec in specs.items():
             if name not in kept and name not in self.withholds:
                 options = ",".join(layer.source for layer in spec.layers)
-                models[name] = Offered(spec, {"model": spec.path, "options": options})
+                aliases = {"alias": ",".join(spec.aliases)} if spec.aliases else {}
+                models[name] = Offered(spec, {"model": spec.path, **aliases, "options": options})
         withheld = {name: Withheld(specs[name], why) for name, why in self.withholds.items() if name in specs}
         self.written = Offer(models, withheld, waits_for=self.waits_for)
         return self.written

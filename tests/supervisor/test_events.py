@@ -11,7 +11,7 @@ import pytest
 from llamavisor import events
 from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause
-from llamavisor.events import KEPT, Bus, Event, ModelProgress, Published, UnloadReason, Warned
+from llamavisor.events import KEPT, Bus, Event, ModelProgress, Published, RequestOutcome, UnloadReason, Warned
 from llamavisor.states import Change, RouterState
 
 pytestmark = pytest.mark.anyio
@@ -20,12 +20,14 @@ EXAMPLES = {
     "str": "word",
     "str | None": None,
     "int": 3,
+    "int | None": 3,
     "float": 1.5,
     "float | None": 1.5,
     "bool": True,
     "tuple[int, ...]": (4, 5),
     "tuple[str, ...]": ("word", "another"),
     "RouterState": RouterState.READY,
+    "RequestOutcome": RequestOutcome.LEFT,
     "Cause": Cause.EXIT,
     "Cause | None": Cause.EXIT,
     "Change": Change.REPLACED,

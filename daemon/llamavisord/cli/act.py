@@ -1,4 +1,4 @@
-"""Commands that change something: load, unload, pin, unpin, restart, stop, start, reload.
+"""Commands that change something: load, unload, pin, unpin, restart, stop, start, drain, resume, reload.
 
 What is begun goes on when its command is interrupted or runs out of time: the daemon works for the fleet, not for
 one terminal.
@@ -13,13 +13,15 @@ from typing import Any
 
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
-from llamavisord.cli.look import client_of
+from llamavisord.cli.look import client_of, in_gateway
 from llamavisord.cli.render import Progress, Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
 
 RELOAD_TIMEOUT_S = 180.0
 """A reload opens the header of every GGUF, and may end a router first."""
+DRAIN_TICK_S = 1.0
+"""Between two looks at what is still in the gateway."""
 NAMED_MAX = 10
 """How many routers and models one line names."""
 _GOALS: Mapping[str, frozenset[str]] = {
@@ -111,6 +113,49 @@ def stop(arguments: Namespace) -> int:
 def start(arguments: Namespace) -> int:
     """Start routers."""
     return _move_routers(arguments, "start")
+
+
+def drain(arguments: Namespace) -> int:
+    """Have the gateway take no new requests; show on standard error what is still in it."""
+    client = client_of(arguments)
+    progress = Progress("draining", Screen(sys.stderr))
+
+    def tick() -> None:
+        try:
+            gateway = client.get("/control/v1/status")["gateway"]
+        except CommandError:  # the answer to the drain itself will say what is wrong
+            return
+        progress.show(None, in_gateway(gateway) if gateway else "")
+
+    query = {"wait": arguments.timeout if arguments.wait else None}
+    try:
+        answer = client.call("POST", "/control/v1/drain", query, tick=tick, tick_s=DRAIN_TICK_S)
+    except KeyboardInterrupt:
+        raise CommandError(
+            "interrupted; the gateway takes no new requests all the same",
+            hint="`llamavisor resume` ends that",
+            exit_code=ExitCode.INTERRUPTED,
+        ) from None
+    finally:
+        progress.close()
+    gateway = answer["gateway"]
+    if arguments.json:
+        Screen().json(answer)
+    elif gateway["draining"]:
+        Screen().line(f"gateway: takes no new requests; {in_gateway(gateway)}")
+    if gateway["draining"]:
+        return ExitCode.OK
+    raise CommandError("the gateway was told meanwhile to take requests again")
+
+
+def resume(arguments: Namespace) -> int:
+    """Have the gateway take requests again."""
+    answer = client_of(arguments).post("/control/v1/resume")
+    if arguments.json:
+        Screen().json(answer)
+    else:
+        Screen().line(f"gateway: {'takes requests again' if answer['changed'] else 'was taking requests'}")
+    return ExitCode.OK
 
 
 def reload(arguments: Namespace) -> int:

@@ -12,6 +12,7 @@ from llamavisord.exit_codes import ExitCode
 
 LOAD_TIMEOUT_S = 600.0
 ROUTER_TIMEOUT_S = 120.0
+DRAIN_TIMEOUT_S = 600.0
 WAIT_MAX_S = 3600.0
 """The daemon lets nobody wait longer; whoever wants to asks again."""
 LOG_LINES = 100
@@ -120,8 +121,8 @@ def _add_serve(commands: _Commands) -> None:
     add("--models-dir", metavar="DIR", help="folder with the GGUF files")
     add("--models-max", type=int, metavar="N", help="how many models are kept loaded, 0 = no cap")
     add("--memory", metavar="SIZE", help='memory for models on each GPU (in RAM if there is none): "22GiB" or "auto"')
-    add("--host", help="address that the router listens on")
-    add("--port", type=int, help="port that the router listens on")
+    add("--host", help="address to listen on")
+    add("--port", type=int, help="port to listen on")
     add("--gpu-layers", metavar="N", help='layers in GPU memory: a number, "auto" or "all"')
     add("--llama-server", metavar="PATH", help="the llama-server to run, a path or a command")
     add_socket(serve, "where the control socket is to be", default=argparse.SUPPRESS)
@@ -206,6 +207,15 @@ def _add_acting(commands: _Commands) -> None:
         moved.add_argument("router", nargs="*", help="name of a router")
         moved.add_argument("--all", action="store_true", help="every router")
         _add_wait(moved, ROUTER_TIMEOUT_S)
+    drain = commands.add(
+        "drain",
+        "have the gateway take no new requests, and wait until the last one has ended",
+        details="Models stay loaded, and what runs has as long as it needs; `resume` takes it back.",
+        talks=True,
+        json=True,
+    )
+    _add_wait(drain, DRAIN_TIMEOUT_S)
+    commands.add("resume", "have the gateway take requests again", talks=True, json=True)
     commands.add(
         "reload",
         "read the configuration and the models folder again",

@@ -16,7 +16,7 @@ from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration
+from llamavisord.units import format_duration, format_size
 
 RETRY_S = 1.0
 """Between two tries to get an event stream back."""
@@ -45,6 +45,8 @@ def status(arguments: Namespace) -> int:
     screen.line(f"config   {plain(answer['config_path'] or 'none')}")
     screen.line(f"socket   {plain(answer['socket'])}")
     screen.line(f"metrics  {plain(answer['metrics_url'] or 'off')}")
+    if gateway := answer.get("gateway"):  # none with serve = "router", and not yet, if an older daemon still runs
+        _show_gateway(screen, gateway)
     screen.line()
     _show_routers(screen, answer["routers"])
     for router in answer["routers"]:
@@ -111,6 +113,21 @@ def logs(arguments: Namespace) -> int:
     if arguments.follow:
         raise UnreachableError("the daemon has ended the log")
     return ExitCode.OK
+
+
+def in_gateway(gateway: dict[str, Any]) -> str:
+    """How many requests are in the gateway."""
+    return f"{sum(gateway['in_flight'].values())} in flight, {gateway['waiting']} waiting"
+
+
+def _show_gateway(screen: Screen, gateway: dict[str, Any]) -> None:
+    state = "draining" if gateway["draining"] else "open" if gateway["urls"] else "closed"
+    told = [in_gateway(gateway), f"{gateway['connections']} connections"]
+    if gateway["held_bytes"]:
+        told.append(f"{format_size(gateway['held_bytes'])} held")
+    painted = screen.paint(state, {"open": "green", "draining": "yellow", "closed": "red"}[state])
+    where = [", ".join(map(plain, gateway["urls"])), painted] if gateway["urls"] else [painted]
+    screen.line(f"gateway  {' '.join(where)}: {', '.join(told)}")
 
 
 def _show_routers(screen: Screen, routers: list[dict[str, Any]]) -> None:

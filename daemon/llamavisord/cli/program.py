@@ -31,6 +31,8 @@ _COMMANDS: Mapping[str, str] = {
     "restart": "act:restart",
     "stop": "act:stop",
     "start": "act:start",
+    "drain": "act:drain",
+    "resume": "act:resume",
     "reload": "act:reload",
     "config": "settings:run",
     "demo": "show:demo",

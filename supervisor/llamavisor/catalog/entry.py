@@ -65,6 +65,7 @@ class Entry:
         files: its own, the first part first. Never empty.
         projector: lets it see or hear, found beside it; None without one.
         draft: for speculative decoding, found beside it; None without one.
+        senses: what its projector lets it read besides text, as llama-server calls it: "image", "audio".
         header: of its first file, None when it cannot be read.
         parameter_count: of all its parts; 0 when that is not known.
         aliases: names that it has besides by its place in the folder.
@@ -79,6 +80,7 @@ class Entry:
     files: tuple[ModelFile, ...]
     projector: ModelFile | None = None
     draft: ModelFile | None = None
+    senses: tuple[str, ...] = ()
     header: Header | None = None
     parameter_count: int = 0
     aliases: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from llamavisor.catalog.naming import Named, Place, Standing, assign, name_probl
 from llamavisor.catalog.settle import Verdict
 from llamavisor.catalog.split import Unit
 from llamavisor.catalog.walk import Found, Oddity
-from llamavisor.gguf import Kind
+from llamavisor.gguf import Header, Kind
 from llamavisor.gguf.container import printable
 
 DRAFT_PREFIXES = ("mtp-", "dspark-", "dflash-")
@@ -198,8 +198,9 @@ def _entry(unit: Unit, named: Named, projectors: _Beside, drafts: _Beside, owner
         state=verdict.state,
         reason=verdict.reason,
         files=tuple(_file(judged.found) for judged in unit.files),
-        projector=projector,
+        projector=_file(projector.first) if projector is not None else None,
         draft=draft,
+        senses=_senses(projector.header) if projector is not None else (),
         header=unit.header,
         parameter_count=unit.parameter_count,
         aliases=named.aliases,
@@ -222,7 +223,7 @@ def _verdict(unit: Unit, named: Named, owner: str | None) -> Verdict:
     return Verdict(EntryState.INVALID, reason) if reason else unit.verdict
 
 
-def _projector(unit: Unit, projectors: _Beside) -> tuple[ModelFile | None, tuple[str, ...]]:
+def _projector(unit: Unit, projectors: _Beside) -> tuple[Unit | None, tuple[str, ...]]:
     """The projector that a model gets, and what is to be said where there is one that it does not get."""
     beside = list(_beside(unit, projectors))
     fitting = [
@@ -233,8 +234,16 @@ def _projector(unit: Unit, projectors: _Beside) -> tuple[ModelFile | None, tuple
         and not ini.value_problem(found.first.path)
     ]
     if fitting:
-        return _file(min(fitting, key=lambda item: item[:3])[3].first), ()
+        return min(fitting, key=lambda item: item[:3])[3], ()
     return None, tuple(sorted(_why_not(unit, found) for _, found in beside))
+
+
+def _senses(header: Header | None) -> tuple[str, ...]:
+    """What a projector with this header reads."""
+    if header is None or header.projector is None:
+        return ()
+    found = (("image", header.projector.has_vision), ("audio", header.projector.has_audio))
+    return tuple(sense for sense, has in found if has)
 
 
 def _why_not(unit: Unit, projector: Unit) -> str:

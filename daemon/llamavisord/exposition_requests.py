@@ -1,0 +1,168 @@
+"""Metrics of requests: counted for each one, so by plain additions; made into metrics only when somebody scrapes."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llamavisor.events import RequestEnded, RequestOutcome
+from llamavisord.exposition_memory import gauge
+from llamavisord.traffic import Traffic
+
+_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_BOUNDS = (*(str(float(bound)) for bound in _BUCKETS_S), "+Inf")
+NOBODY = ""
+"""The model of requests that name none, or one that nobody has: clients invent names, and each would stay for ever."""
+
+
+class RequestCounts(Collector):
+    """What has become of requests since the daemon began.
+
+    Args:
+        is_known: whether a model of that name is served.
+        routers: the names of the routers that there are.
+    """
+
+    def __init__(self, *, is_known: Callable[[str], bool], routers: Callable[[], Iterable[str]]) -> None:
+        self._is_known = is_known
+        self._routers = routers
+        # Invariant: every model in here was served when its first request was counted, or is NOBODY.
+        self._of_models: dict[str, _OfModel] = {}
+
+    def __repr__(self) -> str:
+        return f"<RequestCounts of {len(self._of_models)} models>"
+
+    def count(self, event: RequestEnded) -> None:
+        """Count a request that has ended. This is on the way of every request: a few additions, and no labels."""
+        name = event.model or NOBODY
+        model = self._of_models.get(name) or self._first(name)
+        route = model.routes.get(event.route)
+        if route is None:
+            route = model.routes[event.route] = _OfRoute()
+        key = (event.router or NOBODY, event.status)
+        route.ended[key] = route.ended.get(key, 0) + 1
+        route.duration.observe(event.duration_s)
+        if event.first_data_s is not None:
+            route.first_data.observe(event.first_data_s)
+        if event.model is not None:
+            model.queue.observe(event.queue_s)
+        model.retries += event.retries
+        if event.outcome is RequestOutcome.LEFT:
+            model.left += 1
+        if event.tokens_in is not None:
+            model.tokens_in += event.tokens_in
+        if event.tokens_out is not None:
+            model.tokens_out += event.tokens_out
+
+    def _first(self, name: str) -> _OfModel:
+        """Where the first request for a model is counted, and each for one that nobody has."""
+        if name and not self._is_known(name):
+            name = NOBODY
+        return self._of_models.setdefault(name, _OfModel())
+
+    def forget_vanished(self) -> None:
+        """Drop the series of models and routers that are not there any more: they would stay for ever."""
+        for name in [name for name in self._of_models if name and not self._is_known(name)]:
+            del self._of_models[name]
+        there = {NOBODY, *self._routers()}
+        for model in self._of_models.values():
+            for route in model.routes.values():
+                for key in [key for key in route.ended if key[0] not in there]:
+                    del route.ended[key]
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now."""
+        ended = _counter("requests", "Requests that have ended.", "model", "router", "route", "status")
+        duration = _histogram("request_duration_seconds", "From a request's arrival to its end.", "model", "route")
+        first = _histogram(
+            "request_first_data_seconds", "From a request's arrival to the first data of its answer.", "model", "route"
+        )
+        queue = _histogram("request_queue_seconds", "Time that requests waited for their model.", "model")
+        tokens = _counter("request_tokens", "Tokens that answers say they took.", "model", "kind")
+        retries = _counter("request_retries", "Times that a request was sent again.", "model")
+        left = _counter("requests_cancelled", "Requests whose client did not wait for the whole answer.", "model")
+        for name, model in self._of_models.items():
+            for path, route in model.routes.items():
+                for (router, status), count in route.ended.items():
+                    ended.add_metric([name, router, path, str(status)], count)
+                route.duration.add_to(duration, [name, path])
+                route.first_data.add_to(first, [name, path])
+            model.queue.add_to(queue, [name])
+            tokens.add_metric([name, "prompt"], model.tokens_in)
+            tokens.add_metric([name, "completion"], model.tokens_out)
+            retries.add_metric([name], model.retries)
+            left.add_metric([name], model.left)
+        yield from (ended, duration, first, queue, tokens, retries, left)
+
+
+class _Histogram:
+    """Observations in `_BUCKETS_S`."""
+
+    __slots__ = ("counts", "total")
+
+    def __init__(self) -> None:
+        self.counts = [0] * len(_BOUNDS)
+        self.total = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """One more; a bucket holds what is at most its bound."""
+        self.counts[bisect_left(_BUCKETS_S, seconds)] += 1
+        self.total += seconds
+
+    def add_to(self, family: HistogramMetricFamily, labels: Sequence[str]) -> None:
+        """Show it, if it holds anything."""
+        counts = list(accumulate(self.counts))
+        if counts[-1]:
+            family.add_metric(labels, list(zip(_BOUNDS, counts, strict=True)), self.total)
+
+
+class _OfRoute:
+    """What became of the requests for one model on one route."""
+
+    __slots__ = ("duration", "ended", "first_data")
+
+    def __init__(self) -> None:
+        self.ended: dict[tuple[str, int], int] = {}  # by router and status
+        self.duration = _Histogram()
+        self.first_data = _Histogram()
+
+
+class _OfModel:
+    """What became of the requests for one model."""
+
+    __slots__ = ("left", "queue", "retries", "routes", "tokens_in", "tokens_out")
+
+    def __init__(self) -> None:
+        self.routes: dict[str, _OfRoute] = {}
+        self.queue = _Histogram()
+        self.retries = self.left = self.tokens_in = self.tokens_out = 0
+
+
+def traffic_gauges(traffic: Traffic) -> Iterator[Metric]:
+    """What is true of the gateway now."""
+    in_flight = gauge("requests_in_flight", "Requests of the gateway that a model is answering.", "model")
+    for model, count in traffic.in_flight.items():
+        in_flight.add_metric([model], count)
+    waiting = gauge("requests_waiting", "Requests of the gateway that no model is answering yet.")
+    waiting.add_metric([], traffic.waiting)
+    held = gauge("gateway_held_bytes", "Bytes of the bodies of requests that the gateway holds.")
+    held.add_metric([], traffic.held_bytes)
+    connections = gauge("gateway_connections", "Connections of clients that are open.")
+    connections.add_metric([], traffic.connections)
+    listening = gauge("gateway_listening", "1 while clients can connect to the gateway.")
+    listening.add_metric([], float(bool(traffic.urls)))
+    draining = gauge("gateway_draining", "1 while the gateway takes no new requests.")
+    draining.add_metric([], float(traffic.drain.is_draining))
+    yield from (in_flight, waiting, held, connections, listening, draining)
+
+
+def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:
+    return CounterMetricFamily(f"llamavisor_{name}", documentation, labels=labels)
+
+
+def _histogram(name: str, documentation: str, *labels: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(f"llamavisor_{name}", documentation, labels=labels)

@@ -1,0 +1,339 @@
+"""The way of a request: who asks, for what, of which model; then it is sent on, or answered here.
+
+One handler serves every path and method. Nothing of a request is trusted, and all that it can make grow is bounded: its
+head by the server, its body by `intake`, its wait by admission and by time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from http import HTTPStatus
+from urllib.parse import parse_qs
+
+import anyio
+import anyio.abc
+from aiohttp import web
+
+from llamavisor.events import Bus, RequestOutcome
+from llamavisor.fleet import Fleet
+from llamavisor.states import ModelState
+from llamavisord.config import GatewaySettings
+from llamavisord.gateway.conversations import Conversations
+from llamavisord.gateway.forward import Forwarder
+from llamavisord.gateway.guard import Caller, Guard, RefusedError
+from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
+from llamavisord.gateway.management import Management, named_in, not_supported
+from llamavisord.gateway.peek import JsonPeek, Peek, peek_for
+from llamavisord.gateway.relay import Relay
+from llamavisord.gateway.replies import GONE, LOADING, MISSING, NOT_LOADED, RETRY_S, Reply, Trouble, not_found
+from llamavisord.gateway.routes import (
+    DOWNLOAD,
+    HEALTH,
+    LIST,
+    LOAD,
+    LOOKUP,
+    NEWS,
+    PREFLIGHT,
+    PROPS,
+    REMOVE,
+    UNLOAD,
+    Kind,
+    find,
+)
+from llamavisord.gateway.visit import BODY_SHOWN, TroubleError, Visit
+from llamavisord.traffic import Traffic
+
+STALL_S = 60.0
+"""A body of which nothing has come for so long is given up."""
+SMALL_BYTES = 1024 * 1024
+"""No body that is answered here is larger."""
+OUTLIVING_MAX = 256
+"""So many requests may outlive their clients at once; the next one ends with its client."""
+
+HEARTBEAT = "X-Llamavisor-Heartbeat"
+"""A client that streams asks with it for a sign of life every so many seconds while its model is waited for."""
+HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 1.0, 300.0
+CONVERSATION = "X-Conversation-Id"
+
+_OK = Reply(200, b'{"status":"ok"}')
+_DRAINING = Trouble(503, "the server is about to end, or is drained", retry_after_s=RETRY_S, closes=True)
+_STOPPED = Trouble(400, "request cancelled by a stop while the model was loading", is_native=True)
+
+_log = logging.getLogger("llamavisor")
+
+
+class Gateway:
+    """All requests of all clients.
+
+    Args:
+        fleet: the models.
+        bus: hears of every request that has ended.
+        settings: what it is told to be.
+        traffic: counts what is in it.
+        stock: bounds what bodies take.
+        tasks: where what outlives a request goes on.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        bus: Bus,
+        settings: GatewaySettings,
+        *,
+        traffic: Traffic,
+        stock: Stock,
+        tasks: anyio.abc.TaskGroup,
+    ) -> None:
+        self._fleet = fleet
+        self._bus = bus
+        self._traffic = traffic
+        self._stock = stock
+        self._tasks = tasks
+        self._relay = Relay()
+        self._forwarder = Forwarder(fleet, settings, self._relay)
+        self._management = Management(fleet, bus, tasks)
+        self._conversations = Conversations()
+        self._visits: set[Visit] = set()
+        self._outliving = 0
+        self.follow(settings)
+
+    def __repr__(self) -> str:
+        return f"<Gateway {self._traffic!r}>"
+
+    def follow(self, settings: GatewaySettings) -> None:
+        """Go by other settings from the next request on."""
+        self._settings = self._forwarder.settings = settings
+        self._guard = Guard(settings)
+        self._stock.limit_bytes = settings.max_held_bytes
+
+    async def aclose(self) -> None:
+        """Let go of all connections to children. Nobody is being answered any more."""
+        self._management.close()
+        await self._relay.aclose()
+
+    def end_all(self, trouble: Trouble) -> None:
+        """End all requests: each client is told the trouble, in its stream if that has begun."""
+        self._management.close()
+        for visit in tuple(self._visits):
+            visit.end(trouble)
+
+    # --- one request ----------------------------------------------------------------------------------------------
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request; what aiohttp calls, and cancels when the client leaves."""
+        visit = Visit(request, find(request.method, request.raw_path.partition("?")[0]))
+        outlives = request.headers.get(CONVERSATION) and visit.route.kind is Kind.BODY
+        if not outlives or self._outliving >= OUTLIVING_MAX:
+            return await self._attend(visit)
+        visit.answer.outlives_client = True
+        outcome: list[web.StreamResponse] = []
+        has_ended = anyio.Event()
+
+        async def outlive() -> None:
+            self._outliving += 1
+            try:
+                outcome.append(await self._attend(visit))
+            except ConnectionError:
+                pass  # the client left before its request was here
+            finally:
+                self._outliving -= 1
+                has_ended.set()
+
+        self._tasks.start_soon(outlive)
+        try:
+            await has_ended.wait()
+        except BaseException:
+            visit.answer.detach()
+            raise
+        if not outcome:
+            raise ConnectionResetError
+        return outcome[0]
+
+    async def _attend(self, visit: Visit) -> web.StreamResponse:
+        """See a request through, whatever becomes of it, and tell of it once."""
+        outcome = RequestOutcome.LEFT
+        self._visits.add(visit)
+        try:
+            with visit.scope:
+                try:
+                    response = await self._answer(visit)
+                    outcome = RequestOutcome.OK
+                except (TroubleError, RefusedError) as error:
+                    outcome = visit.failure
+                    response = visit.fail(error.trouble)
+                except (ConnectionError, anyio.get_cancelled_exc_class()):
+                    raise
+                except Exception:  # noqa: BLE001 (a request's boundary)
+                    _log.exception("%s %s failed", visit.request.method, visit.route.name)
+                    outcome = RequestOutcome.FAILED
+                    response = visit.fail(Trouble(500, "a bug in llamavisor; see its log"))
+            if visit.ending is not None and visit.scope.cancelled_caught:
+                outcome, response = visit.failure, visit.fail(visit.ending)
+            return response
+        finally:
+            self._visits.discard(visit)
+            self._bus.publish(visit.ended(outcome, is_logged=self._settings.log_requests))
+
+    async def _answer(self, visit: Visit) -> web.StreamResponse:
+        request, route, guard = visit.request, visit.route, self._guard
+        visit.cors = guard.cors_headers(request.headers)
+        visit.caller = caller = guard.admit(request.method, request.raw_path, request.headers, version=request.version)
+        if route.needs_admin:
+            caller.check_admin()
+        if route is PREFLIGHT:
+            return visit.reply(Reply(200, content_type="text/html", headers=dict(guard.preflight(request.headers))))
+        if route.name == HEALTH:
+            return visit.reply(_OK if self._is_healthy else LOADING.reply(route.api))
+        if route.name == NEWS:
+            return await self._tell_news(visit, caller)
+        if self._traffic.drain.is_draining:
+            raise TroubleError(_DRAINING)
+        with self._traffic.enter() as visit.passage:
+            if route.kind is Kind.BODY:
+                return await self._ask_by_body(visit, caller)
+            if route.kind is Kind.QUERY or (route.name == PROPS and visit.query_model):
+                return await self._ask_by_query(visit, caller)
+            if route.kind is Kind.STREAM:
+                return await self._resume(visit, caller)
+            if route.kind is Kind.OWN:
+                return await self._manage(visit, caller)
+            with await self._take_in(visit, JsonPeek()) as body:
+                await self._forwarder.to_router(visit, body.parts)
+            return visit.answer
+
+    @property
+    def _is_healthy(self) -> bool:
+        return not self._traffic.drain.is_draining and any(router.is_serving for router in self._fleet)
+
+    # --- for a model ----------------------------------------------------------------------------------------------
+
+    async def _ask_by_body(self, visit: Visit, caller: Caller) -> web.StreamResponse:
+        peek = peek_for(visit.request.headers.get("Content-Type"))
+        with await self._take_in(visit, peek) as body:
+            peeked = peek.finish()
+            visit.is_stream = peeked.stream
+            if not peeked.is_object:  # llama-server is to say what is wrong with it, in words of its own parser
+                await self._forwarder.to_router(visit, body.parts)
+                return visit.answer
+            model = self._model_of(visit, peeked.model, caller)
+            name = visit.request.headers.get(CONVERSATION)
+            if name and visit.answer.outlives_client:
+                visit.conversation = self._conversations.begin(name, caller, partial(visit.end, _STOPPED))
+            await self._forwarder.to_model(visit, model, body.parts, heartbeat_s=_heartbeat_s(visit))
+            return visit.answer
+
+    async def _ask_by_query(self, visit: Visit, caller: Caller) -> web.StreamResponse:
+        model = self._model_of(visit, visit.query_model, caller)
+        await self._forwarder.to_model(visit, model, ())
+        return visit.answer
+
+    def _model_of(self, visit: Visit, word: str | None, caller: Caller) -> str:
+        """The name of the model that is asked for, and may be.
+
+        Raises:
+            TroubleError: none is named, or it may not be used, or it is not loaded and is not to be.
+        """
+        word = word or self._settings.default_model
+        if not word:
+            raise TroubleError(MISSING)
+        where = self._fleet.memory.scheduler.where
+        visit.model = name = where.name_of(word)
+        caller.check_model(name)
+        if visit.autoload is False and not where.is_loaded(name):
+            states = [model.state for router in self._fleet if (model := router.table.get(name)) is not None]
+            if not states:
+                raise TroubleError(not_found(word))
+            raise TroubleError(LOADING if ModelState.LOADING in states else NOT_LOADED)
+        return name
+
+    async def _resume(self, visit: Visit, caller: Caller) -> web.StreamResponse:
+        """GET and DELETE /v1/stream."""
+        name = parse_qs(visit.query).get("conv_id", [""])[0]
+        if not name:
+            raise TroubleError(Trouble(400, "Missing conversation id in path", is_native=True))
+        if visit.request.method == "DELETE":
+            ended = self._conversations.end(name, caller)
+            endpoint = ended.endpoint if ended is not None else None
+            if endpoint is not None and await self._forwarder.to_same(visit, endpoint):
+                return visit.answer
+            return visit.reply(Reply(204))
+        known = self._conversations.find(name, caller)
+        if known is not None and known.endpoint is None:
+            raise TroubleError(Trouble(503, "Stream owner model is loading, retry later", is_native=True))
+        if known is None or known.endpoint is None or not await self._forwarder.to_same(visit, known.endpoint):
+            return visit.reply(GONE)
+        return visit.answer
+
+    # --- answered here --------------------------------------------------------------------------------------------
+
+    async def _manage(self, visit: Visit, caller: Caller) -> web.StreamResponse:
+        management, route = self._management, visit.route.name
+        match route:
+            case _ if route == LIST:
+                is_reload = bool(parse_qs(visit.query).get("reload", [""])[0])
+                if is_reload:
+                    caller.check_admin()
+                return visit.reply(await management.models(caller.may_use, reload=is_reload))
+            case _ if route == PROPS:
+                return visit.reply(management.props())
+            case _ if route in {DOWNLOAD, REMOVE}:
+                return visit.reply(not_supported())
+        with await self._take_in(visit, JsonPeek(), limit_bytes=SMALL_BYTES) as body:
+            content = b"".join(body.parts)
+            if route == LOOKUP:
+                return visit.reply(await self._look_up(content, caller))
+            word = named_in(content)
+            if word is None:
+                await self._forwarder.to_router(visit, body.parts)
+                return visit.answer
+            act = {LOAD: management.load, UNLOAD: management.unload}[route]
+            return visit.reply(act(word, caller.may_use))
+
+    async def _look_up(self, content: bytes, caller: Caller) -> Reply:
+        try:
+            asked = json.loads(content)
+        except (ValueError, RecursionError):
+            asked = None
+        names = asked.get("conversation_ids") if isinstance(asked, dict) else None
+        found = await self._conversations.look_up(names, caller) if isinstance(names, list) else []
+        return Reply(200, json.dumps(found, separators=(",", ":")).encode())
+
+    async def _tell_news(self, visit: Visit, caller: Caller) -> web.StreamResponse:
+        """GET /models/sse: it ends with the client or the daemon, so nobody waits for it."""
+        with self._management.events(caller.may_use) as parts:
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+            response.headers.update(visit.cors)
+            await response.prepare(visit.request)
+            async for part in parts:
+                await response.write(part)
+        return response
+
+    async def _take_in(self, visit: Visit, peek: Peek, *, limit_bytes: int | None = None) -> Body:
+        """The body of a request, which is read while it comes.
+
+        Raises:
+            TroubleError: it is too large, or does not come, or there is no room for it.
+        """
+        limit_bytes = limit_bytes or self._settings.max_body_bytes
+        try:
+            body = await take_in(visit.request, peek, self._stock, limit_bytes=limit_bytes, stall_s=STALL_S)
+        except IntakeError as error:
+            retry_after_s = RETRY_S if error.status == HTTPStatus.SERVICE_UNAVAILABLE else None
+            raise TroubleError(Trouble(error.status, str(error), retry_after_s=retry_after_s, closes=True)) from error
+        visit.bytes_in = body.size
+        if self._settings.log_bodies:
+            visit.body = b"".join(body.parts)[:BODY_SHOWN]
+        return body
+
+
+def _heartbeat_s(visit: Visit) -> float | None:
+    """How often a client that streams wants a sign of life while it waits; None for never."""
+    text = visit.request.headers.get(HEARTBEAT, "")
+    if not text or not visit.is_stream:
+        return None
+    try:
+        return min(max(float(text), HEARTBEAT_MIN_S), HEARTBEAT_MAX_S)
+    except ValueError:
+        return None

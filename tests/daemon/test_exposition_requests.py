@@ -1,0 +1,262 @@
+"""Metrics of requests: what is counted, for whom, and what is forgotten."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from daemon.stage import Stage, entry
+from llamavisor.events import RequestEnded, RequestOutcome
+from llamavisord.daemon import Daemon
+from llamavisord.drain import Drain
+from llamavisord.exposition import Exposition
+from llamavisord.exposition_requests import RequestCounts
+from llamavisord.traffic import Traffic
+
+asynchronous = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def ended(**changes: Any) -> RequestEnded:
+    """A request for alpha that was answered."""
+    told: dict[str, Any] = {
+        "route": "chat/completions",
+        "model": "alpha",
+        "router": "main",
+        "key": None,
+        "status": 200,
+        "outcome": RequestOutcome.OK,
+        "queue_s": 0.0,
+        "load_s": 0.0,
+        "first_data_s": 0.2,
+        "duration_s": 1.0,
+        "retries": 0,
+        "bytes_in": 10,
+        "bytes_out": 20,
+        "tokens_in": None,
+        "tokens_out": None,
+        "is_stream": False,
+    }
+    return RequestEnded(**told | changes)
+
+
+def read(registry: CollectorRegistry) -> Series:
+    """What Prometheus makes of it: the value of each series by its name and its labels."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(generate_latest(registry).decode())
+        for sample in family.samples
+    }
+
+
+def value(series: Series, name: str, **labels: str) -> float:
+    """The value of one series; without labels, of the only one of its name."""
+    if labels:
+        return series[f"llamavisor_{name}", tuple(sorted(labels.items()))]
+    (found,) = (value for (each, _), value in series.items() if each == f"llamavisor_{name}")
+    return found
+
+
+class Counted:
+    """Counts requests for models of which the names are known."""
+
+    def __init__(self, *models: str) -> None:
+        self.models = set(models)
+        self.routers = ["main"]
+        self.counts = RequestCounts(is_known=lambda model: model in self.models, routers=lambda: self.routers)
+        self.registry = CollectorRegistry()
+        self.registry.register(self.counts)
+
+    def count(self, *events: RequestEnded) -> Series:
+        """What is shown after these."""
+        for event in events:
+            self.counts.count(event)
+        return read(self.registry)
+
+
+def test_requests_are_counted_by_what_became_of_them() -> None:
+    """By model, router, route and status."""
+    shown = Counted("alpha", "beta").count(
+        ended(),
+        ended(duration_s=3.0),
+        ended(status=503, router=None, outcome=RequestOutcome.REFUSED),
+        ended(route="embeddings", model="beta"),
+        ended(route="models", model=None, router=None),
+    )
+    counted = {key: number for (name, key), number in shown.items() if name == "llamavisor_requests_total"}
+    assert counted == {
+        (("model", model), ("route", route), ("router", router), ("status", status)): number
+        for model, route, router, status, number in (
+            ("alpha", "chat/completions", "main", "200", 2),
+            ("alpha", "chat/completions", "", "503", 1),
+            ("beta", "embeddings", "main", "200", 1),
+            ("", "models", "", "200", 1),
+        )
+    }
+
+
+def test_times_are_where_they_belong() -> None:
+    """A bucket holds what is at most its bound; what has no data has no time to them, without a model none queues."""
+    shown = Counted("alpha").count(
+        ended(duration_s=1.0, first_data_s=0.25, queue_s=0.0),
+        ended(duration_s=1.001, first_data_s=None, queue_s=400.0),
+        ended(duration_s=1000.0, first_data_s=0.2501, queue_s=700.0),
+        ended(model=None, router=None, duration_s=0.001, first_data_s=0.001),
+    )
+    of = {"model": "alpha", "route": "chat/completions"}
+    duration = [value(shown, "request_duration_seconds_bucket", le=le, **of) for le in ("0.5", "1.0", "2.5", "600.0")]
+    assert duration == [0, 1, 2, 2]
+    assert value(shown, "request_duration_seconds_bucket", le="+Inf", **of) == 3
+    assert value(shown, "request_duration_seconds_count", **of) == 3
+    assert value(shown, "request_duration_seconds_sum", **of) == pytest.approx(1002.001)
+    first = [value(shown, "request_first_data_seconds_bucket", le=le, **of) for le in ("0.1", "0.25", "0.5", "+Inf")]
+    assert first == [0, 1, 2, 2]
+    queue = [value(shown, "request_queue_seconds_bucket", le=le, model="alpha") for le in ("0.005", "600.0", "+Inf")]
+    assert queue == [1, 2, 3]
+    assert value(shown, "request_queue_seconds_count") == 3
+    assert value(shown, "request_duration_seconds_count", model="", route="chat/completions") == 1
+
+
+@given(st.lists(st.floats(min_value=0, max_value=1e4), min_size=1))
+def test_no_time_is_lost(times: list[float]) -> None:
+    """Buckets only grow, each holds exactly what is at most its bound, and the sum is that of all."""
+    shown = Counted("alpha").count(*(ended(duration_s=time) for time in times))
+    buckets = {
+        float(dict(labels)["le"]): number
+        for (name, labels), number in shown.items()
+        if name == "llamavisor_request_duration_seconds_bucket"
+    }
+    assert buckets == {bound: sum(time <= bound for time in times) for bound in buckets}
+    assert math.inf in buckets
+    assert value(shown, "request_duration_seconds_sum") == pytest.approx(sum(times))
+
+
+def test_tokens_retries_and_clients_that_left() -> None:
+    """Summed up for each model; tokens that no answer tells count nothing."""
+    shown = Counted("alpha", "beta").count(
+        ended(tokens_in=7, tokens_out=11, retries=2),
+        ended(tokens_in=1, tokens_out=None, outcome=RequestOutcome.LEFT),
+        ended(model="beta"),
+    )
+    numbers = [
+        (
+            value(shown, "request_tokens_total", model=model, kind="prompt"),
+            value(shown, "request_tokens_total", model=model, kind="completion"),
+            value(shown, "request_retries_total", model=model),
+            value(shown, "requests_cancelled_total", model=model),
+        )
+        for model in ("alpha", "beta")
+    ]
+    assert numbers == [(8, 11, 2, 1), (0, 0, 0, 0)]
+
+
+def test_names_that_clients_invent_make_no_series() -> None:
+    """They are counted as one; a model that appears later has its own."""
+    counted = Counted("alpha")
+    shown = counted.count(*(ended(model=f"invented-{number}", router=None, status=404) for number in range(50)))
+    assert value(shown, "requests_total", model="", router="", route="chat/completions", status="404") == 50
+    assert not any("invented" in str(key) for key in shown)
+    counted.models.add("invented-7")
+    shown = counted.count(ended(model="invented-7"), ended(model=None))
+    assert (
+        value(shown, "requests_total", model="invented-7", router="main", route="chat/completions", status="200") == 1
+    )
+    assert value(shown, "request_queue_seconds_count", model="") == 50
+
+
+def test_models_and_routers_that_have_gone_are_forgotten() -> None:
+    """Only they; a model that comes back begins anew."""
+    counted = Counted("alpha", "beta")
+    counted.routers.append("other")
+    counted.count(ended(), ended(router="other"), ended(model="beta"), ended(model="gamma", router=None, status=404))
+    counted.models.discard("beta")
+    counted.routers.remove("other")
+    counted.counts.forget_vanished()
+    labels = [dict(key) for name, key in counted.count() if name == "llamavisor_requests_total"]
+    assert [(each["model"], each["router"]) for each in labels] == [("alpha", "main"), ("", "")]
+    counted.models.add("beta")
+    shown = counted.count(ended(model="beta"))
+    assert value(shown, "requests_total", model="beta", router="main", route="chat/completions", status="200") == 1
+
+
+# --- in the daemon ----------------------------------------------------------------------------------------------------
+
+
+def gateway(daemon: Daemon) -> Traffic:
+    """Give the daemon a gateway that listens."""
+    daemon.traffic = Traffic(Drain(daemon.bus), held_bytes=lambda: 4096, connections=lambda: 3)
+    daemon.traffic.urls = ("http://127.0.0.1:8080",)
+    return daemon.traffic
+
+
+class TestExposed:
+    """What a scrape of the daemon shows."""
+
+    pytestmark = asynchronous
+
+    async def test_what_happens_is_what_is_shown(self, tmp_path: Path) -> None:
+        """Requests are heard of on the bus; models of the fleet alone have series, and those that go lose them."""
+        stage = Stage(tmp_path)
+        watch = stage.put(entry("alpha"), entry("beta"))
+        async with stage.running(stage.config(("main", "a"))) as daemon:
+            exposition = Exposition(daemon)
+            for model in ("alpha", "beta", "nobody's"):
+                stage.bus.publish(ended(model=model))
+            exposition._forget_vanished()
+            labels = [dict(key) for name, key in read(exposition.registry) if name == "llamavisor_requests_total"]
+            assert sorted(each["model"] for each in labels) == ["", "alpha", "beta"]
+            watch.entries.pop("beta")
+            watch.put()
+            await stage.until(lambda: stage.fleet["main"].table.get("beta") is None)
+            exposition._forget_vanished()
+            labels = [dict(key) for name, key in read(exposition.registry) if name == "llamavisor_requests_total"]
+            assert sorted(each["model"] for each in labels) == ["", "alpha"]
+
+    async def test_the_gateway_as_it_is_now(self, tmp_path: Path) -> None:
+        """What is in flight, what waits, what it takes, and whether clients are let in; without one, nothing."""
+        stage = Stage(tmp_path)
+        stage.put(entry("alpha"))
+        async with stage.running(stage.config(("main", "a"))) as daemon:
+            exposition = Exposition(daemon)
+            assert not any("gateway" in name or "in_flight" in name for name, _ in read(exposition.registry))
+            traffic = gateway(daemon)
+            with traffic.enter() as passage, traffic.enter():
+                passage.run("alpha")
+                shown = read(exposition.registry)
+                assert value(shown, "requests_in_flight", model="alpha") == 1
+                names = ("requests_waiting", "gateway_held_bytes", "gateway_connections", "gateway_listening")
+                assert [value(shown, name) for name in names] == [1, 4096, 3, 1]
+                assert value(shown, "gateway_draining") == 0
+            traffic.drain.begin("test")
+            traffic.urls = ()
+            shown = read(exposition.registry)
+            assert (value(shown, "gateway_draining"), value(shown, "gateway_listening")) == (1, 0)
+            assert not any(name == "llamavisor_requests_in_flight" for name, _ in shown)
+
+    async def test_promtool_finds_nothing_to_mend_in_requests(self, tmp_path: Path) -> None:
+        """The exposition is as Prometheus's own linter wants it."""
+        promtool = shutil.which("promtool")
+        if promtool is None:
+            pytest.skip("no promtool: install the package prometheus")
+        stage = Stage(tmp_path)
+        stage.put(entry("alpha"))
+        async with stage.running(stage.config(("main", "a"))) as daemon:
+            exposition = Exposition(daemon)
+            stage.bus.publish(ended(tokens_in=1, tokens_out=2))
+            with gateway(daemon).enter() as passage:
+                passage.run("alpha")
+                metrics = generate_latest(exposition.registry).decode()
+        assert "llamavisor_requests_total" in metrics
+        linted = subprocess.run(
+            [promtool, "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
+        )
+        assert (linted.returncode, linted.stdout, linted.stderr) == (0, "", "")

@@ -1,0 +1,265 @@
+"""Clients keep asking while models and routers are killed, and none of them is sent away without need.
+
+`LLAMAVISOR_CHAOS_S=120 pytest -s tests/e2e/test_gateway_chaos.py` is the whole of it; by default it is shorter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from random import Random
+
+import anyio
+import anyio.to_thread
+import httpx
+import pytest
+
+from fakes.bare_router import free_port
+from fakes.waiting import eventually
+from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
+
+pytestmark = pytest.mark.real
+
+CHAOS_S = float(os.environ.get("LLAMAVISOR_CHAOS_S", "40"))
+CLIENTS = 10
+CHILD_EVERY_S = 5.0
+ROUTER_EVERY_S = 20.0
+REQUEST_S = 45.0
+"""No request takes longer, whatever happens to it: longer is a hang."""
+PAUSE_S = 0.02
+"""Between two requests of a client, so that the machine also gets to restart what was killed."""
+LONG = "long"
+TOKENS = 400
+"""Of an answer of the model that is killed while it speaks."""
+
+
+@dataclass
+class Tally:
+    """What became of all requests.
+
+    Attributes:
+        ended: how many ended how, by kind of request.
+        slowest_s: the longest of each kind.
+        again: requests that were sent to a second process, as their answers tell.
+        wrong: what must not happen, one line each.
+        kills: what was killed how often.
+    """
+
+    ended: Counter[tuple[str, str]] = field(default_factory=Counter)
+    slowest_s: dict[str, float] = field(default_factory=dict)
+    again: int = 0
+    wrong: list[str] = field(default_factory=list)
+    kills: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        """A table."""
+        lines = [f"{'':20}{'whole':>8}{'broken':>8}{'wrong':>8}{'slowest':>10}"]
+        for kind in sorted(self.slowest_s):
+            counts = "".join(f"{self.ended[kind, how]:8}" for how in ("whole", "broken", "wrong"))
+            lines.append(f"{kind:20}{counts}{self.slowest_s[kind]:9.2f}s")
+        killed = ", ".join(f"{what} {count} times" for what, count in sorted(self.kills.items()))
+        return "\n".join([*lines, f"killed: {killed}; sent again and answered: {self.again}"])
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request and what a whole answer to it says."""
+
+    kind: str
+    model: str
+    is_stream: bool
+
+    @property
+    def body(self) -> dict[str, object]:
+        """Of the request."""
+        messages = [{"role": "user", "content": "hi"}]
+        return {"model": self.model, "messages": messages, "stream": self.is_stream, "max_tokens": TOKENS}
+
+    def is_whole(self, said: str) -> bool:
+        """Whether this is all that the model says."""
+        return len(said.split()) == TOKENS if self.model == LONG else said == f" I am {self.model}"
+
+
+ASKS = (
+    Ask("answer", "alpha", is_stream=False),
+    Ask("answer", "beta", is_stream=False),
+    Ask("stream", "alpha", is_stream=True),
+    Ask("stream", "beta", is_stream=True),
+    Ask("long answer", LONG, is_stream=False),
+    Ask("long stream", LONG, is_stream=True),
+    Ask("long stream", LONG, is_stream=True),
+)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, llama_server: Path) -> Iterator[RunningDaemon]:
+    """A gateway over two models that are quick and one that takes its time."""
+    models = tmp_path / "models"
+    models.mkdir()
+    for name in ("alpha", "beta"):
+        write_tiny_model(models / f"{name}.gguf", ["I", "am", name])
+    write_tiny_model(models / f"{LONG}.gguf", ["on", "and"], loop=True, n_layer=60)
+    port = free_port()
+    config = f"""
+serve = "gateway"
+port = {port}
+models_dir = "{models}"
+models_max = 0
+[defaults]
+threads = 1
+"""
+    with RunningDaemon(tmp_path, models, llama_server, config=config + f"[metrics]\nport = {free_port()}\n") as running:
+        running.port = port
+        running.wait_for_router("ready")
+        yield running
+
+
+async def _ask(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> None:
+    """Send one request, and judge its answer."""
+    began = time.monotonic()
+    said, how, why = "", "wrong", "a hang"
+    with anyio.move_on_after(REQUEST_S):
+        try:
+            if ask.is_stream:
+                said, how, why = await _stream(client, ask, tally)
+            else:
+                said, how, why = await _whole(client, ask, tally)
+        except httpx.HTTPError as error:
+            why = f"{error!r} after {said[:40]!r}"
+    took_s = time.monotonic() - began
+    tally.ended[ask.kind, how] += 1
+    tally.slowest_s[ask.kind] = max(tally.slowest_s.get(ask.kind, 0.0), took_s)
+    if how == "wrong":
+        tally.wrong.append(f"{ask.kind} of {ask.model} after {took_s:.2f} s: {why}")
+
+
+async def _whole(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> tuple[str, str, str]:
+    reply = await client.post("/v1/chat/completions", json=ask.body)
+    if reply.status_code != 200:
+        return "", "wrong", f"{reply.status_code} {reply.text[:300]}"
+    tally.again += "x-llamavisor-retries" in reply.headers
+    said = reply.json()["choices"][0]["message"]["content"]
+    return said, "whole" if ask.is_whole(said) else "wrong", f"it said {said[:80]!r}"
+
+
+async def _stream(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> tuple[str, str, str]:
+    """There are four cases: refused, whole to its [DONE], broken with an event that says so, and all others."""
+    said, last = "", ""
+    try:
+        async with client.stream("POST", "/v1/chat/completions", json=ask.body) as reply:
+            if reply.status_code != 200:
+                return "", "wrong", f"{reply.status_code} {(await reply.aread())[:300]!r}"
+            tally.again += "x-llamavisor-retries" in reply.headers
+            async for line in reply.aiter_lines():
+                if not line.startswith("data:"):
+                    continue
+                last = line[5:].strip()
+                if last != "[DONE]" and '"error"' not in last:
+                    choices = json.loads(last)["choices"]
+                    said += (choices[0]["delta"].get("content") or "") if choices else ""
+    except httpx.HTTPError as error:
+        return said, "wrong", f"{error!r} after {said[-40:]!r}, {last[:200]}"
+    if last == "[DONE]":
+        return (
+            said,
+            "whole" if ask.is_whole(said) else "wrong",
+            f"[DONE] after {len(said.split())} words: {said[-80:]!r}",
+        )
+    if '"error"' in last:
+        json.loads(last)
+        return said, "broken" if said else "wrong", f"an error before any data: {last}"
+    return said, "wrong", f"an end without a word after {len(said.split())} words: {last[:200]}"
+
+
+async def _kill_children(daemon: RunningDaemon, tally: Tally) -> None:
+    """Kill a model every few seconds, each in its turn."""
+    for name in cycle((LONG, "alpha", "beta")):
+        await anyio.sleep(CHILD_EVERY_S)
+        pid = (await anyio.to_thread.run_sync(daemon.model, name))["pid"]
+        if pid is not None and _kill(pid):
+            tally.kills[name] += 1
+
+
+async def _kill_routers(daemon: RunningDaemon, tally: Tally) -> None:
+    """Kill the router every now and then."""
+    await anyio.sleep(CHILD_EVERY_S / 2)  # never together with a child
+    while True:
+        pid = (await anyio.to_thread.run_sync(daemon.router))["pid"]
+        if pid is not None and _kill(pid):
+            tally.kills["router"] += 1
+        await anyio.sleep(ROUTER_EVERY_S)
+
+
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:  # it was faster
+        return False
+    return True
+
+
+async def _client(client: httpx.AsyncClient, seed: int, until: float, tally: Tally) -> None:
+    choose = Random(seed)
+    while time.monotonic() < until:
+        await _ask(client, choose.choice(ASKS), tally)
+        await anyio.sleep(PAUSE_S)
+
+
+def _held(daemon: RunningDaemon) -> tuple[int, int]:
+    """How many descriptors and processes the daemon holds when no request is left in it."""
+    status, ps = daemon.call("GET", "/control/v1/ps")
+    assert status == 200, ps
+    busy = [*(each for each in ps["models"] if each["leases"] or each["in_flight"]), *ps["queues"]]
+    assert not busy, busy
+    return len(os.listdir(f"/proc/{daemon.pid}/fd")), len(list(daemon.processes()))
+
+
+@pytest.mark.anyio
+@pytest.mark.timeout(CHAOS_S + 3 * REQUEST_S)
+async def test_nobody_notices_who_need_not(daemon: RunningDaemon) -> None:
+    """Who had no data yet gets a whole answer, broken streams say so and end, nothing hangs and nothing leaks."""
+    tally = Tally()
+    limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
+    url = f"http://127.0.0.1:{daemon.port}"
+
+    async def ask_each(client: httpx.AsyncClient) -> None:
+        for ask in ASKS:
+            await _ask(client, ask, tally)
+
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits, trust_env=False) as client:
+        await ask_each(client)
+    assert not tally.wrong
+    descriptors, processes = eventually(lambda: _held(daemon), what="a daemon at rest")
+
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits, trust_env=False) as client:
+        async with anyio.create_task_group() as killing:
+            killing.start_soon(_kill_children, daemon, tally)
+            killing.start_soon(_kill_routers, daemon, tally)
+            async with anyio.create_task_group() as asking:
+                for seed in range(CLIENTS):
+                    asking.start_soon(_client, client, seed, time.monotonic() + CHAOS_S, tally)
+            killing.cancel_scope.cancel()
+        await ask_each(client)
+
+    print(f"\n{tally}")
+    assert not tally.wrong, f"{len(tally.wrong)} of {tally.ended.total()}:\n" + "\n".join(tally.wrong[:40])
+    assert tally.kills["router"] >= CHAOS_S // ROUTER_EVERY_S
+    assert tally.kills.total() - tally.kills["router"] >= CHAOS_S // CHILD_EVERY_S // 2
+    assert tally.ended["long stream", "broken"] > 0
+
+    def has_no_more_than_before() -> bool:
+        held = _held(daemon)
+        assert held[0] <= descriptors, f"{held[0]} descriptors, {descriptors} before"
+        assert held[1] == processes, f"{held[1]} processes, {processes} before"
+        return True
+
+    eventually(has_no_more_than_before, what="a daemon that holds what it held")
+    assert "Traceback" not in daemon.log.read_text(encoding="utf-8")
