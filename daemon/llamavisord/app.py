@@ -80,7 +80,7 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     _raise_descriptors()
     try:
         with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
-            exit_code = anyio.run(_main, config, reload, control_socket)
+            exit_code = anyio.run(_main, config, reload, control_socket, backend_options={"use_uvloop": True})
     except (AlreadyRunningError, SocketPathError) as error:
         sys.stderr.write(f"llamavisor: {plain(error)}; {error.hint}\n")
         is_running = isinstance(error, AlreadyRunningError)

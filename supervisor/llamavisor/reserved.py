@@ -44,8 +44,8 @@ _OPTIONS = (
         "a router shows its models' command lines, and the token with them, to every client",
         'Set it in the environment: env = { HF_TOKEN = "…" }.',
     ),
-    Reserved.of("--host", "the address is part of the router's own table", "Set host = … there."),
-    Reserved.of("--port", "the port is part of the router's own table", "Set port = … there."),
+    Reserved.of("--host", "the address stands in the configuration", "Set host = … at the top."),
+    Reserved.of("--port", "the port stands in the configuration", "Set port = … at the top."),
     Reserved.of(
         "--reuse-port",
         "two processes could then answer on one port, and nobody would notice",

@@ -20,6 +20,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import gateway_bench
 import gguf_header
 import models_folder
 import residency_simulation
@@ -61,6 +62,7 @@ def main() -> None:
             models_folder.measure(Path(folder), llama_server),
             resident_models.measure(Path(folder) / "residents", llama_server),
             residency_simulation.measure(),
+            gateway_bench.measure(Path(folder) / "gateway", llama_server),
         ):
             show(each)
 

@@ -12,8 +12,9 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 _SOURCE = Path(__file__).with_name("yardsticks")
 _SLACK_S = 60.0
@@ -25,14 +26,16 @@ Order = Mapping[str, object]
 """What a request's body says beside the chat; the scripted child obeys some of its keys (`order` in `child.go`)."""
 
 
-class Latency(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Latency:
     """What whole answers took: how many there were, and the median time of one in seconds."""
 
     count: int
     median_s: float
 
 
-class Flow(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Flow:
     """How events arrived: how many, the median time to the first of a stream, and the jitter at the 99th percentile.
 
     Jitter is by how much the time between two events differs from what it was when they were sent; 0 from a true child,
@@ -100,7 +103,7 @@ class Yardsticks:
         if process.returncode:
             raise RuntimeError(f"the load ended with {process.returncode}")
 
-    def _load(self, mode: str, port: int, clients: int, for_s: float, order: Order) -> dict[str, dict[str, float]]:
+    def _load(self, mode: str, port: int, clients: int, for_s: float, order: Order) -> dict[str, Any]:
         argv = self._argv(mode, port, clients, for_s, order)
         told = subprocess.run(argv, stdout=subprocess.PIPE, check=True, timeout=for_s + _SLACK_S)
         return dict(json.loads(told.stdout))

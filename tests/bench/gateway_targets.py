@@ -176,7 +176,7 @@ def _all(
         found = [Target(DIRECT, child), Target(ROUTER, router.port, router.pid)]
         if shutil.which("nginx"):
             found.append(stack.enter_context(_nginx(folder / "nginx", child)))
-        found.append(stack.enter_context(_go(yardsticks, child)))
+        found.append(stack.enter_context(_go(folder, yardsticks, child)))
         found.append(stack.enter_context(_gateway(folder / "gateway", models, llama_server)))
         yield {target.name: target for target in found}
 
@@ -194,11 +194,11 @@ def _gateway(folder: Path, models: Path, llama_server: Path) -> Iterator[Target]
 
 
 @contextmanager
-def _go(yardsticks: Yardsticks, upstream: int) -> Iterator[Target]:
+def _go(folder: Path, yardsticks: Yardsticks, upstream: int) -> Iterator[Target]:
     """The minimal reverse proxy on Go's standard library."""
     port = free_port()
     argv = [str(yardsticks.path), "proxy", "-listen", f"127.0.0.1:{port}", "-upstream", f"127.0.0.1:{upstream}"]
-    with _running(argv, port) as pid:
+    with _running(argv, port, folder / "go.stderr") as pid:
         yield Target(GO, port, pid)
 
 
@@ -209,14 +209,17 @@ def _nginx(folder: Path, upstream: int) -> Iterator[Target]:
     port, config = free_port(), folder / "nginx.conf"
     text = _NGINX.format(folder=folder, connections=CONNECTIONS, upstream=upstream, port=port)
     config.write_text(text, encoding="utf-8")
-    with _running(["nginx", "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(config)], port) as pid:
+    with _running(
+        ["nginx", "-p", str(folder), "-e", str(folder / "error.log"), "-c", str(config)], port, folder / "stderr"
+    ) as pid:
         yield Target(NGINX, port, pid)
 
 
 @contextmanager
-def _running(argv: Sequence[str], port: int) -> Iterator[int]:
+def _running(argv: Sequence[str], port: int, log: Path) -> Iterator[int]:
     """A process of ours that listens, from its first connection to its end."""
-    process = subprocess.Popen(argv, stdin=subprocess.DEVNULL)
+    with log.open("wb") as file:
+        process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=file)
     try:
         eventually(lambda: _listens(port), what=f"{argv[0]} that listens")
         yield process.pid

@@ -970,7 +970,7 @@ def test_config_show_names_the_source_of_every_value(tmp_path: Path, capsys: pyt
     assert "sesame" not in out
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert rows["router.main.models_dir"] == [f'"{tmp_path}/m"', f"{path}:1"]
-    assert rows["router.main.api_key"] == ['"(set)"', str(tmp_path / "key")]
+    assert rows["api_keys"] == ['["key', 'admin"]', str(tmp_path / "key")]
     assert rows["metrics.port"] == ["9155", "default"]
     assert main(["config", "show", str(path), "--json"]) == ExitCode.OK
     out = capsys.readouterr().out
@@ -1004,7 +1004,8 @@ def test_serve_hands_flags_over_and_reads_the_same_file_again(tmp_path: Path, mo
     assert main(words) == ExitCode.OK
     ((config, reload),) = seen
     (main_router,) = config.routers
-    assert (main_router.port, config.metrics.enabled) == (1, False)
+    assert config.gateway is not None
+    assert (config.gateway.port, config.metrics.enabled) == (1, False)
     assert main_router.layers[0].options.gpu_layers == "all"
     assert main_router.layers[0].options.args == ("--top-k", "1", "--", "x")
     assert reload() == config

@@ -258,11 +258,11 @@ def test_budgets_are_shown_by_device_with_their_lines(write: Write) -> None:
 def test_how_room_is_made_reaches_the_fleet(write: Write) -> None:
     """Both keys have a default, and stand with their lines in what is shown."""
     config = load(write('models_dir = "/m"\n'), NOTHING)
-    fleet = config.fleet_settings()
+    fleet = config.fleet_settings(router_key="k3y")
     assert (fleet.serve, fleet.min_residency_s, fleet.oversize) == ("gateway", 60.0, "fit")
     path = write('models_dir = "/m"\nmin_residency = "1h30m"\noversize = "refuse"\n')
     config = load(path, NOTHING)
-    fleet = config.fleet_settings()
+    fleet = config.fleet_settings(router_key="k3y")
     assert (fleet.min_residency_s, fleet.oversize) == (5400.0, "refuse")
     shown = {each.key: (each.value, str(each.origin)) for each in config.settings}
     assert shown["min_residency"] == (5400.0, f"{path}:2")

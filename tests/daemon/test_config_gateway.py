@@ -104,7 +104,8 @@ def test_with_serve_router_nothing_is_the_gateways(write: Write) -> None:
     config = load(write('serve = "router"\nport = 9000\n' + HEAD), NOTHING)
     assert config.gateway is None
     assert [(each.host, each.port, each.autoload) for each in config.routers] == [("127.0.0.1", 9000, True)]
-    assert config.fleet_settings().serve == "router"
+    fleet = config.fleet_settings(router_key="k3y")
+    assert (fleet.serve, fleet.routers) == ("router", config.routers)
 
 
 def test_flags_and_variables_move_the_gateway(write: Write) -> None:
@@ -149,7 +150,8 @@ log_bodies = true
         log_requests=True,
         log_bodies=True,
     )
-    fleet = config.fleet_settings()
+    fleet = config.fleet_settings(router_key="k3y")
+    assert [router.api_key for router in fleet.routers] == ["k3y"]
     assert (fleet.serve, fleet.max_waiting, fleet.max_waiting_per_model) == ("gateway", 2, 3)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from e2e.gateway_case import FORM, HI, HUGE, JSON, PIXEL, Case, chat, complete, form, post
+from e2e.gateway_case import FORM, HI, HUGE, JSON, PIXEL, Case, Instead, chat, complete, form, post
 
 _BAD_JSON: Mapping[str, bytes] = {
     "empty": b"",
@@ -79,17 +79,23 @@ _NAMES: Mapping[str, object] = {
 }
 
 
+_CUT = Instead(400, "x\u2026' not found", "nobody reads a name of 100,000 letters, and every log would have it")
+_WITH_NUL = Instead(400, "\\u0000' not found", "the name as it was sent; llama-server takes the NUL for its end")
+
+
 def bad_bodies() -> Iterator[Case]:
     """Bodies that are no JSON, or odd JSON, and names that are none."""
     for what, body in _BAD_JSON.items():
         yield post(f"chat: {what}", "/v1/chat/completions", body)
         yield post(f"completion: {what}", "/completion", body)
         yield post(f"messages: {what}", "/v1/messages", body)
-    for what, body in _ODD_JSON.items():
-        yield post(what, "/completion", body)
+    for what, odd in _ODD_JSON.items():
+        yield post(what, "/completion", odd, instead=_WITH_NUL if what == "the name with a NUL" else None)
     for what, name in _NAMES.items():
-        yield chat(f"a name that is {what}", model=name)
-        yield post(f"messages: a name that is {what}", "/v1/messages", {"model": name, "messages": HI})
+        instead = _CUT if what == "very long" else None
+        body = {"model": name, "messages": HI}
+        yield post(f"a name that is {what}", "/v1/chat/completions", body, instead=instead)
+        yield post(f"messages: a name that is {what}", "/v1/messages", body, instead=instead)
     yield chat("unknown, streamed", model="nobody", stream=True)
     for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/completion", "/tokenize", "/v1/rerank"):
         yield post(f"{path} without a name", path, {"messages": HI})

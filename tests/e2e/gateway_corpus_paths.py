@@ -107,7 +107,6 @@ def paths() -> Iterator[Case]:
         "/version",
         "/.git/config",
         "/v1/chat/../models",
-        "/..%2f..%2fetc/passwd",
         "/sw.js",
         "/favicon.ico",
         "/control/v1/status",
@@ -118,8 +117,16 @@ def paths() -> Iterator[Case]:
         yield get(path)
         yield get(path, ("Accept-Encoding", "gzip"), name=f"GET {path} with gzip")
         yield Case(f"HEAD {path}", "HEAD", path)
-    yield get("/v1/%6dodels/nope")
-    yield post("an encoded path", "/v1/%63hat/completions", {"model": "alpha", "messages": HI})
+    encoded = Instead(400, "%", "one path has one spelling: another would lead past who may use which model")
+    chat = {"model": "alpha", "messages": HI}
+    yield post("an encoded path", "/v1/%63hat/completions", chat, instead=encoded)
+    yield post("encoded management", "/models/unl%6fad", {"model": "alpha"}, instead=encoded)
+    yield post("encoded management: a download", "/model%73", {"model": "x"}, instead=encoded)
+    yield get("/v1/%6dodels/nope", instead=encoded)
+    yield get("/..%2f..%2fetc/passwd", instead=encoded)
+    fragment = Instead(400, "proxy", "likewise")
+    yield post("a path with a fragment", "/v1/chat/completions#x", chat, instead=fragment)
+    yield post("a path of another server", "http://localhost/v1/chat/completions", chat, instead=fragment)
     for path in ("/v1/chat/completions", "/v1/messages", "/completion", "/v1/embeddings", "/tokenize", "/v1/responses"):
         yield get(path)
         yield Case(f"HEAD {path}", "HEAD", path)

@@ -30,6 +30,7 @@ metrics = 1
 alias = uno
 [emb]
 embeddings = 1
+ubatch-size = 512
 [rank]
 reranking = 1
 """
@@ -46,6 +47,7 @@ enabled = false
 aliases = ["uno"]
 [model.emb]
 embeddings = true
+ubatch_size = 512
 [model.rank]
 reranking = true
 """

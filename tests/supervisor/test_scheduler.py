@@ -150,6 +150,24 @@ async def test_a_model_that_is_too_large_is_left_to_llama_cpp(it: GatewayStage) 
         assert it.loaded() == {"huge"}
 
 
+async def test_no_more_wait_than_the_settings_allow(it: GatewayStage) -> None:
+    """For one model and altogether; the next is refused at once, and one may come when another has left."""
+    it.models["alpha"] = FakeModel(load_s=100.0, progress=(0.0, 0.1), takes={"RAM": 4 * GIB})
+    async with it.running(max_waiting=2, max_waiting_per_model=1):
+        waiting = {name: it.client(name) for name in ("alpha", "beta")}
+        await it.until(lambda: it.fleet.memory.scheduler.admission.waiting == 2)
+        for name in ("alpha", "gamma"):
+            client = it.client(name)
+            await it.until(lambda client=client: client.is_over)
+            assert isinstance(client.error, DemandRefusedError)
+            assert client.error.reason == Why.QUEUE_FULL.value
+        waiting["beta"].give_up()
+        await it.until(lambda: it.fleet.memory.scheduler.admission.waiting == 1)
+        another = it.client("gamma")
+        await it.until(lambda: it.fleet.memory.scheduler.admission.waiting == 2)
+        assert not another.is_over
+
+
 async def test_pinned_models_stay(it: GatewayStage) -> None:
     """All pinned and one more asked for is refused with their names; unpinned, one leaves."""
     async with it.running():

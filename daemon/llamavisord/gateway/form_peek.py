@@ -48,10 +48,11 @@ class FormPeek:
         """Take the next piece."""
         if self._is_broken or self._is_closed:
             return
-        self._data = self._data[self._at :] + data
-        self._at = 0
+        self._data += data
         while self._step() and not self._is_broken and not self._is_closed:
             pass
+        self._data = b"" if self._is_broken or self._is_closed else self._data[self._at :]
+        self._at = 0
 
     def finish(self) -> Peeked:
         """What the form says, which is whole now."""
@@ -59,7 +60,7 @@ class FormPeek:
             return NOT_AN_OBJECT
         models, streams = self._values[b"model"], self._values[b"stream"]
         try:
-            model = no_longer(models[0].decode()) if len(models) == 1 else None
+            model = no_longer(models[0]) if len(models) == 1 else None
         except UnicodeDecodeError:
             return NOT_AN_OBJECT
         return Peeked(model, streams == [b"true"])

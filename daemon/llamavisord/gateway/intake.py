@@ -69,7 +69,7 @@ class BodyBrokenError(IntakeError):
     """Raised when what is sent as a body breaks the rules of HTTP, such as a chunk without a length."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(f"the body of the request is not sent as HTTP wants it: {reason}".splitlines()[0][:200])
+        super().__init__(f"the body of the request is not sent as HTTP wants it: {' '.join(reason.split())[:200]}")
 
 
 class StockFullError(IntakeError):
@@ -232,5 +232,6 @@ def _meet(request: web.BaseRequest, expectation: str) -> None:
         return
     if expectation.lower() != "100-continue":
         raise ExpectationError
-    if request.transport is not None and not request.content.total_bytes:
+    content = request.content
+    if request.transport is not None and not content.total_bytes and not content.at_eof():
         request.transport.write(_CONTINUE)

@@ -252,7 +252,7 @@ def _key(raw: bytes) -> str | None:
 def _name(raw: bytes) -> str | None:
     """The name that is written so, None = it is no JSON string."""
     if len(raw) > 6 * NAME_BYTES_MAX:
-        return no_longer(raw[: NAME_BYTES_MAX + 4].decode("utf-8", "ignore"))
+        return no_longer(raw)
     text = _unescaped(raw)
     return None if text is None else name_of(text)
 

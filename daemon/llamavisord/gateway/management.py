@@ -28,9 +28,6 @@ from llamavisord.gateway.routes import Api
 
 LOOK_S = 10.0
 """How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
-LOAD_S = 3600.0
-"""How long a load that was asked for may take, its place in the queue included; then nobody is taken to wait for it."""
-
 _PROPS: Final[dict[str, object]] = {
     "role": "router",
     "max_instances": 0,
@@ -62,8 +59,8 @@ class Management:
         self._listing = Listing(fleet, is_asked_for=self._loads.__contains__)
         self._notices = Notices(self._listing, bus)
         self._looking = anyio.Lock()
-        self._looks = 0
-        self._problems: tuple[str, ...] = ()  # of the last look
+        self._begun = self._ended = 0  # numbers of the last look that began, and of the last that came to an end
+        self._problems: tuple[str, ...] = ()  # of that
 
     def __repr__(self) -> str:
         return f"<Management loads={sorted(self._loads)} {self._notices!r}>"
@@ -88,11 +85,12 @@ class Management:
 
     async def _look(self) -> tuple[str, ...]:
         """Look at the folders, or share in a look that began after this call; returns what went wrong."""
-        before = self._looks
+        before = self._begun
         async with self._looking:
-            if self._looks == before:
-                self._looks += 1
+            if self._ended <= before:  # one that was broken off, because its client left, is none
+                self._begun += 1
                 self._problems = await self._fleet.look(within_s=LOOK_S)
+                self._ended = self._begun
             return self._problems
 
     def props(self) -> Reply:
@@ -157,15 +155,13 @@ class Management:
     async def _load(self, name: str, scope: anyio.CancelScope) -> None:
         began = anyio.current_time()
         try:
-            with scope, anyio.fail_after(LOAD_S):
-                await self._fleet.leases.have(name)
-        except (LlamavisorError, TimeoutError) as error:
+            with scope:
+                await self._fleet.leases.have(name)  # admission refuses what nothing moves for
+        except LlamavisorError as error:
             place = self._listing.find(name)
             model = place.model if place is not None else None
             if model is None or model.state is not ModelState.FAILED or model.since < began:
-                self._bus.publish(
-                    Warned(subject=f"model {name}", text=f"not loaded: {str(error) or f'not within {LOAD_S:.0f} s'}")
-                )
+                self._bus.publish(Warned(subject=f"model {name}", text=f"not loaded: {error}"))
                 self._notices.tell_unloaded(name)  # a load that had begun was told of when it failed
         finally:
             del self._loads[name]

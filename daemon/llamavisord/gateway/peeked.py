@@ -27,15 +27,20 @@ NOT_AN_OBJECT = Peeked(is_object=False)
 
 
 def name_of(text: str) -> str | None:
-    """`text` if it can be written as UTF-8, which half a surrogate pair cannot, and no longer than a name can be."""
+    """The name that a text is; None if UTF-8 cannot write it, which is so with half of a surrogate pair."""
     try:
-        text.encode()
+        raw = text.encode()
     except UnicodeEncodeError:
         return None
-    return no_longer(text)
+    return text if len(raw) <= NAME_BYTES_MAX else no_longer(raw)
 
 
-def no_longer(name: str) -> str:
-    """`name` if it is no longer than a name can be, else cut and with an ellipsis, so that it is no model's name."""
-    raw = name.encode()
-    return name if len(raw) <= NAME_BYTES_MAX else raw[:NAME_BYTES_MAX].decode("utf-8", "ignore") + "…"
+def no_longer(raw: bytes) -> str:
+    """The name that these bytes are; if it is longer than any is, cut and with an ellipsis, so that it is no model's.
+
+    Raises:
+        UnicodeDecodeError: they are no UTF-8.
+    """
+    if len(raw) <= NAME_BYTES_MAX:
+        return raw.decode()
+    return raw[:NAME_BYTES_MAX].decode("utf-8", "ignore") + "…"

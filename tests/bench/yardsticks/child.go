@@ -153,13 +153,10 @@ func (self *child) chat(w http.ResponseWriter, r *http.Request) {
 	}
 	w.Header().Set("Content-Type", "text/event-stream")
 	w.Header().Set("X-Accel-Buffering", "no")
+	w.Header().Set("Connection", "close") // a true child does so after a stream, but does not announce it
 	flusher := w.(http.Flusher)
 	began := time.Now().Add(think)
-	// A true child sends its head as soon as it has read the prompt, and its first event after the prefill. Not sooner than
-	// a true one could: a proxy on Go's standard library now and then breaks what is answered while it still looks for the
-	// end of the request.
-	time.Sleep(think / 4)
-	flusher.Flush()
+	flusher.Flush() // a true child sends its head at once, and its first event after the prefill
 	for at := range wanted.Events {
 		pause := time.Until(began.Add(time.Duration(float64(at) / wanted.PerS * float64(time.Second))))
 		select {

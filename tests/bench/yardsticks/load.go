@@ -17,6 +17,10 @@ import (
 	"time"
 )
 
+// A true child closes its connection at the end of a stream without having said so in the head: a proxy that had the next
+// request to send in that very moment would lose it.
+const betweenStreams = 5 * time.Millisecond
+
 // A load is what the clients do together; each has one connection and no goroutine but its own, so that little of what is
 // measured is the measuring.
 type load struct {
@@ -166,6 +170,7 @@ func loadStreams(arguments []string) error {
 				return err
 			}
 			self.done(answer)
+			time.Sleep(betweenStreams)
 		}
 		return nil
 	})

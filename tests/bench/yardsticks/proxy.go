@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"flag"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -32,5 +34,15 @@ func runProxy(arguments []string) error {
 	if err != nil {
 		return err
 	}
-	return http.Serve(listener, proxy)
+	return http.Serve(listener, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		// Whoever looks for the model in a body has read it. Without that this proxy breaks an answer now and then which
+		// comes while its transport still looks for the end of the body.
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		r.Body = io.NopCloser(bytes.NewReader(body))
+		proxy.ServeHTTP(w, r)
+	}))
 }

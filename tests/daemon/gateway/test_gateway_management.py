@@ -16,10 +16,11 @@ from fakes.machine import KILLED, FakeModel, FakeStart
 from llamavisor.api import Props, StatusEvent
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.cause import Cause, Verdict
+from llamavisor.demands import STALL_S
 from llamavisor.events import ModelAdded, ModelLoaded, ModelLoading, ModelProgress, ModelSleeping
 from llamavisor.settings import RouterSettings
 from llamavisor.states import ModelState
-from llamavisord.gateway.management import LOAD_S, Management, named_in, not_supported
+from llamavisord.gateway.management import LOOK_S, Management, named_in, not_supported
 from llamavisord.gateway.notices import KEPT, Stream
 from llamavisord.gateway.replies import Reply
 
@@ -297,15 +298,16 @@ async def test_a_load_that_cannot_begin_is_told_as_a_failure(tmp_path: Path) -> 
 
 
 async def test_a_load_that_finds_no_room_is_given_up(tmp_path: Path) -> None:
-    """Others keep what is loaded for longer than anybody waits for a load; it is listed as loading until then."""
+    """Others keep what is loaded, and nothing moves; it is listed as loading until it is refused."""
     desk = Desk(tmp_path, "alpha", "beta", "gamma")
     async with desk.open() as management:
         clients = [desk.stage.client(name) for name in ("alpha", "beta")]
         await desk.stage.until(lambda: all(client.has_it for client in clients))
         management.load("gamma", anything)
-        await anyio.sleep(LOAD_S - 1)
+        await anyio.sleep(STALL_S / 2)
         assert (await desk.statuses())["gamma"] == "loading"
         with management.events(anything) as stream:
+            await anyio.sleep(STALL_S)
             assert [event["data"] for event in await heard(stream)] == [{"status": "unloaded", "exit_code": 1}]
         assert (await desk.statuses())["gamma"] == "unloaded"
 
@@ -429,6 +431,30 @@ async def test_a_reload_has_the_folders_looked_at(desk: Desk) -> None:
                 clients.start_soon(ask)
         assert names == [["alpha", "beta", "gamma"]] * 20
         assert (watch.looks - looks, process.reloads - reloads) == (1, 1)
+
+
+async def test_a_reload_whose_client_leaves_is_made_by_the_next(desk: Desk) -> None:
+    """Nobody is given the outcome of a look that was broken off, or of one before that."""
+    async with desk.open() as management:
+        watch = desk.stage.watches[0]
+        watch.is_hanging = True
+        statuses: dict[str, int] = {}
+
+        async def ask(name: str, *, leaves_after_s: float = 60.0) -> None:
+            with anyio.move_on_after(leaves_after_s):
+                statuses[name] = (await management.models(anything, reload=True)).status
+
+        async with anyio.create_task_group() as clients:
+            clients.start_soon(ask, "first")
+            await anyio.sleep(1)
+            clients.start_soon(lambda: ask("leaves", leaves_after_s=LOOK_S + 1))
+            await anyio.sleep(1)
+            clients.start_soon(ask, "next")
+            await anyio.sleep(LOOK_S - 1)
+            assert statuses == {"first": 500}
+            await anyio.sleep(1.5)
+            watch.is_hanging = False
+        assert statuses == {"first": 500, "next": 200}
 
 
 async def test_a_reload_that_fails_says_why(desk: Desk) -> None:
