@@ -17,7 +17,7 @@ check: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: llama
+bench: llama $(VENV)/bench
 	$(BIN)/python tests/bench
 
 format: $(VENV)/dev
@@ -27,6 +27,10 @@ format: $(VENV)/dev
 $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
 	touch $@
 
 # A llama-server named by LLAMAVISOR_LLAMA_SERVER or found on PATH is used as it is; else one is built from source. Looked

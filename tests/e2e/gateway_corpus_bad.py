@@ -93,9 +93,9 @@ def bad_bodies() -> Iterator[Case]:
         yield post(what, "/completion", odd, instead=_WITH_NUL if what == "the name with a NUL" else None)
     for what, name in _NAMES.items():
         instead = _CUT if what == "very long" else None
-        body = {"model": name, "messages": HI}
-        yield post(f"a name that is {what}", "/v1/chat/completions", body, instead=instead)
-        yield post(f"messages: a name that is {what}", "/v1/messages", body, instead=instead)
+        named = {"model": name, "messages": HI}
+        yield post(f"a name that is {what}", "/v1/chat/completions", named, instead=instead)
+        yield post(f"messages: a name that is {what}", "/v1/messages", named, instead=instead)
     yield chat("unknown, streamed", model="nobody", stream=True)
     for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses", "/completion", "/tokenize", "/v1/rerank"):
         yield post(f"{path} without a name", path, {"messages": HI})

@@ -269,7 +269,7 @@ def test_reload_with_idle_streams(daemon: RunningDaemon, models_dir: Path) -> No
 
 def test_stop_lets_answers_end(daemon: RunningDaemon) -> None:
     """N4: what ends before the deadline ends whole, while nobody new is let in."""
-    with asked(daemon, max_tokens=300) as (_, response):
+    with asked(daemon, max_tokens=100) as (_, response):
         begun(response)
         daemon.signal(signal.SIGTERM)
         assert last_data(response) == "[DONE]"
