@@ -46,6 +46,7 @@ class RunningDaemon:
         options: llama-server options behind `--`.
         config: text of a configuration file, instead of `--models-dir` and `--port`.
         env: more environment.
+        serve: who listens on its port: "gateway" or "router".
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class RunningDaemon:
         options: Sequence[str] = ("--threads", "1"),
         config: str | None = None,
         env: Mapping[str, str] | None = None,
+        serve: str = "gateway",
     ) -> None:
         self.folder = folder
         self.socket = folder / "control.sock"
@@ -67,6 +69,8 @@ class RunningDaemon:
         self.port = free_port()
         self.metrics_port = free_port()
         self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), **(env or {})}
+        if serve != "gateway":
+            self.env["LLAMAVISOR_SERVE"] = serve
         self.launcher: list[str] = []  # what runs before the program and becomes it
         self.program = [sys.executable, "-m", "llamavisord"]
         self._argv = ["serve", "--socket", str(self.socket)]

@@ -17,6 +17,7 @@ FILE_BYTES = 1024 * 1024
 """A longer file is no configuration."""
 
 _VARIABLES: Mapping[str, tuple[str, ...]] = {
+    "LLAMAVISOR_SERVE": ("serve",),
     "LLAMAVISOR_SOCKET": ("socket",),
     "LLAMAVISOR_STATE_DIR": ("state_dir",),
     "LLAMAVISOR_LOG_LEVEL": ("log_level",),

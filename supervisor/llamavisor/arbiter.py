@@ -26,6 +26,10 @@ class Arbiter(Protocol):
         """Have a model unloaded as soon as nobody uses it: what it should be has changed."""
         ...
 
+    def make_way(self, router: str) -> None:
+        """That router loads nothing until it is restarted: have its models leave if somebody has waited for long."""
+        ...
+
     def is_pinned(self, model: str) -> bool:
         """Whether a person wants the model to stay in memory."""
         ...

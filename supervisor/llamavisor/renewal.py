@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
 from llamavisor.residency import Residency
@@ -23,6 +24,7 @@ class Renewal:
         name: of the router.
         residency: its models.
         troubles: where a reason is noted.
+        arbiter: who sees all routers, if anybody does.
         restart: has it restarted, for this cause.
         begin: begins a task that ends with the process; False if there is none.
     """
@@ -32,6 +34,7 @@ class Renewal:
         name: str,
         residency: Residency,
         troubles: Troubles,
+        arbiter: Arbiter | None,
         *,
         restart: Callable[[Cause], None],
         begin: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool],
@@ -39,11 +42,17 @@ class Renewal:
         self._name = name
         self._residency = residency
         self._troubles = troubles
+        self._arbiter = arbiter
         self._restart = restart
         self._begin = begin
 
     def __repr__(self) -> str:
         return f"<Renewal of {self._name}{', due' if self._is_unsound else ''}>"
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is to be restarted as soon as that costs nobody an answer."""
+        return self._is_unsound or "binary" in self._troubles
 
     @property
     def _is_unsound(self) -> bool:
@@ -78,15 +87,24 @@ class Renewal:
             # Nothing that needs a stop may be sent to it now: it would wait for the dead process for ever.
             reason = f"the process of {corpse} has ended, and the router goes on calling it loaded"
             self.unsound(reason, subject="corpse")
+        decides = self._arbiter is not None and self._arbiter.decides
+        # There are four cases:
+        # 1. Nothing is loaded: it is restarted.
+        # 2. Nobody is being answered: so it is if that turns out to be true, and what was loaded is loaded again. One
+        #    whose clients we do not see keeps what it has for as long as it works.
+        # 3. Somebody waits for what it may not load any more: its models leave, each when it is idle.
+        # 4. It goes on.
         if "binary" in self._troubles and not any(model.state in HAS_CHILD for model in table):
             self._restart(Cause.UPGRADE)
-        elif self._is_unsound and table.is_all_idle(now=now):
+        elif (self._is_unsound or ("binary" in self._troubles and decides)) and table.is_all_idle(now=now):
             self._begin(self._residency.confirm_all_idle)
+        elif self._arbiter is not None and decides and self.is_due:
+            self._arbiter.make_way(self._name)
 
     def confirmed(self) -> None:
         """A moment ago nobody was being answered."""
-        if self._is_unsound:
-            self._restart(Cause.UNSOUND)
+        if self.is_due:
+            self._restart(Cause.UNSOUND if self._is_unsound else Cause.UPGRADE)
 
     def _close(self, subject: str, reason: str, *, hint: str) -> None:
         self._residency.closed = RouterNotReadyError(f"router {self._name}: {reason}", hint=hint)

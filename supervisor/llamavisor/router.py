@@ -91,6 +91,7 @@ class Router:
             self.name,
             self._residency,
             self._troubles,
+            arbiter,
             restart=self._restart_for,
             begin=lambda work: self._generation is not None and self._generation.start_soon(work),
         )

@@ -35,6 +35,8 @@ from llamavisor.states import RouterState
 from llamavisor.waiters import Waiters, refusal
 from llamavisor.whereabouts import Whereabouts
 
+CLOSED_S = 5.0
+"""Who has waited for so long for a router that is to be restarted need not wait for it to become idle by itself."""
 CRASHES = 3
 CRASHES_WITHIN_S = 300.0
 """A serving model that has crashed so often within so long is left alone for a while (FAULTS.md, P6)."""
@@ -154,6 +156,18 @@ class Scheduler:
             self._moves.note_reason((router, model), reason)
         self.carry_out(actions)
 
+    def make_way(self, router: str) -> None:
+        """That router loads nothing until it is restarted: have its models leave if somebody has waited for long.
+
+        Each leaves when the last one has ended whom it answers, and whoever asks for it until then waits.
+        """
+        now = anyio.current_time()
+        waiting = [order for order in self.admission.orders if now - order.since >= CLOSED_S]
+        if any(each.router == router for order in waiting for each in order.candidates):
+            for slot in self.admission.slots():
+                if slot.resident.router == router and slot.stage is Stage.LOADED:
+                    self.dismiss(*slot.key)
+
     def is_pinned(self, model: str) -> bool:
         """Whether a person wants the model to stay in memory."""
         return model in self._pinned
@@ -261,6 +275,8 @@ class Scheduler:
     # --- what happens ---------------------------------------------------------------------------------------------
 
     def _hear(self, published: ev.Published) -> None:
+        if isinstance(published.event, ev.RequestEnded):  # of which there may be thousands in a second
+            return
         now, admission = anyio.current_time(), self.admission
         match published.event:
             case ev.RouterStateChanged(router=router, new=RouterState.STOPPING):

@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, islice
+from math import ceil
 from pathlib import Path
 from random import Random
 
@@ -36,9 +37,11 @@ REQUEST_S = 45.0
 """No request takes longer, whatever happens to it: longer is a hang."""
 PAUSE_S = 0.02
 """Between two requests of a client, so that the machine also gets to restart what was killed."""
-LONG = "long"
-TOKENS = 200
-"""Of an answer of the model that is killed while it speaks."""
+KILLS_EACH = 2
+"""So often a model may be killed: one that crashes three times within five minutes is left alone by design."""
+MODELS = tuple(f"m{at}" for at in range(1 + ceil(CHAOS_S / CHILD_EVERY_S / KILLS_EACH)))
+SHORT, LONG = 3, 200
+"""Tokens of an answer that is there at once, and of one that can be killed while it is spoken."""
 
 
 @dataclass
@@ -65,47 +68,46 @@ class Tally:
         for kind in sorted(self.slowest_s):
             counts = "".join(f"{self.ended[kind, how]:8}" for how in ("whole", "broken", "wrong"))
             lines.append(f"{kind:20}{counts}{self.slowest_s[kind]:9.2f}s")
-        killed = ", ".join(f"{what} {count} times" for what, count in sorted(self.kills.items()))
-        return "\n".join([*lines, f"killed: {killed}; sent again and answered: {self.again}"])
+        routers = self.kills["router"]
+        models = self.kills.total() - routers
+        return "\n".join([*lines, f"killed: {models} models, {routers} routers; sent again and answered: {self.again}"])
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request and what a whole answer to it says."""
 
-    kind: str
     model: str
+    tokens: int
     is_stream: bool
+
+    @property
+    def kind(self) -> str:
+        """Which row of the table it belongs to."""
+        return f"{'long' if self.tokens == LONG else 'short'} {'stream' if self.is_stream else 'answer'}"
 
     @property
     def body(self) -> dict[str, object]:
         """Of the request."""
         messages = [{"role": "user", "content": "hi"}]
-        return {"model": self.model, "messages": messages, "stream": self.is_stream, "max_tokens": TOKENS}
+        return {"model": self.model, "messages": messages, "stream": self.is_stream, "max_tokens": self.tokens}
 
     def is_whole(self, said: str) -> bool:
-        """Whether this is all that the model says."""
-        return len(said.split()) == TOKENS if self.model == LONG else said == f" I am {self.model}"
+        """Whether this is all that the model says, and nothing of it twice."""
+        return said.split() == list(islice(cycle(("I", "am", self.model)), self.tokens))
 
 
-ASKS = (
-    Ask("answer", "alpha", is_stream=False),
-    Ask("answer", "beta", is_stream=False),
-    Ask("stream", "alpha", is_stream=True),
-    Ask("stream", "beta", is_stream=True),
-    Ask("long answer", LONG, is_stream=False),
-    Ask("long stream", LONG, is_stream=True),
-)
+def _asks(model: str) -> list[Ask]:
+    return [Ask(model, tokens, is_stream=is_stream) for tokens in (SHORT, LONG) for is_stream in (False, True)]
 
 
 @pytest.fixture
 def daemon(tmp_path: Path, llama_server: Path) -> Iterator[RunningDaemon]:
-    """A gateway over two models that are quick and one that takes its time."""
+    """A gateway over models that go on for ever, with room for all of them."""
     models = tmp_path / "models"
     models.mkdir()
-    for name in ("alpha", "beta"):
-        write_tiny_model(models / f"{name}.gguf", ["I", "am", name])
-    write_tiny_model(models / f"{LONG}.gguf", ["on", "and"], loop=True, n_layer=60)
+    for name in MODELS:
+        write_tiny_model(models / f"{name}.gguf", ["I", "am", name], loop=True, n_layer=60)
     port = free_port()
     config = f"""
 serve = "gateway"
@@ -179,12 +181,19 @@ async def _stream(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> tuple[st
 
 
 async def _kill_children(daemon: RunningDaemon, tally: Tally) -> None:
-    """Kill a model every few seconds, each in its turn."""
-    for name in cycle((LONG, "alpha", "beta")):
+    """Kill a model every few seconds, the one that is answering most."""
+    while True:
         await anyio.sleep(CHILD_EVERY_S)
-        pid = (await anyio.to_thread.run_sync(daemon.model, name))["pid"]
+        name, pid = await anyio.to_thread.run_sync(_busiest, daemon, tally)
         if pid is not None and _kill(pid):
             tally.kills[name] += 1
+
+
+def _busiest(daemon: RunningDaemon, tally: Tally) -> tuple[str, int | None]:
+    occupants = [each for each in daemon.call("GET", "/control/v1/ps")[1]["models"] if each["state"] == "loaded"]
+    able = [each for each in occupants if tally.kills[each["model"]] < KILLS_EACH]
+    name = max(able, key=lambda each: each["leases"], default={"model": ""})["model"]
+    return name, daemon.model(name)["pid"] if name else None
 
 
 async def _kill_routers(daemon: RunningDaemon, tally: Tally) -> None:
@@ -208,7 +217,7 @@ def _kill(pid: int) -> bool:
 async def _client(client: httpx.AsyncClient, seed: int, until: float, tally: Tally) -> None:
     choose = Random(seed)
     while time.monotonic() < until:
-        await _ask(client, choose.choice(ASKS), tally)
+        await _ask(client, choose.choice(_asks(choose.choice(MODELS))), tally)
         await anyio.sleep(PAUSE_S)
 
 
@@ -230,8 +239,9 @@ async def test_nobody_notices_who_need_not(daemon: RunningDaemon) -> None:
     url = f"http://127.0.0.1:{daemon.port}"
 
     async def ask_each(client: httpx.AsyncClient) -> None:
-        for ask in ASKS:
-            await _ask(client, ask, tally)
+        for model in MODELS:
+            for ask in _asks(model):
+                await _ask(client, ask, tally)
 
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits, trust_env=False) as client:
         await ask_each(client)

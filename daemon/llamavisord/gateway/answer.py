@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections import deque
 from enum import Enum, auto
 
@@ -69,7 +69,7 @@ class Answer(web.StreamResponse):
         has_head: the client was sent a head.
         has_data: the client was sent data of a stream, or bytes of a body.
         bytes_sent: all bytes that the client was sent.
-        first_data_at: when it was sent the first data, on the event loop's clock.
+        first_data_at: when it was sent the first data, in monotonic seconds.
         extra_headers: headers that are added to the head, to be set before it goes out.
         is_stream: the client was sent the head of an event stream.
         outlives_client: a client that leaves does not end it (`detach` is then implied).
@@ -114,7 +114,7 @@ class Answer(web.StreamResponse):
     def begin_stream(self) -> None:
         """Send the head of an event stream now, before any child has answered."""
         if not self.has_head:
-            self._begin(200, b"OK", [(b"Content-Type", _EVENT_STREAM)], is_stream=True)
+            self._begin(200, b"OK", [b"Content-Type: " + _EVENT_STREAM], is_stream=True)
             self._write(b"")
 
     def comment(self, text: str) -> None:
@@ -261,24 +261,20 @@ class Answer(web.StreamResponse):
             self._mode = _Mode.FLOW
             if body and not self.has_data:
                 self.has_data = True
-                self.first_data_at = asyncio.get_running_loop().time()
+                self.first_data_at = time.monotonic()
         self._pass_on(body)
 
     def _begin_as_child(self, body: bytes, *, is_whole: bool) -> None:
         head = self._head
         if head is None:
             raise RuntimeError("bytes of a body before any head")
-        dropped = _NOT_PASSED_ON.union(head.connection)
-        fields = [
-            (name, value)
-            for name, value in head.fields
-            if (lower := name.lower()) not in dropped and not lower.startswith(b"access-control-")
-        ]
+        dropped = _NOT_PASSED_ON.union(head.connection) if head.connection else _NOT_PASSED_ON
+        lines = [line for name, line in head.fields if name not in dropped and not name.startswith(b"access-control-")]
         is_stream = self._mode is _Mode.HOLD_UNTIL_DATA
         length: bytes | None = None
         match head.framing:
             case Framing.NONE if self._is_head_only:
-                length = next((value for name, value in head.fields if name.lower() == b"content-length"), None)
+                length = next((line[15:].strip() for name, line in head.fields if name == b"content-length"), None)
             case Framing.NONE if head.status not in {204, 304}:
                 length = b"0"
             case Framing.LENGTH if not is_stream:
@@ -288,13 +284,13 @@ class Answer(web.StreamResponse):
             case Framing.CLOSE if is_whole:
                 length = b"%d" % len(body)
         has_body = head.framing is not Framing.NONE
-        self._begin(head.status, head.reason, fields, length=length, has_body=has_body, is_stream=is_stream)
+        self._begin(head.status, head.reason, lines, length=length, has_body=has_body, is_stream=is_stream)
 
     def _begin(
         self,
         status: int,
         reason: bytes,
-        fields: list[tuple[bytes, bytes]],
+        fields: list[bytes],
         *,
         length: bytes | None = None,
         has_body: bool = True,
@@ -306,8 +302,7 @@ class Answer(web.StreamResponse):
         self._is_chunked = has_body and length is None and self._is_new
         # Without a length and without chunks, only the end of the connection tells the end of the body.
         self._keep_alive = self._asked.keep_alive and (self._is_chunked or length is not None or not has_body)
-        lines = [b"HTTP/1.%d %d %b" % (1 if self._is_new else 0, status, reason)]
-        lines += [b"%b: %b" % field for field in fields]
+        lines = [b"HTTP/1.%d %d %b" % (self._is_new, status, reason), *fields]
         lines += [_line(name, value) for name, value in self.extra_headers]
         if length is not None:
             lines.append(b"Content-Length: " + length)

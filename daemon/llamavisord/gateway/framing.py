@@ -22,7 +22,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 _TRAILER_BYTES = 8 * 1024
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
-_FIELD = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\r\n\0]*?)[ \t]*")
+_TOKEN = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,8}(?:;[^\r\n\0]{0,200})?\r\n")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
 _EVENT_LINE_END = re.compile(rb"\r\n|\r|\n")
@@ -52,7 +52,7 @@ class Head:
     Attributes:
         status: the status code, never 1xx.
         reason: what stands behind it.
-        fields: names as sent and values, in order.
+        fields: the fields in order, each with its name in lower case and its whole line as sent.
         framing: how the end of its body is known.
         length: the bytes of its body, for `Framing.LENGTH`.
         keeps_alive: the connection can be used again after it.
@@ -84,6 +84,8 @@ def parse_head(raw: bytes, *, is_bodiless: bool = False) -> Head:
     first = _STATUS_LINE.fullmatch(status_line)
     if first is None:
         raise GarbageError(f"not a status line: {status_line[:80]!r}")
+    if not raw.count(b"\r") == raw.count(b"\n") == len(lines) or b"\0" in raw:
+        raise GarbageError("a control character in a head")
     status = int(first[2])
     fields: list[tuple[bytes, bytes]] = []
     lengths: set[bytes] = set()
@@ -91,20 +93,19 @@ def parse_head(raw: bytes, *, is_bodiless: bool = False) -> Head:
     connection: tuple[bytes, ...] = ()
     content_type = b""
     for line in lines:
-        field = _FIELD.fullmatch(line)
-        if field is None:
+        name, colon, value = line.partition(b":")
+        if not colon or not name or name.translate(None, _TOKEN):
             raise GarbageError(f"not a header field: {line[:80]!r}")
-        name, value = field.groups()
-        fields.append((name, value))
-        match name.lower():
-            case b"content-length":
-                lengths.add(value)
-            case b"transfer-encoding":
-                codings.append(value.lower())
-            case b"connection":
-                connection += tuple(token.strip() for token in value.lower().split(b","))
-            case b"content-type":
-                content_type = value.partition(b";")[0].rstrip().lower()
+        name = name.lower()
+        fields.append((name, line))
+        if name == b"content-length":
+            lengths.add(value.strip(b" \t"))
+        elif name == b"content-type":
+            content_type = value.partition(b";")[0].strip(b" \t").lower()
+        elif name == b"transfer-encoding":
+            codings.append(value.strip(b" \t").lower())
+        elif name == b"connection":
+            connection += tuple(token.strip(b" \t") for token in value.lower().split(b","))
     keeps_alive = b"close" not in connection if first[1] == b"1" else b"keep-alive" in connection
     framing, length = _framing(status, lengths, codings, is_bodiless=is_bodiless)
     keeps_alive = keeps_alive and framing is not Framing.CLOSE
@@ -169,27 +170,29 @@ class Response:
 
     def _take_head(self, data: bytes) -> bytes:
         self.has_begun = self.has_begun or bool(data)
-        held = self._held
-        start = max(0, len(held) - 3)
-        held += data
+        if self._held:
+            self._held += data
+            if len(self._held) <= HEAD_BYTES and b"\n" not in data:
+                return b""
+            data = bytes(self._held)
+            self._held.clear()
+        start = 0
         while True:
-            end = held.find(b"\r\n\r\n", start)
-            if (end if end >= 0 else len(held)) + self._interim_bytes > HEAD_BYTES:
+            end = data.find(b"\r\n\r\n", start)
+            if (end if end >= 0 else len(data)) - start + self._interim_bytes > HEAD_BYTES:
                 raise GarbageError(f"a head of more than {HEAD_BYTES} bytes")
             if end < 0:
+                self._held += data[start:]
                 return b""
-            raw = bytes(held[:end])
-            del held[: end + 4]
-            head = parse_head(raw, is_bodiless=self._is_bodiless)
+            head = parse_head(data[start:end], is_bodiless=self._is_bodiless)
             if head.status == 101:
                 raise GarbageError("the child wants another protocol")
             if head.status >= 200:
                 break
-            self._interim_bytes += end
-            start = 0
+            self._interim_bytes += end - start
+            start = end + 4
         self.head = head
-        body = bytes(held)
-        held.clear()
+        body = data[end + 4 :]
         match head.framing:
             case Framing.CHUNKED:
                 self._take = self._take_chunks

@@ -41,7 +41,7 @@ _SPELLED = re.compile(
         b"(?P<%b>%b)" % (key, b"".join(rb"(?:%c|\\u(?i:%04x))" % (letter, letter) for letter in key)) for key in _KEYS
     )
 )  # any letter of a key may be written as an escape
-_TRUE = re.compile(rb":[ \t\r\n]*true(?![^,} \t\r\n])")
+_TRUE = re.compile(rb":[ \t\r\n]*true")
 
 
 class JsonPeek:
@@ -122,10 +122,6 @@ class JsonPeek:
 
     def _read_on(self, data: bytes) -> None:
         """Look for the end of a string of no interest."""
-        if _QUOTE not in data:
-            has_escape_open = (len(data) - len(data.rstrip(b"\\"))) % 2
-            self._carry = b"\\" if has_escape_open else b""
-            return
         masked = _masked(data)
         end = masked.find(_QUOTE)
         if end >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import anyio
@@ -95,7 +96,7 @@ class Visit:
         self.conversation: Conversation | None = None
         self.scope = anyio.CancelScope()
         self.ending: Trouble | None = None
-        self._began = anyio.current_time()
+        self._began = time.monotonic()
         self._router: str | None = None
         self._queue_s = self._load_s = 0.0
         self._headers: bytes | None = None
@@ -196,7 +197,7 @@ class Visit:
             queue_s=self._queue_s,
             load_s=self._load_s,
             first_data_s=None if first is None else first - self._began,
-            duration_s=anyio.current_time() - self._began,
+            duration_s=time.monotonic() - self._began,
             retries=self.retries,
             bytes_in=self.bytes_in,
             bytes_out=answer.bytes_sent if reply is None else len(reply.body),

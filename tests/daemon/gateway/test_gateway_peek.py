@@ -277,6 +277,12 @@ def test_a_name_that_is_too_long_is_cut(length: int, block_bytes: int) -> None:
     assert found == Peeked("ä" * (NAME_BYTES_MAX // 2) + "…", stream=True)
 
 
+def test_a_stream_that_is_a_long_text() -> None:
+    """However long the text is that stands for `stream`, it is no yes."""
+    body = json.dumps({"stream": True, "model": "x"})[:-1] + ',"stream":"' + "true" * 5000 + '"}'
+    assert peek_at(body.encode(), 5000, 9000) == X
+
+
 def test_the_longest_name() -> None:
     """The longest name that may be is found even if all of it is written as escapes."""
     name = "x" * NAME_BYTES_MAX
@@ -325,6 +331,11 @@ def test_the_model_of_a_query(query: str) -> None:
 def test_whether_a_query_wants_the_model_loaded(query: str) -> None:
     """`autoload` is read as llama-server reads it, and is not passed on."""
     assert query_model(query) == AUTOLOADS[query]
+
+
+def test_a_fragment_is_no_part_of_a_query() -> None:
+    """What follows a number sign is not looked at, nor passed on."""
+    assert query_model("a&model=x#y&autoload=1") == ("x", None, "a&model=x")
 
 
 def test_bytes_that_are_no_text_in_a_query() -> None:

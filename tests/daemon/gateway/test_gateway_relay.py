@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -18,10 +17,6 @@ from llamavisord.gateway.relay import NotAStreamError, Relay, UpstreamError, Ups
 
 pytestmark = pytest.mark.anyio
 
-LOOPS: dict[str, dict[str, object]] = {"asyncio": {}}
-if importlib.util.find_spec("uvloop") is not None:
-    LOOPS["uvloop"] = {"use_uvloop": True}
-
 PATIENCE_S = 20.0
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 STREAM = (
@@ -29,19 +24,6 @@ STREAM = (
 )
 END = b"0\r\n\r\n"
 ASK = b"POST /v1/x HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _loops_are_warm() -> None:
-    import uvloop
-
-    uvloop.new_event_loop().close()
-
-
-@pytest.fixture(params=LOOPS)
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, object]]:
-    """Each test runs on every event loop that is there."""
-    return "asyncio", LOOPS[request.param]
 
 
 def chunk(payload: bytes) -> bytes:
@@ -261,7 +243,8 @@ async def test_what_is_for_one_hop_is_not_passed_on() -> None:
     """The child's connection, its name, and whom it lets read are its own; the rest goes on, and ours is added."""
     head = (
         b"HTTP/1.1 418 Teapot\r\nServer: llama.cpp\r\nKeep-Alive: timeout=5, max=100\r\n"
-        b"Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nAccess-Control-Allow-Origin: *\r\nX-Own: \xe4\r\ncontent-type: text/plain\r\nTrailer: x\r\n"
+        b"Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nAccess-Control-Allow-Origin: *\r\n"
+        b"X-Own: \xe4\r\ncontent-type: text/plain\r\nTrailer: x\r\n"
     )
     async with scene(always(whole(b"short and stout", head))) as it:
         it.prepare = lambda answer: answer.extra_headers.append(("X-Llamavisor-Router", "main"))
@@ -874,7 +857,6 @@ async def test_an_exchange_may_outlive_its_client() -> None:
             await asyncio.shield(exchange)
             return answer
 
-        it.outlive = outlive  # type: ignore[attr-defined]
         front = web.Server(outlive, handler_cancellation=True, access_log=None)
         listening = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
         it.front_port = listening.sockets[0].getsockname()[1]
