@@ -214,7 +214,8 @@ class Gateway:
         with await self._take_in(visit, peek) as body:
             peeked = peek.finish()
             visit.is_stream = peeked.stream
-            if not peeked.is_object:  # llama-server is to say what is wrong with it, in words of its own parser
+            # What is wrong with a body, llama-server says in words of its own parser.
+            if not peeked.is_object or not (peeked.model or self._settings.default_model):
                 await self._forwarder.to_router(visit, body.parts)
                 return visit.answer
             model = self._model_of(visit, peeked.model, caller)

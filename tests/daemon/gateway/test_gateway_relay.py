@@ -112,6 +112,7 @@ class Scene:
     relay: Relay
     port: int = 0
     host: str = "127.0.0.1"
+    front: web.Server = field(init=False)
     front_port: int = 0
     calls: list[Call] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
@@ -175,8 +176,8 @@ async def scene(script: Script, **options: float) -> AsyncIterator[Scene]:
 
     child = await asyncio.start_server(follow, "127.0.0.1", 0)
     it.port = child.sockets[0].getsockname()[1]
-    front = web.Server(it.handle, handler_cancellation=True, access_log=None)
-    listening = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
+    it.front = web.Server(lambda request: it.handle(request), handler_cancellation=True, access_log=None)  # noqa: PLW0108 (a test may replace it)
+    listening = await asyncio.get_running_loop().create_server(it.front, "127.0.0.1", 0)
     it.front_port = listening.sockets[0].getsockname()[1]
     try:
         async with asyncio.timeout(PATIENCE_S):
@@ -186,7 +187,7 @@ async def scene(script: Script, **options: float) -> AsyncIterator[Scene]:
         child.close()
         for client in it.clients:
             client.reset()
-        await front.shutdown(1)
+        await it.front.shutdown(1)
         await it.relay.aclose()
         for call in it.calls:
             call.writer.transport.abort()
@@ -843,6 +844,7 @@ async def test_an_exchange_may_outlive_its_client() -> None:
         for _ in range(200):
             await call.say(event("x" * 5000))
         await call.say(END)
+        await call.gone()
 
     async with scene(script) as it:
 
@@ -857,21 +859,17 @@ async def test_an_exchange_may_outlive_its_client() -> None:
             await asyncio.shield(exchange)
             return answer
 
-        front = web.Server(outlive, handler_cancellation=True, access_log=None)
-        listening = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
-        it.front_port = listening.sockets[0].getsockname()[1]
+        it.handle = outlive  # type: ignore[method-assign]
         client = await it.client()
         await client.say(b"GET / HTTP/1.1\r\nHost: here\r\n\r\n")
         await client.head()
         client.reset()
-        await until(lambda: not front.connections)
+        await until(lambda: not it.front.connections)
         left.set()
         await done.wait()
         assert it.answers[0].tail.endswith(b"x\n\n")
         assert it.answers[0].bytes_sent < 100_000
         assert repr(it.relay) == "<Relay 1 connections, 1 of them idle>"
-        listening.close()
-        await front.shutdown(1)
 
 
 async def test_a_client_that_does_not_read_stops_the_child() -> None:
@@ -930,31 +928,26 @@ async def test_a_client_that_does_not_read_and_leaves() -> None:
 # Uploads.
 
 
-async def exchange(it: Scene, head: bytes, body: tuple[bytes, ...]) -> None:
-    """An exchange of a body of its own, whatever the client sent."""
+UPLOAD = (b"a" * 5_000_000, b"", b"b" * 100, b"c" * 3_000_000)
+UPLOAD_HEAD = b"POST / HTTP/1.1\r\nHost: child\r\nContent-Length: 8000100\r\n\r\n"
+
+
+async def upload(it: Scene) -> tuple[bytes, bytes]:
+    """What a client gets to whose request a long body is sent."""
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
         answer = Answer(request)
         it.answers.append(answer)
         try:
-            await it.relay.exchange(it, head, body, answer)
+            await it.relay.exchange(it, UPLOAD_HEAD, UPLOAD, answer)
         except UpstreamError as exc:
-            it.failures.append(exc)
             return web.Response(status=502, text=exc.kind.name)
         return answer
 
-    front = web.Server(handle, handler_cancellation=True, access_log=None)
-    listening = await asyncio.get_running_loop().create_server(front, "127.0.0.1", 0)
-    it.front_port = listening.sockets[0].getsockname()[1]
+    it.handle = handle  # type: ignore[method-assign]
     client = await it.client()
-    await client.say(b"GET / HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
-    it.upload = await client.answer()  # type: ignore[attr-defined]
-    listening.close()
-    await front.shutdown(1)
-
-
-UPLOAD = (b"a" * 5_000_000, b"", b"b" * 100, b"c" * 3_000_000)
-UPLOAD_HEAD = b"POST / HTTP/1.1\r\nHost: child\r\nContent-Length: 8000100\r\n\r\n"
+    await client.say(ASK)
+    return await client.answer()
 
 
 async def test_a_long_body_is_sent_as_the_child_takes_it() -> None:
@@ -970,8 +963,7 @@ async def test_a_long_body_is_sent_as_the_child_takes_it() -> None:
         await call.gone()
 
     async with scene(script) as it:
-        await exchange(it, UPLOAD_HEAD, UPLOAD)
-        assert it.upload[1] == b"yes"  # type: ignore[attr-defined]
+        assert (await upload(it))[1] == b"yes"
         assert repr(it.relay) == "<Relay 1 connections, 1 of them idle>"
 
 
@@ -984,9 +976,9 @@ async def test_an_answer_may_come_before_the_request_was_sent() -> None:
         await until(lambda: bool(it.answers) and it.answers[0].has_head)
 
     async with scene(script) as it:
-        await exchange(it, UPLOAD_HEAD, UPLOAD)
-        assert it.upload[0].startswith(b"HTTP/1.1 413 ")  # type: ignore[attr-defined]
-        assert it.upload[1] == b"too much"  # type: ignore[attr-defined]
+        head, body = await upload(it)
+        assert head.startswith(b"HTTP/1.1 413 ")
+        assert body == b"too much"
         await until(lambda: not it.relay._open)
 
 
@@ -999,8 +991,7 @@ async def test_an_answer_is_heard_although_the_child_hangs_up_on_the_body() -> N
 
     async with scene(script) as it:
         for _ in range(20):
-            await exchange(it, UPLOAD_HEAD, UPLOAD)
-            assert it.upload[1] == b"too much"  # type: ignore[attr-defined]
+            assert (await upload(it))[1] == b"too much"
 
 
 async def test_a_child_that_dies_within_an_upload() -> None:
@@ -1011,8 +1002,7 @@ async def test_a_child_that_dies_within_an_upload() -> None:
         call.reset()
 
     async with scene(script) as it:
-        await exchange(it, UPLOAD_HEAD, UPLOAD)
-        assert it.upload[1] == b"RESET"  # type: ignore[attr-defined]
+        assert (await upload(it))[1] == b"RESET"
 
 
 # What the client is sent while it waits.
