@@ -15,7 +15,8 @@ import anyio
 from llamavisor.admission import Admission
 from llamavisor.demands import Action, Lease, Rejection, Why
 from llamavisor.endpoint import Endpoint
-from llamavisor.errors import ModelLoadError, RouterNotReadyError
+from llamavisor.errors import LlamavisorError, ModelLoadError, RouterNotReadyError
+from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.placement import Candidate
 from llamavisor.router import Router
 from llamavisor.waiters import Answer, Waiters, refusal
@@ -39,6 +40,7 @@ class Leases:
         waiters: who waits for its answers.
         where: where models may be.
         carry_out: does what admission has decided.
+        start_soon: begins a worker.
         decides: whether admission decides over loads at all.
     """
 
@@ -50,6 +52,7 @@ class Leases:
         waiters: Waiters,
         where: Whereabouts,
         carry_out: Callable[[Sequence[Action]], None],
+        start_soon: Callable[..., None],
         decides: Callable[[], bool],
     ) -> None:
         self._routers = routers
@@ -57,6 +60,7 @@ class Leases:
         self._waiters = waiters
         self._where = where
         self._carry_out = carry_out
+        self._start_soon = start_soon
         self._decides = decides
         self._appraising = 0  # demands that are not in the queue yet: what they would take is being found out
 
@@ -135,16 +139,37 @@ class Leases:
                 await router.wait_until(lambda: not self.is_kept(endpoint))
         return not self.is_kept(endpoint)
 
-    async def have(self, model: str, *, router: str | None = None) -> bool:
+    async def have(self, model: str, *, router: str | None = None, goes_on: bool = True) -> bool:
         """Have a model loaded because a person wants it; returns whether it was not yet. Waits; raises as `acquire`.
 
         That it has failed before does not count: the person may have mended it.
+
+        Args:
+            model: its name, or an alias.
+            router: the only one on which it may be, None for any.
+            goes_on: whether it is loaded all the same if this is cancelled.
         """
         name = self._where.name_of(model, only=router)
         self._carry_out(self._admission.forgive(name, anyio.current_time()))
         was_there = self._where.is_loaded(name, router)
-        self._release(await self._acquire(name, router))
+        if not goes_on:
+            self._release(await self._acquire(name, router))
+            return not was_there
+        ticket = Ticket(Operation(Kind.LOAD, name))
+        self._start_soon(self._have, ticket, router)
+        try:
+            await ticket.wait()
+        finally:
+            ticket.finish()
         return not was_there
+
+    async def _have(self, ticket: Ticket, router: str | None) -> None:
+        try:
+            self._release(await self._acquire(ticket.operation.model, router))
+        except LlamavisorError as error:
+            ticket.finish(error)
+        else:
+            ticket.finish()
 
     def ask(self, name: str, candidates: Sequence[Candidate], answer: Answer, *, only: str | None = None) -> int:
         """Put a demand into the queue; `answer` is called once, perhaps before this returns. Returns its number."""

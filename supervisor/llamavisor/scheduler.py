@@ -85,6 +85,7 @@ class Scheduler:
             waiters=self._waiters,
             where=self.where,
             carry_out=self.carry_out,
+            start_soon=self._start_soon,
             decides=lambda: self._decides,
         )
         self._moves = Moves(

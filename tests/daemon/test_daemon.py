@@ -37,8 +37,11 @@ Start = Callable[..., RunningDaemon]
 def start(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> Start:
     """Makes a daemon on a fake llama-server with this behaviour."""
 
-    def make(*, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), **behaviour: object) -> RunningDaemon:
-        return RunningDaemon(tmp_path, models_dir, fake_llama_server(**behaviour), flags=flags, options=options)
+    def make(
+        *, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), serve: str = "gateway", **behaviour: object
+    ) -> RunningDaemon:
+        binary = fake_llama_server(**behaviour)
+        return RunningDaemon(tmp_path, models_dir, binary, flags=flags, options=options, serve=serve)
 
     return make
 
@@ -133,7 +136,7 @@ def test_changed_binary_rearms(start: Start, tmp_path: Path, fake_llama_server: 
 
 def test_replaced_binary_makes_way(start: Start, tmp_path: Path) -> None:
     """A llama-server that is replaced on disk loads nothing more, and is restarted once it holds no model."""
-    with start() as daemon:
+    with start(serve="router") as daemon:
         before = daemon.wait_for_router("ready")["pid"]
         assert daemon.cli("load", "alpha").returncode == 0
         FakeLlamaServer.make(tmp_path / "fake0")
@@ -142,6 +145,18 @@ def test_replaced_binary_makes_way(start: Start, tmp_path: Path) -> None:
         assert daemon.model("alpha")["state"] == "loaded"
         assert daemon.cli("unload", "alpha").returncode == 0
         assert daemon.wait_for_router("ready")["pid"] != before
+        assert 'llamavisor_router_restarts_total{reason="upgrade",router="main"} 1.0' in daemon.metrics()
+        assert daemon.cli("load", "beta").returncode == 0
+
+
+def test_replaced_binary_makes_way_at_once_behind_the_gateway(start: Start, tmp_path: Path) -> None:
+    """Nobody is being answered, as is known there: it is restarted, and what was loaded is loaded again."""
+    with start() as daemon:
+        before = daemon.wait_for_router("ready")["pid"]
+        assert daemon.cli("load", "alpha").returncode == 0
+        FakeLlamaServer.make(tmp_path / "fake0")
+        eventually(lambda: daemon.router()["pid"] not in {None, before}, what="a fresh process")
+        daemon.wait_for_model("alpha", "loaded")
         assert 'llamavisor_router_restarts_total{reason="upgrade",router="main"} 1.0' in daemon.metrics()
         assert daemon.cli("load", "beta").returncode == 0
 

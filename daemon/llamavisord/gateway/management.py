@@ -156,7 +156,7 @@ class Management:
         began = anyio.current_time()
         try:
             with scope:
-                await self._fleet.leases.have(name)  # admission refuses what nothing moves for
+                await self._fleet.leases.have(name, goes_on=False)  # admission refuses what nothing moves for
         except LlamavisorError as error:
             place = self._listing.find(name)
             model = place.model if place is not None else None
