@@ -142,11 +142,18 @@ class Admission:
                 return [*self._orders.abandon(order), *self._orders.settle(now)]
         return []
 
-    def release(self, lease: Lease, now: float) -> list[Action]:
-        """A lease has ended. A second time, or after the model's process has ended, it means nothing."""
+    def release(self, lease: Lease, now: float, *, has_answered: bool = False) -> list[Action]:
+        """A lease has ended. A second time, or after the model's process has ended, it means nothing.
+
+        Args:
+            lease: which.
+            now: monotonic time in seconds.
+            has_answered: whether the model has done what it was had for.
+        """
         slot = self._slots.get((lease.router, lease.model))
         if slot is None or not slot.end_lease(lease.number, now):
             return []
+        slot.has_answered |= has_answered and slot.stage is not Stage.LEAVING
         if slot.stage is Stage.DRAINING:
             self._orders.note_progress(slot.key, now)
         return self._orders.settle(now) if slot.may_go(now) and (self._orders or slot.stage is Stage.DRAINING) else []
@@ -322,7 +329,8 @@ class Admission:
         actions: list[Action] = []
         for slot in self._of(router):
             if has_crashed and slot.stage is Stage.LOADING:
-                actions.append(self._quarantines.failed(slot.key, "its router ended while it was loading", now))
+                suspected = self._quarantines.suspect(slot.key, "its router ended while it was loading", now)
+                actions += [suspected] if suspected is not None else []
             slot.become(Stage.LEAVING)
         return [*actions, *self._orders.settle(now)]
 

@@ -70,11 +70,12 @@ class Leases:
     @asynccontextmanager
     async def lease(self, model: str, *, router: str | None = None) -> AsyncIterator[Endpoint]:
         """The address of a model that stays until the block ends; raises as `acquire` does."""
-        endpoint = await self.acquire(model, router=router)
+        endpoint, has_answered = await self.acquire(model, router=router), False
         try:
             yield endpoint
+            has_answered = True
         finally:
-            self.release(endpoint)
+            self.release(endpoint, has_answered=has_answered)
 
     def acquire_loaded(self, model: str, *, router: str | None = None) -> Endpoint | None:
         """The address of a model that is loaded, and stays until it is released; None if it has to be waited for.
@@ -120,9 +121,15 @@ class Leases:
         load_s = min(slot.resident.reload_cost_s, waited_s) if slot is not None and has_loaded else 0.0
         return replace(endpoint, waited_s=waited_s, load_s=load_s)
 
-    def release(self, endpoint: Endpoint) -> None:
-        """What was acquired is not used any more; a second time that means nothing."""
-        self._release(endpoint.lease)
+    def release(self, endpoint: Endpoint, *, has_answered: bool = False) -> None:
+        """What was acquired is not used any more; a second time that means nothing.
+
+        Args:
+            endpoint: what was acquired.
+            has_answered: whether the model has done what it was had for. One that crashes again and again and never
+                does is left alone for a while.
+        """
+        self._release(endpoint.lease, has_answered=has_answered)
 
     def is_kept(self, endpoint: Endpoint) -> bool:
         """Whether the process that was promised has not ended, as far as is known."""
@@ -242,5 +249,5 @@ class Leases:
             return None
         return Endpoint(lease, "127.0.0.1", model.port, router.settings.api_key)
 
-    def _release(self, lease: Lease) -> None:
-        self._carry_out(self._admission.release(lease, anyio.current_time()))
+    def _release(self, lease: Lease, *, has_answered: bool = False) -> None:
+        self._carry_out(self._admission.release(lease, anyio.current_time(), has_answered=has_answered))

@@ -38,6 +38,7 @@ class Quarantines:
     def __init__(self) -> None:
         self._failed: dict[Key, Quarantine] = {}
         self._loaded_at: dict[Key, float] = {}  # Invariant: only of those that were loaded after they failed
+        self._suspected_at: dict[Key, float] = {}
 
     def __repr__(self) -> str:
         return f"<Quarantines {sorted(self._failed)}>"
@@ -60,8 +61,19 @@ class Quarantines:
         self._failed[key] = Quarantine(*key, until=now + delay_s, failures=failures, reason=reason)
         return self._failed[key]
 
+    def suspect(self, key: Key, reason: str, now: float) -> Quarantine | None:
+        """Its router ended while it was loading. Most likely it is innocent: it counts as failed if that happens again.
+
+        Returns:
+            For how long it is left alone, None if it is not.
+        """
+        before, self._suspected_at[key] = self._suspected_at.get(key), now
+        is_again = before is not None and now - before < FORGIVEN_AFTER_S
+        return self.failed(key, reason, now) if is_again else None
+
     def loaded(self, key: Key, now: float) -> None:
         """It was loaded, by whomever."""
+        self._suspected_at.pop(key, None)
         if (failed := self._failed.get(key)) is not None:
             self._loaded_at[key] = now
             if now < failed.until:  # what can be loaded need not be left alone
@@ -69,6 +81,6 @@ class Quarantines:
 
     def forgive(self, model: str) -> None:
         """Its file or options have changed, or a person says so: whatever was, was of another model."""
-        for key in [key for key in self._failed if key[1] == model]:
-            del self._failed[key]
-            self._loaded_at.pop(key, None)
+        for known in (self._failed, self._loaded_at, self._suspected_at):
+            for key in [key for key in known if key[1] == model]:
+                del known[key]

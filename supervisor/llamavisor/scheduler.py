@@ -39,7 +39,7 @@ CLOSED_S = 5.0
 """Who has waited for so long for a router that is to be restarted need not wait for it to become idle by itself."""
 CRASHES = 3
 CRASHES_WITHIN_S = 300.0
-"""A serving model that has crashed so often within so long is left alone for a while (FAULTS.md, P6)."""
+"""A model that has crashed so often within so long, and answered nobody, is left alone for a while (FAULTS.md, P6)."""
 OOM_NEWS_S = 2.0
 """How long after a kill by the kernel the end of a process is put down to it."""
 
@@ -335,13 +335,19 @@ class Scheduler:
             reason = "the kernel killed its process for want of memory"
             self.carry_out(self.admission.crashed(*key, reason, now))
         elif why in _CRASHED and self._crashes_too_often(key, now):
-            reason = f"its process has crashed {CRASHES} times within {CRASHES_WITHIN_S / 60:.0f} min"
+            reason = (
+                f"its process has crashed {CRASHES} times within {CRASHES_WITHIN_S / 60:.0f} min and answered nobody"
+            )
             self.carry_out(self.admission.crashed(*key, reason, now))
         else:
             self.carry_out(self.admission.leaving(*key, now))
         self._moves.see_off(key)
 
     def _crashes_too_often(self, key: Key, now: float) -> bool:
+        slot = self.admission.slot(*key)
+        if slot is not None and slot.has_answered:  # it is of use: whatever ends it is not its own fault each time
+            self._crashes.pop(key, None)
+            return False
         times = self._crashes.setdefault(key, deque(maxlen=CRASHES))
         times.append(now)
         return len(times) == CRASHES and now - times[0] <= CRASHES_WITHIN_S

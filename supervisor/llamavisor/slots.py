@@ -37,6 +37,7 @@ class Slot:
         progress: the fraction of its load that is done.
         stuck_until: until when it is not asked again to leave, after its router would not let it.
         leases: the numbers of the leases on it.
+        has_answered: whether it has done for anybody what it was had for.
     """
 
     resident: Resident
@@ -47,6 +48,7 @@ class Slot:
     progress: float = 0.0
     stuck_until: float = 0.0
     leases: set[int] = field(default_factory=set)
+    has_answered: bool = False
 
     def __repr__(self) -> str:
         return f"<Slot {self.resident.router}/{self.resident.name} {self.stage.value} leases={len(self.leases)}>"

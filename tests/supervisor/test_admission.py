@@ -741,9 +741,14 @@ def test_a_router_that_never_comes_up_is_a_stall(desk: Desk) -> None:
 
 @pytest.mark.parametrize("has_crashed", [False, True])
 def test_a_router_that_ends_takes_everything_with_it(desk: Desk, has_crashed: bool) -> None:
-    """What was loading may have been the poison if it crashed; else it is loaded again."""
+    """What is loading whenever it crashes may be the poison; else it is loaded again."""
     desk.has("a")
     number, _ = desk.ask("b")
+    assert desk.note(desk.admission.router_ended("r", has_crashed=has_crashed, now=desk.now)) == []
+    desk.note(desk.admission.router_gone("r", desk.now))
+    assert desk.note(desk.admission.router_up("r", desk.now)) == [Load("r", "b")]
+    desk.admission.loading("r", "a", {}, desk.now)
+    desk.admission.loaded("r", "a", {}, desk.now)
     actions = desk.note(desk.admission.router_ended("r", has_crashed=has_crashed, now=desk.now))
     assert [type(action) for action in actions] == ([Quarantine] if has_crashed else [])
     assert {each.name for each in desk.admission.residents(desk.now)} == {"a", "b"}

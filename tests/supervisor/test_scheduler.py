@@ -273,6 +273,16 @@ async def test_a_model_that_crashes_again_and_again_is_left_alone(it: GatewaySta
         assert it["main"].starts == 1
 
 
+async def test_a_model_that_is_of_use_is_loaded_again_whatever_ends_it(it: GatewayStage) -> None:
+    """It has answered somebody since it was loaded: it is killed, and does not crash by itself (DESIGN.md 11)."""
+    async with it.running():
+        for _ in range(6):
+            await it.served("alpha")
+            it.hosts["main"].process.crash("alpha")
+            await it.until(lambda: it.loaded() == set())
+        await it.served("alpha")
+
+
 async def test_a_stalled_load_is_not_waited_for_without_end(it: GatewayStage) -> None:
     """A load that moves is; one that does not is given up by whoever waits, after a while."""
     it.models["alpha"] = FakeModel(load_s=10 * STALL_S, progress=(0.0,), takes={"RAM": GIB})

@@ -19,6 +19,7 @@ from llamavisor.router import Router
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.relay import NotAStreamError, Relay, UpstreamError, UpstreamFailure
 from llamavisord.gateway.replies import RETRY_S, Trouble, trouble_of
+from llamavisord.gateway.routes import Kind
 from llamavisord.gateway.visit import TroubleError, Visit
 
 ROUTER_S = 30.0
@@ -57,7 +58,7 @@ class Forwarder:
         Raises:
             TroubleError: it did not, or not in full.
         """
-        leases, is_fresh = self._fleet.leases, False
+        leases, is_fresh, has_answered = self._fleet.leases, False, False
         while True:
             endpoint = leases.acquire_loaded(model) or await self._await_model(visit, model, heartbeat_s)
             visit.sends_to(endpoint)
@@ -72,10 +73,11 @@ class Forwarder:
                     await self._look_after(visit, endpoint, error)
                     is_fresh = False
             else:
+                has_answered = visit.route.kind is Kind.BODY  # a look at its metrics takes no model
                 return
             finally:
                 visit.waits_again()
-                leases.release(endpoint)
+                leases.release(endpoint, has_answered=has_answered)
 
     async def _look_after(self, visit: Visit, endpoint: Endpoint, error: UpstreamError) -> None:
         """A process did not answer, or not in full: returns if the request is to be sent again.
