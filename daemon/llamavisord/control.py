@@ -204,7 +204,7 @@ class _Api:
         return await self._move(request, self._fleet.load, waits_for_files=True)
 
     async def unload(self, request: web.Request) -> web.Response:
-        return await self._move(request, lambda router, name: router.unload(name))
+        return await self._move(request, self._fleet.unload)
 
     async def _move(
         self,

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -376,11 +377,20 @@ class Fleet:
             return await self.memory.scheduler.leases.have(model, router=router.name)
         return await router.load(model)
 
+    async def unload(self, router: Router, model: str) -> bool:
+        """Have a model unloaded from that router because a person wants it; returns whether it was loaded.
+
+        Raises:
+            LlamavisorError: as `Router.unload` does.
+        """
+        self.leases.withdraw(model)
+        return await router.unload(model)
+
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""
         async with anyio.create_task_group() as group:
             for router in self:
-                group.start_soon(_shut_down, router, grace_s)
+                group.start_soon(partial(router.shut_down, grace_s=grace_s))
 
 
 class _Sized:
@@ -417,10 +427,6 @@ async def _rescan(router: Router) -> list[str]:
     except LlamavisorError as error:
         return [f"router {router.name}: {error}"]
     return []
-
-
-async def _shut_down(router: Router, grace_s: float) -> None:
-    await router.shut_down(grace_s=grace_s)
 
 
 def open_fleet(

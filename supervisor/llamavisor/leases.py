@@ -62,6 +62,7 @@ class Leases:
         self._carry_out = carry_out
         self._start_soon = start_soon
         self._decides = decides
+        self._wishes: dict[str, set[anyio.CancelScope]] = {}  # of people whose models are not there yet, by name
         self._appraising = 0  # demands that are not in the queue yet: what they would take is being found out
 
     def __repr__(self) -> str:
@@ -171,12 +172,29 @@ class Leases:
         return not was_there
 
     async def _have(self, ticket: Ticket, router: str | None) -> None:
+        name = ticket.operation.model
+        wish = anyio.CancelScope()
+        self._wishes.setdefault(name, set()).add(wish)
         try:
-            self._release(await self._acquire(ticket.operation.model, router))
+            with wish:
+                self._release(await self._acquire(name, router))
+                ticket.finish()
         except LlamavisorError as error:
             ticket.finish(error)
-        else:
-            ticket.finish()
+        finally:
+            self._wishes[name].discard(wish)
+            if not self._wishes[name]:
+                del self._wishes[name]
+        ticket.finish(ModelLoadError(f"model {name}: its load was cancelled by an unload"))
+
+    def withdraw(self, model: str) -> None:
+        """A person wants a model unloaded: who had wished for it to be loaded is told so, and does not wish it again.
+
+        Args:
+            model: its name, or an alias.
+        """
+        for wish in self._wishes.get(self._where.name_of(model), ()):
+            wish.cancel()
 
     def ask(self, name: str, candidates: Sequence[Candidate], answer: Answer, *, only: str | None = None) -> int:
         """Put a demand into the queue; `answer` is called once, perhaps before this returns. Returns its number."""

@@ -706,7 +706,8 @@ def test_reload_that_could_not_be_started_is_refused(
     good = config_of(models_dir, free_port())
     fake = fake_llama_server()
     with socket.create_server(("127.0.0.1", 0)) as holder:
-        daemon = RunningDaemon(tmp_path, models_dir, fake, config=f'llama_server = "{fake}"\n{good}')
+        written = f'llama_server = "{fake}"\n{good}'
+        daemon = RunningDaemon(tmp_path, models_dir, fake, config=written, serve="router")
         with daemon:
             before = daemon.wait_for_router("ready")["pid"]
             daemon.cli("load", "alpha")
@@ -739,7 +740,7 @@ def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake
         )
         return config_of(models_dir, 1, tables).replace("port = 1\n", "", 1)
 
-    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config("a", "b")) as daemon:
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config("a", "b"), serve="router") as daemon:
         kept, changed = (daemon.wait_for_router("ready", name)["pid"] for name in ("a", "b"))
         daemon.call("POST", "/control/v1/models/alpha/load?router=b&wait=true")
         daemon.config.write_text(config("a", "b", "c", mark=2))
@@ -781,7 +782,8 @@ def test_taken_port_names_its_holder(tmp_path: Path, models_dir: Path, fake_llam
     """N1: a taken port is told with who holds it; once it is free the router comes up by itself."""
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
-        daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config_of(models_dir, port))
+        config = config_of(models_dir, port)
+        daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config, serve="router")
         with daemon:
             failed = daemon.wait_for_router("failed")
             assert f"(pid {os.getpid()})" in failed["reason"]
@@ -1027,7 +1029,7 @@ def test_series_of_what_has_gone_are_gone(tmp_path: Path, models_dir: Path, fake
     one, two, metrics = free_port(), free_port(), free_port()
     text = f'models_dir = "{models_dir}"\n[metrics]\nport = {metrics}\n[[router]]\nname = "one"\nport = {one}\n'
     both = f'{text}[[router]]\nname = "two"\nport = {two}\n'
-    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=both)
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=both, serve="router")
     daemon.metrics_port = metrics
     with daemon:
         for name in ("one", "two"):
