@@ -11,8 +11,8 @@ import math
 import os
 import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from types import TracebackType
 
 import anyio
 from aiohttp import web
@@ -96,15 +96,9 @@ class Acceptor:
         with self.answering(request):
             return await handler(request)
 
-    @contextmanager
-    def answering(self, request: web.BaseRequest) -> Iterator[None]:
-        """Remember for the length of the block that the one who asks is being answered."""
-        connection = request.protocol
-        self._answering.add(connection)
-        try:
-            yield
-        finally:
-            self._answering.discard(connection)
+    def answering(self, request: web.BaseRequest) -> _Answering:
+        """Remember for the length of a block that the one who asks is being answered."""
+        return _Answering(self._answering, request.protocol)
 
     async def _make_room(self, server: web.Server, error: OSError) -> None:
         """See that what could not be accepted can be the next time: by the reserve at once, else by ending another."""
@@ -147,6 +141,28 @@ class Acceptor:
             os.close(self._reserve.pop())
             return True
         return False
+
+
+class _Answering:
+    """A context manager; one made of a generator would take twice as long, and there is one for every request."""
+
+    __slots__ = ("_all", "_connection")
+
+    def __init__(self, everybody: set[asyncio.BaseProtocol], connection: asyncio.BaseProtocol) -> None:
+        self._all = everybody
+        self._connection = connection
+
+    def __repr__(self) -> str:
+        return f"<_Answering {self._connection!r}>"
+
+    def __enter__(self) -> None:
+        self._all.add(self._connection)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """It has its answer."""
+        self._all.discard(self._connection)
 
 
 def _open(server: web.Server) -> list[web.RequestHandler]:

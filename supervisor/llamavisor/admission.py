@@ -112,10 +112,10 @@ class Admission:
         usable = [
             slot
             for slot in self._slots
-            if slot.resident.name == model
+            if slot.key[1] == model
             and slot.stage is Stage.LOADED
-            and only in (None, slot.resident.router)
-            and self._orders.is_up.get(slot.resident.router, True)
+            and only in (None, slot.key[0])
+            and self._orders.is_up.get(slot.key[0], True)
         ]
         return self._orders.promise(min(usable, key=lambda slot: len(slot.leases)), now) if usable else None
 
@@ -156,7 +156,8 @@ class Admission:
         slot.has_answered |= has_answered and slot.stage is not Stage.LEAVING
         if slot.stage is Stage.DRAINING:
             self._orders.note_progress(slot.key, now)
-        return self._orders.settle(now) if slot.may_go(now) and (self._orders or slot.stage is Stage.DRAINING) else []
+        matters = self._orders or slot.stage is Stage.DRAINING  # looked at first: nearly always nobody waits
+        return self._orders.settle(now) if matters and slot.may_go(now) else []
 
     def is_kept(self, lease: Lease) -> bool:
         """Whether what was promised with a lease still holds: the process that it was given for has not ended."""

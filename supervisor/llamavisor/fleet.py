@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Fleet:
         spawner: reaps what is handed to us; None where nothing is spawned.
         bus: where the events go.
         jitter: a source of numbers in [0, 1).
+        clock: as for `Scheduler`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Fleet:
         spawner: Spawner | None = None,
         bus: Bus,
         jitter: Callable[[], float] = random.random,
+        clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.bus = bus
         self.folders: list[Folder] = []
@@ -93,7 +96,13 @@ class Fleet:
         self._supplies: dict[str, Supply] = {}
         self._settings = FleetSettings(routers=())
         self.memory = Memory(
-            self._routers, meter=meter, footprints=footprints, pins=pins, bus=bus, resize=self._size_up_all
+            self._routers,
+            meter=meter,
+            footprints=footprints,
+            pins=pins,
+            bus=bus,
+            resize=self._size_up_all,
+            clock=clock,
         )
         self._tasks: anyio.abc.TaskGroup | None = None
 
@@ -489,6 +498,7 @@ def open_fleet(
         pins=pins,
         spawner=spawner,
         bus=bus,
+        clock=time.monotonic,
     )
     appraiser.is_loading = fleet.memory.is_loading
     return fleet

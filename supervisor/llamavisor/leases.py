@@ -42,6 +42,7 @@ class Leases:
         carry_out: does what admission has decided.
         start_soon: begins a worker.
         decides: whether admission decides over loads at all.
+        clock: monotonic seconds.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Leases:
         carry_out: Callable[[Sequence[Action]], None],
         start_soon: Callable[..., None],
         decides: Callable[[], bool],
+        clock: Callable[[], float],
     ) -> None:
         self._routers = routers
         self._admission = admission
@@ -62,6 +64,7 @@ class Leases:
         self._carry_out = carry_out
         self._start_soon = start_soon
         self._decides = decides
+        self._now = clock
         self._wishes: dict[str, set[anyio.CancelScope]] = {}  # of people whose models are not there yet, by name
         self._appraising = 0  # demands that are not in the queue yet: what they would take is being found out
 
@@ -87,7 +90,10 @@ class Leases:
         """
         if not self._decides():
             return None
-        lease = self._admission.grant_loaded(self._where.name_of(model, only=router), anyio.current_time(), only=router)
+        now = self._now()
+        lease = self._admission.grant_loaded(model, now, only=router)
+        if lease is None and (name := self._where.name_of(model, only=router)) != model:
+            lease = self._admission.grant_loaded(name, now, only=router)
         if lease is None:
             return None
         owner, endpoint = self._routers[lease.router], self._endpoint_of(lease)
@@ -109,14 +115,14 @@ class Leases:
             DemandRefusedError: it is not to be had now.
             ModelLoadError: its process was lost.
         """
-        began = anyio.current_time()
+        began = self._now()
         lease = await self._acquire(model, router)
         try:
             endpoint = await self._await_endpoint(lease)
         except BaseException:
             self._release(lease)
             raise
-        waited_s = anyio.current_time() - began
+        waited_s = self._now() - began
         slot = self._admission.slot(lease.router, lease.model)
         has_loaded = slot is not None and slot.resident.loaded_at > began
         load_s = min(slot.resident.reload_cost_s, waited_s) if slot is not None and has_loaded else 0.0
@@ -158,7 +164,7 @@ class Leases:
             goes_on: whether it is loaded all the same if this is cancelled.
         """
         name = self._where.name_of(model, only=router)
-        self._carry_out(self._admission.forgive(name, anyio.current_time()))
+        self._carry_out(self._admission.forgive(name, self._now()))
         was_there = self._where.is_loaded(name, router)
         if not goes_on:
             self._release(await self._acquire(name, router))
@@ -198,7 +204,7 @@ class Leases:
 
     def ask(self, name: str, candidates: Sequence[Candidate], answer: Answer, *, only: str | None = None) -> int:
         """Put a demand into the queue; `answer` is called once, perhaps before this returns. Returns its number."""
-        now = anyio.current_time()
+        now = self._now()
         number, actions = self._admission.ask(name, candidates, now, only=only)
         self._waiters.add(number, name, answer)
         self._carry_out(actions)
@@ -227,7 +233,7 @@ class Leases:
                 if isinstance(given, Lease):
                     self._release(given)
             if not outcome:
-                self._carry_out(self._admission.give_up(number, anyio.current_time()))
+                self._carry_out(self._admission.give_up(number, self._now()))
             raise
         given = outcome[0]
         if isinstance(given, Rejection):
@@ -268,4 +274,4 @@ class Leases:
         return Endpoint(lease, "127.0.0.1", model.port, router.settings.api_key)
 
     def _release(self, lease: Lease, *, has_answered: bool = False) -> None:
-        self._carry_out(self._admission.release(lease, anyio.current_time(), has_answered=has_answered))
+        self._carry_out(self._admission.release(lease, self._now(), has_answered=has_answered))

@@ -42,6 +42,7 @@ class Memory:
         pins: which models people want to stay.
         bus: where events come from and go to.
         resize: called when it is known, or known anew, how much memory there is.
+        clock: as for `Scheduler`.
 
     Attributes:
         capacity: what routers may take.
@@ -57,6 +58,7 @@ class Memory:
         pins: Pins | None,
         bus: Bus,
         resize: Callable[[], None],
+        clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.capacity = Capacity(meter)
         self._routers = routers
@@ -64,7 +66,7 @@ class Memory:
         self._pins = Pins() if pins is None else pins
         self._specs_changed = anyio.Event()
         self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints, publish=bus.publish)
-        self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals)
+        self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals, clock=clock)
         self._upkeep = Upkeep(
             routers,
             self.scheduler,

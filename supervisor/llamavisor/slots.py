@@ -6,7 +6,7 @@ It is written by `admission` alone, and holds what admission knows: what it was 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from enum import Enum
 
 from llamavisor.eviction import Resident
@@ -24,12 +24,17 @@ class Stage(Enum):
     LEAVING = "leaving"  # to be unloaded, or failed to load: its process ends, and its bytes are not free before that
 
 
-@dataclass(eq=False, slots=True)
 class Slot:
     """One model on one router.
 
+    Args:
+        resident: how eviction sees it at first.
+        stage: where it is in its life.
+        since: when its load began, or was first heard of.
+        is_ours: whether admission had it loaded.
+
     Attributes:
-        resident: how eviction sees it.
+        key: its router and its model.
         stage: where it is in its life.
         since: when its load began, or was first heard of.
         is_ours: whether admission had it loaded.
@@ -40,23 +45,33 @@ class Slot:
         has_answered: whether it has done for anybody what it was had for.
     """
 
-    resident: Resident
-    stage: Stage
-    since: float
-    is_ours: bool = False
-    is_dismissed: bool = False
-    progress: float = 0.0
-    stuck_until: float = 0.0
-    leases: set[int] = field(default_factory=set)
-    has_answered: bool = False
+    def __init__(self, resident: Resident, stage: Stage, since: float, *, is_ours: bool = False) -> None:
+        self.key: Key = resident.router, resident.name
+        self.stage = stage
+        self.since = since
+        self.is_ours = is_ours
+        self.is_dismissed = False
+        self.progress = 0.0
+        self.stuck_until = 0.0
+        self.leases: set[int] = set()
+        self.has_answered = False
+        self._resident = resident
+        self._leased_at: float | None = None  # when a lease last began or ended, until `resident` tells of it
 
     def __repr__(self) -> str:
-        return f"<Slot {self.resident.router}/{self.resident.name} {self.stage.value} leases={len(self.leases)}>"
+        return f"<Slot {'/'.join(self.key)} {self.stage.value} leases={len(self.leases)}>"
 
     @property
-    def key(self) -> Key:
-        """Its router and its model."""
-        return self.resident.router, self.resident.name
+    def resident(self) -> Resident:
+        """How eviction sees it. Leases, thousands in a second perhaps, are told of only when somebody looks."""
+        if self._leased_at is not None:
+            self._resident = replace(self._resident, leases=len(self.leases), last_used=self._leased_at)
+            self._leased_at = None
+        return self._resident
+
+    @resident.setter
+    def resident(self, resident: Resident) -> None:
+        self._resident, self._leased_at = resident, None
 
     def become(self, stage: Stage) -> None:
         """Enter a stage. A load that was cancelled, or failed, counts as one until its process has gone."""
@@ -68,14 +83,14 @@ class Slot:
     def add_lease(self, number: int, now: float) -> None:
         """Promise somebody that it stays."""
         self.leases.add(number)
-        self.resident = replace(self.resident, leases=len(self.leases), last_used=now)
+        self._leased_at = now
 
     def end_lease(self, number: int, now: float) -> bool:
         """Take the promise back; returns whether there was one: that of a former life of the slot is none."""
         if number not in self.leases:
             return False
         self.leases.remove(number)
-        self.resident = replace(self.resident, leases=len(self.leases), last_used=now)
+        self._leased_at = now
         return True
 
     def may_go(self, now: float) -> bool:

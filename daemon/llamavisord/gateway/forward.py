@@ -15,7 +15,6 @@ from llamavisor.demands import Lease
 from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError
 from llamavisor.fleet import Fleet
-from llamavisor.router import Router
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.relay import NotAStreamError, Relay, UpstreamError, UpstreamFailure
 from llamavisord.gateway.replies import RETRY_S, Trouble, trouble_of
@@ -67,6 +66,7 @@ class Forwarder:
                     endpoint, visit.head_for(endpoint, sum(map(len, body))), body, visit.answer, fresh=is_fresh
                 )
             except UpstreamError as error:
+                visit.check()
                 if error.was_reused and not is_fresh:  # it had been idle for too long: nothing has happened
                     is_fresh = True
                 else:
@@ -108,7 +108,7 @@ class Forwarder:
     async def _await_model(self, visit: Visit, model: str, heartbeat_s: float | None) -> Endpoint:
         wait_s = self.settings.wait_s
         try:
-            with anyio.move_on_after(wait_s):
+            with visit.waiting(wait_s):
                 async with _beating(visit, heartbeat_s):
                     return await self._fleet.leases.acquire(model)
         except LlamavisorError as error:
@@ -149,12 +149,13 @@ class Forwarder:
         """
         is_fresh = False
         while True:
-            endpoint = await self._await_router()
+            endpoint = await self._await_router(visit)
             visit.sends_to(endpoint)
             try:
                 head = visit.head_for(endpoint, sum(map(len, body)))
                 await self._relay.exchange(endpoint, head, body, visit.answer, fresh=is_fresh)
             except UpstreamError as error:
+                visit.check()
                 text = f"router {endpoint.router}: {error}"
                 if error.has_data or (is_fresh and visit.retries >= self.settings.retries):
                     raise TroubleError(Trouble(502, text, retry_after_s=RETRY_S)) from error
@@ -163,21 +164,23 @@ class Forwarder:
             else:
                 return
 
-    async def _await_router(self) -> Endpoint:
-        with anyio.move_on_after(ROUTER_S):
+    async def _await_router(self, visit: Visit) -> Endpoint:
+        if (endpoint := self._find_router()) is not None:
+            return endpoint
+        with visit.waiting(ROUTER_S):
             while True:
-                for router in sorted(self._fleet, key=lambda each: not each.is_serving):
-                    if (endpoint := address_of(router)) is not None:
-                        return endpoint
+                if (endpoint := self._find_router()) is not None:
+                    return endpoint
                 await anyio.sleep(ROUTER_POLL_S)
         raise TroubleError(Trouble(503, "no router is up", retry_after_s=RETRY_S))
 
-
-def address_of(router: Router) -> Endpoint | None:
-    """Where a router's own process answers, None while it does not."""
-    if not router.is_serving or router.launch is None:
+    def _find_router(self) -> Endpoint | None:
+        """The first router's own process that answers, None while there is none."""
+        for router in self._fleet:
+            if router.is_serving and router.launch is not None:
+                settings, port = router.settings, router.launch.port
+                return Endpoint(Lease(0, router.name, ""), settings.host, port, settings.api_key)
         return None
-    return Endpoint(Lease(0, router.name, ""), router.settings.host, router.launch.port, router.settings.api_key)
 
 
 @asynccontextmanager

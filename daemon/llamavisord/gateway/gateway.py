@@ -118,6 +118,7 @@ class Gateway:
         self._management.close()
         for visit in tuple(self._visits):
             visit.end(trouble)
+            self._relay.end(visit.answer)
 
     # --- one request ----------------------------------------------------------------------------------------------
 
@@ -156,21 +157,18 @@ class Gateway:
         outcome = RequestOutcome.LEFT
         self._visits.add(visit)
         try:
-            with visit.scope:
-                try:
-                    response = await self._answer(visit)
-                    outcome = RequestOutcome.OK
-                except (TroubleError, RefusedError) as error:
-                    outcome = visit.failure
-                    response = visit.fail(error.trouble)
-                except (ConnectionError, anyio.get_cancelled_exc_class()):
-                    raise
-                except Exception:  # noqa: BLE001 (a request's boundary)
-                    _log.exception("%s %s failed", visit.request.method, visit.route.name)
-                    outcome = RequestOutcome.FAILED
-                    response = visit.fail(Trouble(500, "a bug in llamavisor; see its log"))
-            if visit.ending is not None and visit.scope.cancelled_caught:
-                outcome, response = visit.failure, visit.fail(visit.ending)
+            response = await self._answer(visit)
+        except (TroubleError, RefusedError) as error:
+            outcome = visit.failure
+            return visit.fail(error.trouble)
+        except ConnectionError:  # the client's
+            raise
+        except Exception:  # noqa: BLE001 (a request's boundary)
+            _log.exception("%s %s failed", visit.request.method, visit.route.name)
+            outcome = RequestOutcome.FAILED
+            return visit.fail(Trouble(500, "a bug in llamavisor; see its log"))
+        else:
+            outcome = RequestOutcome.OK
             return response
         finally:
             self._visits.discard(visit)

@@ -107,6 +107,8 @@ class Relay:
         self._open: set[_Connection] = set()
         self._is_closed = False
         self._none_open = asyncio.Event()
+        # Asked for once: Python asks the kernel for our pid each time.
+        self.loop = asyncio.get_running_loop()
 
     def __repr__(self) -> str:
         idle = sum(map(len, self._idle.values()))
@@ -143,6 +145,12 @@ class Relay:
             raise
         self._keep(endpoint, connection)
 
+    def end(self, answer: Answer) -> None:
+        """End the exchange that feeds this answer, if there is one: it fails with `RESET`."""
+        for connection in self._open:
+            if connection.feeds(answer):
+                connection.abort()
+
     async def aclose(self) -> None:
         """Close all connections, and wait until they are."""
         self._is_closed = True
@@ -178,7 +186,7 @@ class Relay:
         if not idle:
             return None
         connection = idle.pop()
-        if connection.idle_since + self._idle_s < asyncio.get_running_loop().time():
+        if connection.idle_since + self._idle_s < self.loop.time():
             connection.abort()
             self._drop_idle(endpoint)  # they are older still
             return None
@@ -198,7 +206,7 @@ class Relay:
         ):
             connection.abort()
         else:
-            connection.idle_since = asyncio.get_running_loop().time()
+            connection.idle_since = self.loop.time()
             idle.append(connection)
 
     async def _connect(self, endpoint: Address) -> _Connection:
@@ -207,7 +215,7 @@ class Relay:
         key = (endpoint.host, endpoint.port)
         try:
             async with asyncio.timeout(self._connect_s):
-                _, connection = await asyncio.get_running_loop().create_connection(lambda: _Connection(self, key), *key)
+                _, connection = await self.loop.create_connection(lambda: _Connection(self, key), *key)
         except TimeoutError as exc:
             raise UpstreamError(UpstreamFailure.TIMEOUT, f"no connection within {self._connect_s:g} s") from exc
         except ConnectionRefusedError as exc:
@@ -252,6 +260,10 @@ class _Connection(asyncio.Protocol):
             and response.head is not None
             and response.head.keeps_alive
         )
+
+    def feeds(self, answer: Answer) -> bool:
+        """Whether its exchange is for that answer."""
+        return self._answer is answer
 
     def abort(self) -> None:
         """Close it at once."""
@@ -301,7 +313,7 @@ class _Connection(asyncio.Protocol):
             if self._transport is not None and not self._transport.is_closing():
                 self._transport.resume_reading()
             return
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._relay.loop.create_future()
         try:
             await self._waiter
         finally:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import anyio
 from aiohttp import web
@@ -21,6 +22,8 @@ from llamavisord.traffic import Passage
 
 BODY_SHOWN = 64 * 1024
 """So much of a body is logged, where bodies are."""
+
+_AT_ONCE = "0.000", "0.000"
 
 # For the hop between the client and us only (RFC 9110, 7.6.1), said anew for the child, or none of its business: who
 # asked is known by our own key, and who may read the answer is decided here.
@@ -75,7 +78,6 @@ class Visit:
         retries: how often it was sent again because a model's process had ended.
         passage: how it is counted, once it was taken.
         conversation: what it belongs to, None if its end is that of its client.
-        scope: what is cancelled to end it from here.
         ending: why it is ended from here, None if it is not.
     """
 
@@ -94,8 +96,8 @@ class Visit:
         self.retries = 0
         self.passage: Passage | None = None
         self.conversation: Conversation | None = None
-        self.scope = anyio.CancelScope()
         self.ending: Trouble | None = None
+        self._wait: anyio.CancelScope | None = None
         self._began = time.monotonic()
         self._router: str | None = None
         self._queue_s = self._load_s = 0.0
@@ -131,10 +133,13 @@ class Visit:
             self.conversation.endpoint = endpoint
         self._queue_s += endpoint.waited_s
         self._load_s += endpoint.load_s
+        queue_s, load_s = _AT_ONCE
+        if self._queue_s:
+            queue_s, load_s = f"{self._queue_s - self._load_s:.3f}", f"{self._load_s:.3f}"
         self.answer.extra_headers = [
             ("X-Llamavisor-Router", endpoint.router),
-            ("X-Llamavisor-Queue-Seconds", f"{self._queue_s - self._load_s:.3f}"),
-            ("X-Llamavisor-Load-Seconds", f"{self._load_s:.3f}"),
+            ("X-Llamavisor-Queue-Seconds", queue_s),
+            ("X-Llamavisor-Load-Seconds", load_s),
             *self.cors,
         ]
         if self.retries:
@@ -146,9 +151,32 @@ class Visit:
             self.passage.wait()
 
     def end(self, trouble: Trouble) -> None:
-        """End it from here: its client is told the trouble."""
+        """End it from here: its client is told the trouble. One that is being answered goes on until that ends."""
         self.ending = trouble
-        self.scope.cancel()
+        if self._wait is not None:
+            self._wait.cancel()
+
+    def check(self) -> None:
+        """To be called before and after each step that takes time.
+
+        Raises:
+            TroubleError: it is ended from here.
+        """
+        if self.ending is not None:
+            raise TroubleError(self.ending)
+
+    @contextmanager
+    def waiting(self, wait_s: float) -> Iterator[None]:
+        """Wait for something in the block, for so long at most, and not if it is ended from here.
+
+        Raises:
+            TroubleError: it is.
+        """
+        self.check()
+        with anyio.move_on_after(wait_s) as self._wait:
+            yield
+        self._wait = None
+        self.check()
 
     @property
     def failure(self) -> RequestOutcome:
