@@ -100,6 +100,10 @@ class Acceptor:
         """Remember for the length of a block that the one who asks is being answered."""
         return _Answering(self._answering, request.protocol)
 
+    def spare(self) -> bool:
+        """Let go of a descriptor for what somebody who came in needs; False if there is none."""
+        return self._spend_reserve()
+
     async def _make_room(self, server: web.Server, error: OSError) -> None:
         """See that what could not be accepted can be the next time: by the reserve at once, else by ending another."""
         if anyio.current_time() - self._warned_at >= WARN_EVERY_S:

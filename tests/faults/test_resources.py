@@ -273,7 +273,7 @@ def is_open(client: socket.socket) -> bool:
 def test_r2_connections_that_say_nothing(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """R2: idle connections never take the descriptors that the daemon needs; the oldest ends for the next one."""
     daemon = RunningDaemon(tmp_path, models_dir, llama_server)
-    daemon.launcher = ["prlimit", "--nofile=80:"]
+    daemon.launcher = ["prlimit", "--nofile=80:80"]  # a soft limit alone is raised
     with daemon, ExitStack() as clients:
         load_alpha(daemon)
         assert psutil.Process(daemon.pid).rlimit(psutil.RLIMIT_NOFILE)[0] == 80

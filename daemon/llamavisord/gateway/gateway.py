@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from urllib.parse import parse_qs
@@ -74,6 +75,7 @@ class Gateway:
         traffic: counts what is in it.
         stock: bounds what bodies take.
         tasks: where what outlives a request goes on.
+        spare: as for `Relay`.
     """
 
     def __init__(
@@ -85,13 +87,14 @@ class Gateway:
         traffic: Traffic,
         stock: Stock,
         tasks: anyio.abc.TaskGroup,
+        spare: Callable[[], bool] = lambda: False,
     ) -> None:
         self._fleet = fleet
         self._bus = bus
         self._traffic = traffic
         self._stock = stock
         self._tasks = tasks
-        self._relay = Relay()
+        self._relay = Relay(spare=spare)
         self._forwarder = Forwarder(fleet, settings, self._relay)
         self._management = Management(fleet, bus, tasks)
         self._conversations = Conversations()

@@ -7,8 +7,9 @@ child's socket to the client's in one callback, and no task is switched for it.
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Protocol, cast
 
@@ -29,6 +30,8 @@ IDLE_CONNECTIONS = 32
 
 CLOSE_S = 5.0
 """How long `Relay.aclose` waits for its sockets to be closed."""
+
+_SHORTAGES = frozenset({errno.EMFILE, errno.ENFILE})
 
 _PIECE_BYTES = 256 * 1024
 """A request's body is written in such pieces, each when the child has taken most of those before it."""
@@ -97,12 +100,21 @@ class Relay:
         idle_s: how long an unused connection is kept, in seconds.
         uses: how often a connection is used.
         connect_s: how long a child may take to accept one, in seconds.
+        spare: lets go of a descriptor when there is none for a connection; False if it has none either.
     """
 
-    def __init__(self, *, idle_s: float = IDLE_S, uses: int = USES, connect_s: float = CONNECT_S) -> None:
+    def __init__(
+        self,
+        *,
+        idle_s: float = IDLE_S,
+        uses: int = USES,
+        connect_s: float = CONNECT_S,
+        spare: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._idle_s = idle_s
         self._uses = uses
         self._connect_s = connect_s
+        self._spare = spare
         self._idle: dict[tuple[str, int], list[_Connection]] = {}
         self._open: set[_Connection] = set()
         self._is_closed = False
@@ -221,6 +233,8 @@ class Relay:
         except ConnectionRefusedError as exc:
             raise UpstreamError(UpstreamFailure.REFUSED, "nobody listens there") from exc
         except OSError as exc:
+            if exc.errno in _SHORTAGES and self._spare():
+                return await self._connect(endpoint)
             raise UpstreamError(UpstreamFailure.RESET, f"no connection: {exc}") from exc
         return connection
 

@@ -63,6 +63,7 @@ class Service:
                 traffic=self._traffic,
                 stock=self._stock,
                 tasks=tasks,
+                spare=self._acceptor.spare,
             )
             self._server = make_server(self._handle)
             door = Door(self._server, self._acceptor, self._traffic, self._bus)
