@@ -51,8 +51,9 @@ class RequestCounts(Collector):
         if event.model is not None:
             model.queue.observe(event.queue_s)
         model.retries += event.retries
-        if event.outcome is RequestOutcome.LEFT:
-            model.left += 1
+        if event.outcome is not RequestOutcome.OK:
+            model.left += event.outcome is RequestOutcome.LEFT
+            model.broken += event.outcome is RequestOutcome.BROKEN
         if event.tokens_in is not None:
             model.tokens_in += event.tokens_in
         if event.tokens_out is not None:
@@ -85,6 +86,7 @@ class RequestCounts(Collector):
         tokens = _counter("request_tokens", "Tokens that answers say they took.", "model", "kind")
         retries = _counter("request_retries", "Times that a request was sent again.", "model")
         left = _counter("requests_cancelled", "Requests whose client did not wait for the whole answer.", "model")
+        broken = _counter("requests_broken", "Requests whose answer had begun and could not be finished.", "model")
         for name, model in self._of_models.items():
             for path, route in model.routes.items():
                 for (router, status), count in route.ended.items():
@@ -96,7 +98,8 @@ class RequestCounts(Collector):
             tokens.add_metric([name, "completion"], model.tokens_out)
             retries.add_metric([name], model.retries)
             left.add_metric([name], model.left)
-        yield from (ended, duration, first, queue, tokens, retries, left)
+            broken.add_metric([name], model.broken)
+        yield from (ended, duration, first, queue, tokens, retries, left, broken)
 
 
 class _Histogram:
@@ -134,12 +137,12 @@ class _OfRoute:
 class _OfModel:
     """What became of the requests for one model."""
 
-    __slots__ = ("left", "queue", "retries", "routes", "tokens_in", "tokens_out")
+    __slots__ = ("broken", "left", "queue", "retries", "routes", "tokens_in", "tokens_out")
 
     def __init__(self) -> None:
         self.routes: dict[str, _OfRoute] = {}
         self.queue = _Histogram()
-        self.retries = self.left = self.tokens_in = self.tokens_out = 0
+        self.retries = self.left = self.broken = self.tokens_in = self.tokens_out = 0
 
 
 def traffic_gauges(traffic: Traffic) -> Iterator[Metric]:
