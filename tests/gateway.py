@@ -31,10 +31,18 @@ class Gateway:
         llama_server: the true one.
         memory: bytes of RAM that models may take.
         api_key: what clients must send, None for nothing.
+        models_max: how many models may be loaded, 0 = no cap.
     """
 
     def __init__(
-        self, folder: Path, models_dir: Path, llama_server: Path, *, memory: int, api_key: str | None = None
+        self,
+        folder: Path,
+        models_dir: Path,
+        llama_server: Path,
+        *,
+        memory: int,
+        api_key: str | None = None,
+        models_max: int = 0,
     ) -> None:
         self.bus = Bus()
         self.events: list[Event] = []
@@ -51,7 +59,7 @@ class Gateway:
             name="main",
             port=free_port(),
             models_dir=models_dir,
-            models_max=0,
+            models_max=models_max,
             llama_server=str(llama_server),
             layers=(OptionLayer("[defaults]", ModelOptions(threads=1, ctx_size=8192)),),
             api_key=api_key,
