@@ -28,7 +28,6 @@ _NOT_PASSED_ON = frozenset(
         b"content-length",
         b"keep-alive",
         b"proxy-connection",
-        b"server",
         b"te",
         b"trailer",
         b"transfer-encoding",

@@ -28,7 +28,7 @@ from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
 from llamavisord.gateway.management import Management, named_in, not_supported
 from llamavisord.gateway.peek import JsonPeek, Peek, peek_for
 from llamavisord.gateway.relay import Relay
-from llamavisord.gateway.replies import GONE, LOADING, MISSING, NOT_LOADED, RETRY_S, Reply, Trouble, not_found
+from llamavisord.gateway.replies import GONE, LOADING, MISSING, NOT_LOADED, RETRY_S, SERVER, Reply, Trouble, not_found
 from llamavisord.gateway.routes import (
     DOWNLOAD,
     HEALTH,
@@ -59,6 +59,7 @@ HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 1.0, 300.0
 CONVERSATION = "X-Conversation-Id"
 
 _OK = Reply(200, b'{"status":"ok"}')
+_NEWS_HEADERS = {"Server": SERVER, "Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
 _DRAINING = Trouble(503, "the server is about to end, or is drained", retry_after_s=RETRY_S, closes=True)
 _STOPPED = Trouble(400, "request cancelled by a stop while the model was loading", is_native=True)
 
@@ -305,7 +306,7 @@ class Gateway:
     async def _tell_news(self, visit: Visit, caller: Caller) -> web.StreamResponse:
         """GET /models/sse: it ends with the client or the daemon, so nobody waits for it."""
         with self._management.events(caller.may_use) as parts:
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"})
+            response = web.StreamResponse(headers=_NEWS_HEADERS)
             response.headers.update(visit.cors)
             await response.prepare(visit.request)
             async for part in parts:

@@ -16,6 +16,8 @@ from llamavisor.errors import DemandRefusedError, LlamavisorError, ModelNotFound
 from llamavisord.gateway.routes import Api
 
 JSON = "application/json; charset=utf-8"
+SERVER = "llamavisor"
+"""How answers of our own name their server; those of llama-server name it."""
 RETRY_S = 5.0
 """When to come again if nobody knows better."""
 

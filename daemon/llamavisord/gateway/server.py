@@ -17,7 +17,7 @@ from llamavisor.ports import holder_of
 from llamavisor.settings import base_url
 from llamavisord.acceptor import Acceptor
 from llamavisord.addresses import LOOPBACK
-from llamavisord.gateway.replies import Trouble
+from llamavisord.gateway.replies import SERVER, Trouble
 from llamavisord.gateway.routes import Api
 from llamavisord.traffic import Traffic
 
@@ -51,7 +51,9 @@ class _Connection(web.RequestHandler):
         if status == 400 and exc is not None:
             text = f"{text}: {getattr(exc, 'message', exc)}".splitlines()[0][:200]
         reply = Trouble(status, text).reply(Api.NATIVE)
-        response = web.Response(status=status, body=reply.body, headers={"Content-Type": reply.content_type})
+        response = web.Response(
+            status=status, body=reply.body, headers={"Server": SERVER, "Content-Type": reply.content_type}
+        )
         response.force_close()
         return response
 

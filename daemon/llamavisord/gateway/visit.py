@@ -15,7 +15,7 @@ from llamavisord.gateway.answer import Answer
 from llamavisord.gateway.conversations import Conversation
 from llamavisord.gateway.guard import Caller
 from llamavisord.gateway.peek import query_model
-from llamavisord.gateway.replies import Reply, Trouble
+from llamavisord.gateway.replies import SERVER, Reply, Trouble
 from llamavisord.gateway.routes import Route
 from llamavisord.gateway.tokens import tokens_of
 from llamavisord.traffic import Passage
@@ -188,7 +188,8 @@ class Visit:
     def reply(self, reply: Reply) -> web.StreamResponse:
         """Answer ourselves."""
         self._reply = reply
-        response = web.Response(status=reply.status, body=reply.body, headers={**reply.headers, **dict(self.cors)})
+        headers = {"Server": SERVER, **reply.headers, **dict(self.cors)}
+        response = web.Response(status=reply.status, body=reply.body, headers=headers)
         if reply.body or reply.status == 200:
             response.headers["Content-Type"] = reply.content_type
         return response

@@ -19,9 +19,7 @@ pytestmark = pytest.mark.anyio
 
 PATIENCE_S = 20.0
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
-STREAM = (
-    b"HTTP/1.1 200 OK\r\nServer: llama.cpp\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-)
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
 ASK = b"POST /v1/x HTTP/1.1\r\nHost: here\r\nContent-Length: 2\r\n\r\n{}"
 
@@ -241,7 +239,7 @@ async def test_an_answer_goes_to_the_client_and_both_connections_go_on() -> None
 
 
 async def test_what_is_for_one_hop_is_not_passed_on() -> None:
-    """The child's connection, its name, and whom it lets read are its own; the rest goes on, and ours is added."""
+    """The child's connection, and whom it lets read, are its own; the rest goes on, and ours is added."""
     head = (
         b"HTTP/1.1 418 Teapot\r\nServer: llama.cpp\r\nKeep-Alive: timeout=5, max=100\r\n"
         b"Connection: keep-alive, X-Hop\r\nX-Hop: 1\r\nAccess-Control-Allow-Origin: *\r\n"
@@ -252,7 +250,7 @@ async def test_what_is_for_one_hop_is_not_passed_on() -> None:
         client = await it.client()
         await client.say(ASK)
         expected = (
-            b"HTTP/1.1 418 Teapot\r\nX-Own: \xe4\r\ncontent-type: text/plain\r\nX-Llamavisor-Router: main\r\n"
+            b"HTTP/1.1 418 Teapot\r\nServer: llama.cpp\r\nX-Own: \xe4\r\ncontent-type: text/plain\r\nX-Llamavisor-Router: main\r\n"
             b"Content-Length: 15\r\n\r\n"
         )
         assert await client.answer() == (expected, b"short and stout")
