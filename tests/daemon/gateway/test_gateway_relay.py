@@ -250,8 +250,8 @@ async def test_what_is_for_one_hop_is_not_passed_on() -> None:
         client = await it.client()
         await client.say(ASK)
         expected = (
-            b"HTTP/1.1 418 Teapot\r\nServer: llama.cpp\r\nX-Own: \xe4\r\ncontent-type: text/plain\r\nX-Llamavisor-Router: main\r\n"
-            b"Content-Length: 15\r\n\r\n"
+            b"HTTP/1.1 418 Teapot\r\nServer: llama.cpp\r\nX-Own: \xe4\r\ncontent-type: text/plain\r\n"
+            b"X-Llamavisor-Router: main\r\nContent-Length: 15\r\n\r\n"
         )
         assert await client.answer() == (expected, b"short and stout")
         assert it.answers[0].status == 418
