@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -109,7 +110,7 @@ class Gateway:
     def follow(self, settings: GatewaySettings) -> None:
         """Go by other settings from the next request on."""
         self._settings = self._forwarder.settings = settings
-        self._guard = Guard(settings)
+        self._guard = Guard(settings, own_names=(socket.gethostname(),))
         self._stock.limit_bytes = settings.max_held_bytes
 
     async def aclose(self) -> None:

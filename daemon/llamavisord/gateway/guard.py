@@ -147,7 +147,6 @@ class Guard:
         headers: Headers,
         *,
         version: HttpVersion = HttpVersion11,
-        is_open: bool = False,
     ) -> Caller:
         """Who asks, if they may ask at all. What needs more is checked with the caller where it is done.
 
@@ -156,7 +155,6 @@ class Guard:
             target: what follows it, as it was sent.
             headers: of the request.
             version: of HTTP.
-            is_open: whether it needs no key, as pages of the web UI, which asks people for theirs.
 
         Raises:
             RefusedError: 400 if it is no request to this server, 401 without a key, 403 from the wrong place.
@@ -177,7 +175,7 @@ class Guard:
         if method == "OPTIONS":  # browsers send no key with it
             self._check_origin(host, headers)
             return NOBODY
-        return self._who(headers, is_open=is_open)
+        return self._who(headers)
 
     def cors_headers(self, headers: Headers) -> tuple[tuple[str, str], ...]:
         """What an answer to a request with these headers says of who may read it; empty if no web page asks."""
@@ -202,14 +200,12 @@ class Guard:
             ("Access-Control-Allow-Headers", wanted if is_proper else "*"),
         )
 
-    def _who(self, headers: Headers, *, is_open: bool) -> Caller:
+    def _who(self, headers: Headers) -> Caller:
         """As llama-server does it: x-api-key counts without Authorization, and "Bearer " may stand before both."""
         sent = headers.get("Authorization") or headers.get("X-Api-Key", "")
         key = self._keys.find(sent.removeprefix("Bearer "))
         if key is not None:
             return self._callers[key]
-        if is_open:
-            return NOBODY
         raise RefusedError(_INVALID_KEY)
 
     # Where from: without keys

@@ -109,9 +109,6 @@ def _table() -> dict[tuple[str, str], Route]:
 _TABLE = _table()
 _POST_SLOT = Route("slots", Kind.BODY)
 
-NAMES = frozenset(route.name for route in (*_TABLE.values(), OTHER, PREFLIGHT))
-"""All names of routes."""
-
 
 def find(method: str, path: str) -> Route:
     """Where a request goes.

@@ -108,13 +108,6 @@ def test_health_is_open_and_gives_no_rights() -> None:
         assert not is_admitted(LOCKED, headers(), method="GET", target=target)
 
 
-def test_pages_of_the_web_ui_need_no_key_if_they_are_said_to_be_open() -> None:
-    """They ask people for theirs; whoever has sent one has it seen."""
-    assert LOCKED.admit("GET", "/", headers(), is_open=True) is NOBODY
-    assert LOCKED.admit("GET", "/", headers(Authorization="sk-alice"), is_open=True).name == "alice"
-    assert not is_admitted(OPEN, headers("llm.example.org"), method="GET", target="/")
-
-
 def test_nobody_may_do_nothing_and_anybody_everything() -> None:
     """The one has shown no key where one is needed, the other needs none."""
     assert not NOBODY.may_use("m")
