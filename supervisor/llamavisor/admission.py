@@ -109,15 +109,14 @@ class Admission:
 
     def grant_loaded(self, model: str, now: float, *, only: str | None = None) -> Lease | None:
         """A lease on a model that is loaded, on the router with the fewest; None if it has to be asked for."""
-        usable = [
-            slot
-            for slot in self._slots
-            if slot.key[1] == model
-            and slot.stage is Stage.LOADED
-            and only in (None, slot.key[0])
-            and self._orders.is_up.get(slot.key[0], True)
-        ]
-        return self._orders.promise(min(usable, key=lambda slot: len(slot.leases)), now) if usable else None
+        least = None  # a loop, because every request of a client comes here
+        for slot in self._slots:
+            router, name = slot.key
+            if name != model or slot.stage is not Stage.LOADED or (only is not None and only != router):
+                continue
+            if (least is None or len(slot.leases) < len(least.leases)) and self._orders.is_up.get(router, True):
+                least = slot
+        return self._orders.promise(least, now) if least is not None else None
 
     def what_if(
         self, model: str, candidates: Sequence[Candidate], now: float

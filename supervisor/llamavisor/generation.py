@@ -53,6 +53,9 @@ PROBE_TIMEOUT_S = 10.0
 BINARY_POLL_S = 5.0
 USAGE_INTERVAL_S = 1.0
 """All models are asked at the same moments: to wake once for 32 of them takes half the CPU of waking for each."""
+USAGE_INTERVAL_LEASED_S = 2.0
+"""Likewise where leases tell who is busy. llama-server notices that the client of a whole answer has left only when no
+request of the model, ours included, has had a result for a second (b11434, `recv_with_timeout`)."""
 RECONNECT_S = 0.25
 POLL_S = 1.0
 """How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
@@ -345,9 +348,10 @@ class Generation:
     async def _watch_usage(self, model: str, port: int) -> None:
         gauge = self._host.usage_of(port)
         self._gauges[model] = gauge, anyio.Lock()
+        interval_s = USAGE_INTERVAL_S if self._host.settings.autoload else USAGE_INTERVAL_LEASED_S
         try:
             while True:
-                await anyio.sleep(USAGE_INTERVAL_S - anyio.current_time() % USAGE_INTERVAL_S)
+                await anyio.sleep(interval_s - anyio.current_time() % interval_s)
                 if model in self._awake:  # one that loads would not answer, one that sleeps does nothing
                     await self.usage_now(model)
         finally:

@@ -41,9 +41,10 @@ class Whereabouts:
 
     def name_of(self, word: str, *, only: str | None = None) -> str:
         """The name of the model that a client calls `word`: a name on any router goes before an alias on another."""
-        routers = [router for router in self._routers.values() if only in (None, router.name)]
-        if any(word in router.shelf.wanted for router in routers):
-            return word
+        routers = [router for router in self._routers.values() if only is None or only == router.name]
+        for router in routers:
+            if word in router.shelf.wanted:
+                return word
         return next((name for router in routers if (name := router.shelf.name_of(word)) != word), word)
 
     def is_loaded(self, name: str, router: str | None = None) -> bool:

@@ -50,7 +50,16 @@ def test_client_loads_by_asking(daemon: RunningDaemon) -> None:
     """A client's request loads a model without a command, and the daemon knows of it."""
     assert daemon.chat("beta") == "I am beta"
     assert daemon.wait_for_model("beta", "loaded")["error"] is None
-    assert daemon.events("ModelLoading")[-1]["is_requested"] is False
+    assert daemon.events("ModelLoading")[-1]["is_requested"] is True  # by admission
+
+
+def test_client_of_a_router_loads_by_asking_it(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """With `serve = "router"` nobody else has asked the router for it."""
+    with RunningDaemon(tmp_path, models_dir, llama_server, serve="router") as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.chat("beta") == "I am beta"
+        daemon.wait_for_model("beta", "loaded")
+        assert daemon.events("ModelLoading")[-1]["is_requested"] is False
 
 
 def test_models_max_evicts_the_least_recently_used(daemon: RunningDaemon) -> None:
@@ -196,7 +205,7 @@ ctx_size = 512
 name = "two"
 port = {two}
 """
-    with RunningDaemon(tmp_path, models_dir, llama_server, config=config) as daemon:
+    with RunningDaemon(tmp_path, models_dir, llama_server, config=config, serve="router") as daemon:
         daemon.wait_for_router("ready", "one")
         daemon.wait_for_router("ready", "two")
         assert daemon.chat("alpha", port=one) == "I am alpha"
@@ -244,9 +253,10 @@ def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_serv
     """N1, P10: a port that somebody else holds is named with its holder, who is not touched; when he goes we come."""
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-    with RunningDaemon(tmp_path / "a", models_dir, llama_server) as first:
+    with RunningDaemon(tmp_path / "a", models_dir, llama_server, serve="router") as first:
         first.wait_for_router("ready")
-        second = RunningDaemon(tmp_path / "b", models_dir, llama_server, flags=["--port", str(first.port)])
+        flags = ["--port", str(first.port)]
+        second = RunningDaemon(tmp_path / "b", models_dir, llama_server, flags=flags, serve="router")
         with second:
             failed = second.wait_for_router("failed")
             assert (
@@ -258,11 +268,12 @@ def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_serv
             second.wait_for_router("ready")
 
 
-def test_unload_by_a_client_is_no_crash(daemon: RunningDaemon, models_dir: Path) -> None:
+def test_unload_by_a_client_is_no_crash(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """A busy model that a client has unloaded is killed by its router, told as gone by choice, and stays unloaded."""
     write_tiny_model(models_dir / "loop.gguf", ["on", "and"], loop=True, n_ctx=1_000_000)
-    daemon.cli("reload")
-    with closing(HTTPConnection("127.0.0.1", daemon.port)) as talker:
+    running = RunningDaemon(tmp_path, models_dir, llama_server, serve="router")
+    with running as daemon, closing(HTTPConnection("127.0.0.1", daemon.port)) as talker:
+        daemon.wait_for_router("ready")
         body = {"model": "loop", "stream": True, "max_tokens": 900_000, "messages": [{"role": "user", "content": "x"}]}
         talker.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         answer = talker.getresponse()
@@ -271,7 +282,7 @@ def test_unload_by_a_client_is_no_crash(daemon: RunningDaemon, models_dir: Path)
             other.request("POST", "/models/unload", json.dumps({"model": "loop"}))
             assert other.getresponse().status == 200
         assert daemon.wait_for_event("ModelUnloaded")["reason"] == "evicted"
-    assert daemon.model("loop")["state"] == "unloaded"
+        assert daemon.model("loop")["state"] == "unloaded"
 
 
 def test_foreign_web_pages_are_kept_out(daemon: RunningDaemon) -> None:

@@ -184,7 +184,7 @@ async def test_t2_nobody_was_idle_at_night(tmp_path: Path, virtual_time: MockClo
 @pytest.mark.real
 def test_t2_a_daemon_that_is_stopped(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """T2: a daemon that is stopped for some seconds leaves its router and its models as they are when it goes on."""
-    with RunningDaemon(tmp_path, models_dir, llama_server) as daemon:
+    with RunningDaemon(tmp_path, models_dir, llama_server, serve="router") as daemon:
         daemon.wait_for_router("ready")
         for name in ("alpha", "beta"):
             assert daemon.cli("load", name).returncode == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from enum import Enum, auto
+from functools import lru_cache
 
 from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
@@ -17,6 +18,7 @@ HELD_BYTES = 1024 * 1024
 TAIL_BYTES = 8 * 1024
 """So much of a body's end is remembered: the usage stands there."""
 
+_LINES_KEPT = 64  # most answers have the same fields of ours
 _TAIL_PIECES = 8  # usage, the event that says the end, and the last chunk may come one by one
 _EVENT_STREAM = b"text/event-stream"
 
@@ -94,7 +96,7 @@ class Answer(web.StreamResponse):
         self._is_ended = False
         self._head: Head | None = None  # the child's
         self._mode = _Mode.HOLD_UNTIL_WHOLE
-        self._peek = EventPeek()
+        self._peek: EventPeek | None = None  # while nothing but comments of an event stream has come
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._tail: deque[bytes] = deque(maxlen=_TAIL_PIECES)
@@ -169,7 +171,7 @@ class Answer(web.StreamResponse):
         is_stream = head.status == 200 and head.content_type == _EVENT_STREAM
         self._drop_held()
         self._head = head
-        self._peek = EventPeek()
+        self._peek = EventPeek() if is_stream else None
         if is_stream:
             self._mode = _Mode.HOLD_UNTIL_DATA
         else:
@@ -186,7 +188,7 @@ class Answer(web.StreamResponse):
             return
         self._held.append(piece)
         self._held_bytes += len(piece)
-        if self._mode is _Mode.HOLD_UNTIL_DATA:
+        if self._peek is not None:
             self._peek.feed(self._payload(piece))
             if self._peek.has_data:
                 self._release()
@@ -257,7 +259,7 @@ class Answer(web.StreamResponse):
             self._begin_as_child(body, is_whole=is_whole)
         self._is_straight = self._is_chunked and self._child_framing is Framing.CHUNKED
         if is_data:
-            self._mode = _Mode.FLOW
+            self._mode, self._peek = _Mode.FLOW, None
             if body and not self.has_data:
                 self.has_data = True
                 self.first_data_at = time.monotonic()
@@ -338,6 +340,7 @@ class Answer(web.StreamResponse):
             transport.write(data)
 
 
+@lru_cache(_LINES_KEPT)
 def _line(name: str, value: str) -> bytes:
     line = f"{name}: {value}"
     if "\r" in line or "\n" in line or "\0" in line:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
 
 HEAD_BYTES = 64 * 1024
 """The longest head that is read, and likewise all interim heads (1xx) together with it."""
@@ -21,7 +22,13 @@ LAST_CHUNK = b"0\r\n\r\n"
 """The end of a chunked body."""
 
 _TRAILER_BYTES = 8 * 1024
+_LINES_KEPT = 256
+"""So many lines of heads are remembered: a child says nearly the same in each of its answers."""
+_KEPT_LINE_BYTES = 256
+"""Of longer ones none is, since what is remembered has to be bounded in bytes too."""
+_FRAMING_FIELDS = frozenset({b"content-length", b"content-type", b"transfer-encoding", b"connection"})
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
+_USUAL = b"HTTP/1.1 200 OK"
 _TOKEN = b"!#$%&'*+-.^_`|~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]{0,8}(?:;[^\r\n\0]{0,200})?\r\n")
 _DIGITS = re.compile(rb"[0-9]{1,18}")
@@ -81,42 +88,61 @@ def parse_head(raw: bytes, *, is_bodiless: bool = False) -> Head:
         GarbageError: it is malformed, or says two things about the length of its body.
     """
     status_line, *lines = raw.split(b"\r\n")
-    first = _STATUS_LINE.fullmatch(status_line)
-    if first is None:
-        raise GarbageError(f"not a status line: {status_line[:80]!r}")
+    status, reason, is_new = _status_of(status_line)
     if not raw.count(b"\r") == raw.count(b"\n") == len(lines) or b"\0" in raw:
         raise GarbageError("a control character in a head")
-    status = int(first[2])
     fields: list[tuple[bytes, bytes]] = []
     lengths: set[bytes] = set()
     codings: list[bytes] = []
     connection: tuple[bytes, ...] = ()
     content_type = b""
     for line in lines:
-        name, colon, value = line.partition(b":")
-        if not colon or not name or name.translate(None, _TOKEN):
-            raise GarbageError(f"not a header field: {line[:80]!r}")
-        name = name.lower()
-        fields.append((name, line))
+        field = _known_field(line) if len(line) <= _KEPT_LINE_BYTES else _field(line)
+        fields.append(field)
+        name = field[0]
+        if name not in _FRAMING_FIELDS:
+            continue
+        value = line[len(name) + 1 :]
         if name == b"content-length":
             lengths.add(value.strip(b" \t"))
         elif name == b"content-type":
             content_type = value.partition(b";")[0].strip(b" \t").lower()
         elif name == b"transfer-encoding":
             codings.append(value.strip(b" \t").lower())
-        elif name == b"connection":
+        else:
             connection += tuple(token.strip(b" \t") for token in value.lower().split(b","))
-    keeps_alive = b"close" not in connection if first[1] == b"1" else b"keep-alive" in connection
+    keeps_alive = b"close" not in connection if is_new else b"keep-alive" in connection
     framing, length = _framing(status, lengths, codings, is_bodiless=is_bodiless)
     keeps_alive = keeps_alive and framing is not Framing.CLOSE
-    return Head(status, first[3] or b"", tuple(fields), framing, length, keeps_alive, content_type, connection)
+    return Head(status, reason, tuple(fields), framing, length, keeps_alive, content_type, connection)
+
+
+def _field(line: bytes) -> tuple[bytes, bytes]:
+    """The name of a field in lower case, and its line."""
+    name, colon, _ = line.partition(b":")
+    if not colon or not name or name.translate(None, _TOKEN):
+        raise GarbageError(f"not a header field: {line[:80]!r}")
+    return name.lower(), line
+
+
+_known_field = lru_cache(_LINES_KEPT)(_field)
+
+
+def _status_of(line: bytes) -> tuple[int, bytes, bool]:
+    """The status, its reason, and whether it is said in HTTP/1.1."""
+    if line == _USUAL:
+        return 200, b"OK", True
+    found = _STATUS_LINE.fullmatch(line)
+    if found is None:
+        raise GarbageError(f"not a status line: {line[:80]!r}")
+    return int(found[2]), found[3] or b"", found[1] == b"1"
 
 
 def _framing(status: int, lengths: set[bytes], codings: list[bytes], *, is_bodiless: bool) -> tuple[Framing, int]:
     # RFC 9112, 6.3. Whoever sends both a length and chunks may mean to have two readers see two different messages.
     if codings and (lengths or codings != [b"chunked"]):
         raise GarbageError(f"a body framed as {codings!r}, with lengths {sorted(lengths)!r}")
-    if len(lengths) > 1 or any(_DIGITS.fullmatch(length) is None for length in lengths):
+    if len(lengths) > 1 or not all(map(_DIGITS.fullmatch, lengths)):
         raise GarbageError(f"a body of the lengths {sorted(lengths)!r}")
     if is_bodiless or status in {204, 304} or status < 200:
         return Framing.NONE, 0
@@ -148,7 +174,8 @@ class Response:
         self._wanted = 0  # Invariant: below so many held bytes there is nothing to be read in them
         self._interim_bytes = 0
         self._left = 0
-        self._take: Callable[[bytes], bytes] = self._take_head
+        # Functions, not bound methods: an object that refers to itself lives until the garbage collector finds it.
+        self._take: Callable[[Response, bytes], bytes] = Response._take_head
 
     def __repr__(self) -> str:
         status = self.head.status if self.head is not None else "no head"
@@ -160,7 +187,7 @@ class Response:
         Raises:
             GarbageError: this is not HTTP. Nothing may be fed after that.
         """
-        return self._take(data)
+        return self._take(self, data)
 
     def feed_eof(self) -> bool:
         """The connection has ended; returns whether the response is whole with that."""
@@ -195,16 +222,16 @@ class Response:
         body = data[end + 4 :]
         match head.framing:
             case Framing.CHUNKED:
-                self._take = self._take_chunks
+                self._take = Response._take_chunks
             case Framing.LENGTH:
                 self._left = head.length
-                self._take = self._take_length
+                self._take = Response._take_length
             case Framing.CLOSE:
-                self._take = self._take_all
+                self._take = Response._take_all
             case Framing.NONE:
                 self.is_whole = True
-                self._take = self._take_excess
-        return self._take(body) if body else b""
+                self._take = Response._take_excess
+        return self._take(self, body) if body else b""
 
     def _take_length(self, data: bytes) -> bytes:
         left = self._left - len(data)
@@ -212,14 +239,13 @@ class Response:
             self._left = left
             return data
         self.is_whole = True
-        self._take = self._take_excess
+        self._take = Response._take_excess
         if left < 0:
             self.has_excess = True
             data = data[: self._left]
         return data
 
-    @staticmethod
-    def _take_all(data: bytes) -> bytes:
+    def _take_all(self, data: bytes) -> bytes:
         return data
 
     def _take_excess(self, data: bytes) -> bytes:
@@ -289,7 +315,7 @@ class Response:
             return b""
         self.is_whole = True
         self.has_excess = blank + 4 < len(data)
-        self._take = self._take_excess
+        self._take = Response._take_excess
         return LAST_CHUNK
 
 

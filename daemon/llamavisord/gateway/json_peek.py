@@ -29,6 +29,7 @@ _BOM = b"\xef\xbb\xbf"
 _QUOTE = ord('"')
 _BRACKETS = b"{}[]"
 _NOT_MARKS = bytes(set(range(256)) - set(_BRACKETS) - {_QUOTE})
+_decode = json.JSONDecoder().decode
 _STEP = [0] * 256
 for _bracket in b"{[":
     _STEP[_bracket] = 1
@@ -217,7 +218,7 @@ class JsonPeek:
 def _of_small(data: bytes) -> Peeked | None:
     """What a short body says, by the C parser; None = that takes it for no JSON, which is not for it to say."""
     try:
-        document = json.loads(str(data, "utf-8"))
+        document = _decode(str(data, "utf-8"))
     except (ValueError, RecursionError):
         return None
     if not isinstance(document, dict):

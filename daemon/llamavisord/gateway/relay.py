@@ -292,7 +292,8 @@ class _Connection(asyncio.Protocol):
         self._failure = None
         self._answer = answer
         try:
-            await self._send(request_head, body)
+            if not self._send_at_once(request_head, body):
+                await self._send(request_head, body)
             while not self._is_over:
                 await self._turn()
         finally:
@@ -300,14 +301,19 @@ class _Connection(asyncio.Protocol):
         if self._failure is not None:
             raise self._as_upstream_error(self._failure, answer) from self._failure
 
-    async def _send(self, request_head: bytes, body: Sequence[bytes]) -> None:
+    def _send_at_once(self, request_head: bytes, body: Sequence[bytes]) -> bool:
+        """Send a request that is not large, as nearly all are: one write, one packet. False if it is large."""
         transport = self._transport
         if transport is None or transport.is_closing():
             self._fail(ConnectionResetError("closed while it was idle"))
-            return
-        if sum(map(len, body)) <= _PIECE_BYTES:  # nearly always: one write, one packet
+        elif sum(map(len, body)) <= _PIECE_BYTES:
             transport.write(b"".join((request_head, *body)))
-            return
+        else:
+            return False
+        return True
+
+    async def _send(self, request_head: bytes, body: Sequence[bytes]) -> None:
+        transport = cast("asyncio.Transport", self._transport)
         self._is_sent = False
         transport.write(request_head)
         for part in body:
