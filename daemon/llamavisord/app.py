@@ -256,7 +256,7 @@ async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
         if isinstance(published.event, ModelPinned):
             said.set()
 
-    bus.listen(hear)
+    bus.listen(hear, hears_frequent=False)
     try:
         while True:
             with anyio.move_on_after(LEDGER_INTERVAL_S):

@@ -75,7 +75,7 @@ class Memory:
             publish=bus.publish,
             resize=resize,
         )
-        bus.listen(self._hear)
+        bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
         return f"<Memory {self.scheduler!r}>"

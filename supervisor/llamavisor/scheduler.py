@@ -102,7 +102,7 @@ class Scheduler:
         self._ended: set[str] = set()  # routers whose process has ended, or is being ended
         self._crashes: dict[Key, deque[float]] = {}
         self._work = Inbox[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[object, ...]]]()
-        bus.listen(self._hear)
+        bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
         return f"<Scheduler {self.admission!r}>"
@@ -279,8 +279,6 @@ class Scheduler:
     # --- what happens ---------------------------------------------------------------------------------------------
 
     def _hear(self, published: ev.Published) -> None:
-        if isinstance(published.event, ev.RequestEnded):  # of which there may be thousands in a second
-            return
         now, admission = anyio.current_time(), self.admission
         match published.event:
             case ev.RouterStateChanged(router=router, new=RouterState.STOPPING):

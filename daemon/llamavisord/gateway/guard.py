@@ -112,8 +112,10 @@ NOBODY = Caller(is_admin=False, models=glob(()))
 _ANYBODY = Caller()
 
 _INVALID_KEY = Trouble(401, "Invalid API Key", is_native=True)
-_NO_HOST = Trouble(400, "a request of HTTP/1.1 needs a Host header that names this server")
-_BAD_TARGET = Trouble(400, "this is no proxy: the target of a request is a path on this server, such as /v1/models")
+_NO_HOST = Trouble(400, "a request of HTTP/1.1 needs a Host header that names this server", closes=True)
+_BAD_TARGET = Trouble(
+    400, "this is no proxy: the target of a request is a path on this server, such as /v1/models", closes=True
+)
 _ODD_PATH = Trouble(
     400, "the path of the request has a % where none belongs: letters, digits and / stand for themselves"
 )

@@ -82,7 +82,7 @@ class Notices:
         self._readers: list[_Reader] = []
         self._asleep: set[tuple[str, str]] = set()  # by router and model
         self._is_closed = False
-        bus.listen(self._hear)
+        bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
         return f"<Notices for {len(self._readers)}>"

@@ -35,7 +35,22 @@ _NO_ADDRESS = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, socket.EAI_ADD
 class _Connection(web.RequestHandler):
     """One connection. What is no HTTP is answered as everything else is: in JSON, and closed."""
 
-    __slots__ = ()
+    __slots__ = ("_is_held",)
+
+    def __init__(self, server: Server, **options: Any) -> None:
+        super().__init__(server, **options)
+        self._is_held = False
+
+    def pause_reading(self) -> None:
+        """A body comes faster than it is taken in."""
+        self._is_held = True
+        super().pause_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """It is taken in. aiohttp says so with every read, and looks for more to parse: nothing, unless it was held."""
+        if self._is_held:
+            self._is_held = not resume_parser
+            super().resume_reading(resume_parser)
 
     def handle_error(
         self,

@@ -48,7 +48,7 @@ class Service:
         self._traffic = daemon.traffic = Traffic(
             self._drain, held_bytes=lambda: self._stock.held_bytes, connections=self._count_connections
         )
-        daemon.bus.listen(self._hear)
+        daemon.bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
         return f"<Service {self._traffic!r}>"

@@ -15,10 +15,12 @@ class Event:
     Class attributes:
         level: the level of its log line, as a rule.
         is_kept: whether it is worth a place among the events that can be replayed.
+        is_frequent: whether there may be thousands in a second; most listeners then need not hear of it.
     """
 
     level: ClassVar[int] = logging.INFO
     is_kept: ClassVar[bool] = True
+    is_frequent: ClassVar[bool] = False
 
     @property
     def log_level(self) -> int:

@@ -42,6 +42,7 @@ class Bus:
         self._last_id = 0
         self._kept: deque[Published] = deque(maxlen=KEPT)
         self._listeners: list[Callable[[Published], None]] = []
+        self._hearing_all: list[Callable[[Published], None]] = []  # those of them that hear of frequent events too
         self._subscribers: set[MemoryObjectSendStream[Published]] = set()
 
     def __repr__(self) -> str:
@@ -52,9 +53,16 @@ class Bus:
         """The number of the newest event, 0 before the first."""
         return self._last_id
 
-    def listen(self, listener: Callable[[Published], None]) -> None:
-        """Have `listener` called with every event, at once; it must not block and not raise."""
+    def listen(self, listener: Callable[[Published], None], *, hears_frequent: bool = True) -> None:
+        """Have `listener` called with every event, at once; it must not block and not raise.
+
+        Args:
+            listener: what is called.
+            hears_frequent: whether it wants those too of which there may be thousands in a second.
+        """
         self._listeners.append(listener)
+        if hears_frequent:
+            self._hearing_all.append(listener)
 
     def publish(self, event: Event) -> None:
         """Number the event and pass it on. Never blocks: a subscriber that does not keep up is cut off."""
@@ -62,9 +70,9 @@ class Bus:
         published = Published(self._last_id, self._wall(), event)
         if event.is_news:
             self._kept.append(published)
-        for listener in self._listeners:
+        for listener in self._hearing_all if event.is_frequent else self._listeners:
             listener(published)
-        for subscriber in tuple(self._subscribers):
+        for subscriber in tuple(self._subscribers) if self._subscribers else ():
             try:
                 subscriber.send_nowait(published)
             except (anyio.WouldBlock, anyio.BrokenResourceError):

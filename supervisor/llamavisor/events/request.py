@@ -52,6 +52,7 @@ class RequestEnded(Event):
 
     level: ClassVar[int] = logging.DEBUG
     is_kept: ClassVar[bool] = False
+    is_frequent: ClassVar[bool] = True
 
     route: str
     model: str | None
