@@ -141,6 +141,15 @@ class Admission:
                 return [*self._orders.abandon(order), *self._orders.settle(now)]
         return []
 
+    def time_out(self, number: int, now: float) -> list[Action]:
+        """Who made the demand waits no longer, and is to be told what for."""
+        order = next((each for each in self._orders if number in each.tickets), None)
+        if order is None:
+            return []
+        obstacle = f"not to be had in time: {order.obstacle}"
+        rejection = Rejection(Why.TIMED_OUT, order.model, obstacle, self._orders.retry_after_s(), order.refusal)
+        return [Refuse(number, rejection), *self.give_up(number, now)]
+
     def release(self, lease: Lease, now: float, *, has_answered: bool = False) -> list[Action]:
         """A lease has ended. A second time, or after the model's process has ended, it means nothing.
 

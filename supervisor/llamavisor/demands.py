@@ -52,6 +52,8 @@ class Why(Enum):
     """It will never fit, or may be nowhere, until a person or a new configuration changes that."""
     QUEUE_FULL = "queue_full"
     """Too many wait already."""
+    TIMED_OUT = "timed_out"
+    """It would have waited longer than whoever made it."""
     STALLED = "stalled"
     """Nothing that it waits for has moved for too long."""
     QUARANTINED = "quarantined"

@@ -338,6 +338,11 @@ class Fleet:
             return routers[0]  # it knows best why
         raise self._not_there(model)
 
+    def why_missing(self, model: str) -> str:
+        """Why nobody serves a model of that name although there are files of it; "" if there are none."""
+        error = self._not_there(model)
+        return "" if str(error) == f"no model {model!r}" else str(error).removeprefix(f"model {model} ")
+
     def _not_there(self, model: str) -> ModelNotFoundError:
         """Why nobody serves `model`: there is no such thing, or its files cannot be used."""
         for folder in self.folders:

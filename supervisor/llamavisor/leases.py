@@ -6,6 +6,7 @@ step that does not wait; any other by a place in the queue.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -102,21 +103,22 @@ class Leases:
             return None
         return endpoint
 
-    async def acquire(self, model: str, *, router: str | None = None) -> Endpoint:
+    async def acquire(self, model: str, *, router: str | None = None, within_s: float = math.inf) -> Endpoint:
         """The address of a model that stays until it is released; it is loaded if need be. Waits.
 
         Args:
             model: its name, or an alias.
             router: the only one on which it may be, None for any.
+            within_s: how long it is waited for at most.
 
         Raises:
             ModelNotFoundError: no router may have it.
             RouterNotReadyError: those that may are stopped or failed, or decide over their loads themselves.
-            DemandRefusedError: it is not to be had now.
+            DemandRefusedError: it is not to be had now, or not within that time.
             ModelLoadError: its process was lost.
         """
         began = self._now()
-        lease = await self._acquire(model, router)
+        lease = await self._acquire(model, router, within_s)
         try:
             endpoint = await self._await_endpoint(lease)
         except BaseException:
@@ -137,6 +139,11 @@ class Leases:
                 does is left alone for a while.
         """
         self._release(endpoint.lease, has_answered=has_answered)
+
+    def is_there(self, endpoint: Endpoint) -> bool:
+        """Whether the process of an earlier lease still is the one that serves its model, as far as is known."""
+        now = self._endpoint_of(endpoint.lease)
+        return now is not None and now.port == endpoint.port
 
     def is_kept(self, endpoint: Endpoint) -> bool:
         """Whether the process that was promised has not ended, as far as is known."""
@@ -210,7 +217,7 @@ class Leases:
         self._carry_out(actions)
         return number
 
-    async def _acquire(self, model: str, router: str | None) -> Lease:
+    async def _acquire(self, model: str, router: str | None, within_s: float = math.inf) -> Lease:
         if not self._decides():
             raise RouterNotReadyError(
                 'routers decide themselves what they load with serve = "router"', hint="ask the router for the model"
@@ -226,7 +233,10 @@ class Leases:
 
         number = self.ask(name, self._where.candidates(name, only=router), answer, only=router)
         try:
-            await decided.wait()
+            with anyio.move_on_after(within_s) as scope:
+                await decided.wait()
+            if scope.cancelled_caught and not outcome:
+                self._carry_out(self._admission.time_out(number, self._now()))
         except BaseException:
             self._waiters.remove(number)
             for given in outcome:

@@ -22,6 +22,8 @@ from report import Row
 _T = TypeVar("_T", Latency, Flow)
 
 ROUNDS, STREAM_ROUNDS = 5, 3
+IDLE_S = 10.0
+"""For so long nobody asks anybody, before they are measured."""
 REQUESTS_S, STREAMS_S = 2.0, 6.0
 """How long one target is asked in one round; streams that have begun by then are read to their ends."""
 SMALL: Order = {"think_ms": 5, "max_tokens": 1}
@@ -43,7 +45,7 @@ SLOWLY: Order = {"stream": True, "events": 10_000, "per_s": 1}
 
 
 class Rounds(Generic[_T]):
-    """What the clients of each target saw in each round, and what CPU it took.
+    """What the clients of each target saw in each round, and what CPU it took beyond what it takes by itself.
 
     Args:
         targets: who is asked, in this order, in every round.
@@ -56,10 +58,11 @@ class Rounds(Generic[_T]):
         self._cpu_s: dict[str, list[float]] = {name: [] for name in targets}
         for _ in range(count):
             for name, target in targets.items():
-                before = target.cpu_s()
+                began, before = time.monotonic(), target.cpu_s()
                 seen = ask(target)
                 self._seen[name].append(seen)
-                self._cpu_s[name].append((target.cpu_s() - before) / seen.count)
+                by_itself = target.idle_load * (time.monotonic() - began)
+                self._cpu_s[name].append((target.cpu_s() - before - by_itself) / seen.count)
 
     def __repr__(self) -> str:
         return f"<Rounds of {list(self._seen)}>"
@@ -94,6 +97,7 @@ def measure(folder: Path, llama_server: Path) -> Iterator[Row]:
         print("# nginx, a yardstick of the gateway, is not installed (Debian: apt-get install nginx-light): left out")
     yardsticks = Yardsticks(folder)
     with before_scripted(folder / "scripted", llama_server, yardsticks) as targets:
+        yield from at_rest(targets)
         yield from small_requests(targets, yardsticks)
         for streams in (FEW, MANY):
             yield from chunks(targets, yardsticks, streams)
@@ -106,6 +110,19 @@ def measure(folder: Path, llama_server: Path) -> Iterator[Row]:
         with before_scripted(folder / name.replace(" ", "-"), llama_server, yardsticks) as targets:
             taken = {which: held_bytes(targets[which], yardsticks, order) for which, order in orders.items()}
         yield from compared(f"memory of {HELD:,} {name}", taken, HELD_BYTES[name], GO, mb)
+
+
+def at_rest(targets: Mapping[str, Target]) -> Iterator[Row]:
+    """The CPU that each takes while nobody asks. llamavisor watches routers then: that is no cost of a request or chunk.
+
+    It is noted, and taken off what follows; of the others there is next to nothing to take off.
+    """
+    before = {name: target.cpu_s() for name, target in targets.items()}
+    time.sleep(IDLE_S)
+    for name, target in targets.items():
+        target.idle_load = (target.cpu_s() - before[name]) / IDLE_S
+        if name != DIRECT:
+            yield Row(f"CPU while nobody asks, of one core: {name}", f"{target.idle_load:.1%}", "", "", is_good=True)
 
 
 def small_requests(targets: Mapping[str, Target], yardsticks: Yardsticks) -> Iterator[Row]:

@@ -79,11 +79,15 @@ class Target:
         name: what it is called in the table.
         port: where it listens.
         pid: the process whose CPU and memory are its own, with its children where it is nginx; None for the child.
+
+    Attributes:
+        idle_load: seconds of CPU that it takes in a second in which nobody asks; 0 before that is measured.
     """
 
     def __init__(self, name: str, port: int, pid: int | None = None) -> None:
         self.name = name
         self.port = port
+        self.idle_load = 0.0
         own = [psutil.Process(pid)] if pid is not None else []
         self._processes = [*own, *(own[0].children() if name == NGINX else ())]
 

@@ -96,7 +96,7 @@ async def test_what_goes_wrong_after_a_heartbeat_is_an_event(tmp_path: Path, lla
         event = text[text.index("event: error") :]
         told = json.loads(event.splitlines()[1].removeprefix("data: "))
         assert told["type"] == "error"
-        assert "2.5 s" in told["error"]["message"]
+        assert "who holds it is busy: alpha" in told["error"]["message"]
 
 
 async def test_who_waits_too_long_is_told_when_to_come_again(tmp_path: Path, llama_server: Path) -> None:

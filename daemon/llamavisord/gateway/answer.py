@@ -115,7 +115,9 @@ class Answer(web.StreamResponse):
     def begin_stream(self) -> None:
         """Send the head of an event stream now, before any child has answered."""
         if not self.has_head:
-            self._begin(200, b"OK", [b"Content-Type: " + _EVENT_STREAM], is_stream=True)
+            # As llama-server says of its streams.
+            fields = [b"Content-Type: " + _EVENT_STREAM, b"X-Accel-Buffering: no"]
+            self._begin(200, b"OK", fields, is_stream=True)
             self._write(b"")
 
     def comment(self, text: str) -> None:

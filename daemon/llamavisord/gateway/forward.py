@@ -6,6 +6,8 @@ the request waits for the model's next life, and is sent again.
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -15,6 +17,7 @@ from llamavisor.demands import Lease
 from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError
 from llamavisor.fleet import Fleet
+from llamavisor.states import RouterState
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.relay import NotAStreamError, Relay, UpstreamError, UpstreamFailure
 from llamavisord.gateway.replies import RETRY_S, Trouble, trouble_of
@@ -24,6 +27,8 @@ from llamavisord.gateway.visit import TroubleError, Visit
 ROUTER_S = 30.0
 """How long a request that only a router can answer waits for one that does."""
 ROUTER_POLL_S = 0.05
+
+_DOWN = frozenset({RouterState.STOPPED, RouterState.FAILED})
 
 
 class Forwarder:
@@ -39,6 +44,7 @@ class Forwarder:
         self.settings = settings
         self._fleet = fleet
         self._relay = relay
+        self._waiting = 0  # for any router
 
     def __repr__(self) -> str:
         return f"<Forwarder {self._relay!r}>"
@@ -66,7 +72,7 @@ class Forwarder:
                     endpoint, visit.head_for(endpoint, sum(map(len, body))), body, visit.answer, fresh=is_fresh
                 )
             except UpstreamError as error:
-                visit.check()
+                visit.loses_model()
                 if error.was_reused and not is_fresh:  # it had been idle for too long: nothing has happened
                     is_fresh = True
                 else:
@@ -89,10 +95,11 @@ class Forwarder:
         # 1. It has answered, and what it said cannot be passed on: that is told.
         # 2. The client has data of an answer that breaks off: nobody can take that back.
         # 3. The process has ended: its next one is asked, a bounded number of times, for the request may be the reason.
-        # 4. It lives. One that takes no connections is deaf for ever; any other is asked once more.
+        # 4. It lives. One that takes no connections is deaf for ever, and ended; in any case it is asked again as in 3.
         if isinstance(error, NotAStreamError):
-            text = f"model {endpoint.model} answered with status {error.status}: {_excerpt(error.content)}"
-            raise TroubleError(Trouble(502, text)) from error
+            raise TroubleError(_told(endpoint.model, error)) from error
+        if error.kind is UpstreamFailure.GARBAGE:
+            raise TroubleError(Trouble(502, f"model {endpoint.model}: its answer cannot be understood")) from error
         has_ended = await self._fleet.leases.has_ended(endpoint)
         what = "its process has ended" if has_ended else f"the connection to its process failed ({error})"
         if error.has_data:
@@ -106,15 +113,20 @@ class Forwarder:
         visit.retries += 1
 
     async def _await_model(self, visit: Visit, model: str, heartbeat_s: float | None) -> Endpoint:
-        wait_s = self.settings.wait_s
+        began, within_s = time.monotonic(), self.settings.wait_s - visit.age_s
+        had: Endpoint | None = None
         try:
-            with visit.waiting(wait_s):
-                async with _beating(visit, heartbeat_s):
-                    return await self._fleet.leases.acquire(model)
+            async with _beating(visit, heartbeat_s):
+                had = await self._fleet.leases.acquire(model, within_s=max(0.0, within_s))
         except LlamavisorError as error:
-            raise TroubleError(trouble_of(error, visit.model or model)) from error
-        text = f"model {model}: could not be had within {wait_s:g} s"
-        raise TroubleError(Trouble(503, text, retry_after_s=RETRY_S))
+            raise TroubleError(trouble_of(error, visit.model or model, self._fleet.why_missing)) from error
+        except BaseException:
+            if had is not None:  # ended between the grant and the next step
+                self._fleet.leases.release(had)
+            raise
+        finally:
+            visit.has_waited(time.monotonic() - began)
+        return had
 
     async def to_same(self, visit: Visit, endpoint: Endpoint) -> bool:
         """Have the very process of an earlier lease answer; False if it is not there any more.
@@ -123,55 +135,69 @@ class Forwarder:
             TroubleError: it did not answer in full.
         """
         leases = self._fleet.leases
-        now = leases.acquire_loaded(endpoint.model, router=endpoint.router)
-        if now is None:
+        held = leases.acquire_loaded(endpoint.model, router=endpoint.router)
+        # One that is to leave takes no more leases; while the one of the conversation's own request lasts, it is there.
+        if not (leases.is_kept(endpoint) if held is None else held.port == endpoint.port):
+            if held is not None:
+                leases.release(held)
             return False
         try:
-            if now.port != endpoint.port:
-                return False
-            visit.model = now.model
-            visit.sends_to(now)
-            await self._relay.exchange(now, visit.head_for(now, 0), (), visit.answer, fresh=True)
+            visit.model = endpoint.model
+            visit.sends_to(endpoint)
+            await self._relay.exchange(endpoint, visit.head_for(endpoint, 0), (), visit.answer, fresh=True)
         except UpstreamError as error:
             if error.has_data:
-                raise TroubleError(Trouble(500, f"model {now.model}: the stream broke off ({error})")) from error
+                raise TroubleError(Trouble(500, f"model {endpoint.model}: the stream broke off ({error})")) from error
             return False
         finally:
             visit.waits_again()
-            leases.release(now)
+            if held is not None:
+                leases.release(held)
         return True
 
     async def to_router(self, visit: Visit, body: Sequence[bytes]) -> None:
-        """Have a router answer, the first that serves.
+        """Have a router answer, the first that serves. What may have had an effect there is not sent again.
 
         Raises:
             TroubleError: there is none, or it did not answer.
         """
-        is_fresh = False
+        is_fresh, can_repeat = False, visit.request.method in {"GET", "HEAD"}
         while True:
-            endpoint = await self._await_router(visit)
+            endpoint = await self._await_router()
             visit.sends_to(endpoint)
             try:
                 head = visit.head_for(endpoint, sum(map(len, body)))
                 await self._relay.exchange(endpoint, head, body, visit.answer, fresh=is_fresh)
             except UpstreamError as error:
-                visit.check()
-                text = f"router {endpoint.router}: {error}"
-                if error.has_data or (is_fresh and visit.retries >= self.settings.retries):
+                is_stale = error.was_reused and not is_fresh
+                is_again = can_repeat or error.kind is UpstreamFailure.REFUSED
+                if not is_stale and (error.has_data or not is_again or visit.retries >= self.settings.retries):
+                    text = f"router {endpoint.router}: {error}"
                     raise TroubleError(Trouble(502, text, retry_after_s=RETRY_S)) from error
-                visit.retries += not error.was_reused
+                visit.retries += not is_stale
                 is_fresh = True
             else:
                 return
 
-    async def _await_router(self, visit: Visit) -> Endpoint:
+    async def _await_router(self) -> Endpoint:
+        """Where a router's own process answers; one that starts is waited for, by so many as may wait for models.
+
+        Raises:
+            TroubleError: there is none, and none comes.
+        """
         if (endpoint := self._find_router()) is not None:
             return endpoint
-        with visit.waiting(ROUTER_S):
-            while True:
-                if (endpoint := self._find_router()) is not None:
-                    return endpoint
-                await anyio.sleep(ROUTER_POLL_S)
+        if self._waiting >= self.settings.max_waiting:
+            raise TroubleError(Trouble(503, f"{self._waiting} others wait for a router", retry_after_s=RETRY_S))
+        self._waiting += 1
+        try:
+            with anyio.move_on_after(ROUTER_S):
+                while any(router.state not in _DOWN for router in self._fleet):
+                    if (endpoint := self._find_router()) is not None:
+                        return endpoint
+                    await anyio.sleep(ROUTER_POLL_S)
+        finally:
+            self._waiting -= 1
         raise TroubleError(Trouble(503, "no router is up", retry_after_s=RETRY_S))
 
     def _find_router(self) -> Endpoint | None:
@@ -196,7 +222,7 @@ async def _beating(visit: Visit, heartbeat_s: float | None) -> AsyncIterator[Non
             visit.answer.begin_stream()
             visit.answer.comment("waiting")
 
-    failure: BaseException | None = None
+    failure: Exception | None = None
     async with anyio.create_task_group() as group:
         group.start_soon(beat)
         try:
@@ -208,5 +234,11 @@ async def _beating(visit: Visit, heartbeat_s: float | None) -> AsyncIterator[Non
         raise failure
 
 
-def _excerpt(content: bytes) -> str:
-    return " ".join(content[:400].decode("utf-8", "replace").split())
+def _told(model: str, error: NotAStreamError) -> Trouble:
+    """What a process has said instead of the stream that its client was promised: its own error, as a rule."""
+    try:
+        said = json.loads(error.content)["error"]
+        return Trouble(error.status, str(said["message"]), str(said["type"]))
+    except (ValueError, LookupError, TypeError, RecursionError):
+        excerpt = " ".join(error.content[:400].decode("utf-8", "replace").split())
+        return Trouble(502, f"model {model} answered with status {error.status}: {excerpt}")

@@ -24,8 +24,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 _TRAILER_BYTES = 8 * 1024
 _LINES_KEPT = 256
 """So many lines of heads are remembered: a child says nearly the same in each of its answers."""
-_KEPT_LINE_BYTES = 256
-"""Of longer ones none is, since what is remembered has to be bounded in bytes too."""
+_KEPT_HEAD_BYTES = 2 * 1024
+"""Of longer heads none are, since what is remembered has to be bounded in bytes too."""
 _FRAMING_FIELDS = frozenset({b"content-length", b"content-type", b"transfer-encoding", b"connection"})
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9]{2})(?: ([^\r\n\0]*))?")
 _USUAL = b"HTTP/1.1 200 OK"
@@ -91,15 +91,12 @@ def parse_head(raw: bytes, *, is_bodiless: bool = False) -> Head:
     status, reason, is_new = _status_of(status_line)
     if not raw.count(b"\r") == raw.count(b"\n") == len(lines) or b"\0" in raw:
         raise GarbageError("a control character in a head")
-    fields: list[tuple[bytes, bytes]] = []
+    fields = tuple(map(_known_field if len(raw) <= _KEPT_HEAD_BYTES else _field, lines))
     lengths: set[bytes] = set()
     codings: list[bytes] = []
     connection: tuple[bytes, ...] = ()
     content_type = b""
-    for line in lines:
-        field = _known_field(line) if len(line) <= _KEPT_LINE_BYTES else _field(line)
-        fields.append(field)
-        name = field[0]
+    for name, line in fields:
         if name not in _FRAMING_FIELDS:
             continue
         value = line[len(name) + 1 :]
@@ -114,7 +111,7 @@ def parse_head(raw: bytes, *, is_bodiless: bool = False) -> Head:
     keeps_alive = b"close" not in connection if is_new else b"keep-alive" in connection
     framing, length = _framing(status, lengths, codings, is_bodiless=is_bodiless)
     keeps_alive = keeps_alive and framing is not Framing.CLOSE
-    return Head(status, reason, tuple(fields), framing, length, keeps_alive, content_type, connection)
+    return Head(status, reason, fields, framing, length, keeps_alive, content_type, connection)
 
 
 def _field(line: bytes) -> tuple[bytes, bytes]:

@@ -6,13 +6,15 @@ head by the server, its body by `intake`, its wait by admission and by time.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import math
 import socket
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlencode
 
 import anyio
 import anyio.abc
@@ -22,7 +24,7 @@ from llamavisor.events import Bus, RequestOutcome
 from llamavisor.fleet import Fleet
 from llamavisor.states import ModelState
 from llamavisord.config import GatewaySettings
-from llamavisord.gateway.conversations import Conversations
+from llamavisord.gateway.conversations import Conversations, TakenError
 from llamavisord.gateway.forward import Forwarder
 from llamavisord.gateway.guard import Caller, Guard, RefusedError
 from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
@@ -61,7 +63,9 @@ CONVERSATION = "X-Conversation-Id"
 
 _OK = Reply(200, b'{"status":"ok"}')
 _NEWS_HEADERS = {"Server": SERVER, "Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
-_DRAINING = Trouble(503, "the server is about to end, or is drained", retry_after_s=RETRY_S, closes=True)
+_DRAINING = Trouble(503, "the server takes no requests for now", retry_after_s=RETRY_S, closes=True)
+_ENDING = Trouble(503, "the server is about to end", retry_after_s=RETRY_S, closes=True)
+_NOT_UNDERSTOOD = Trouble(400, "the body of the request is no JSON object or form that names a model", is_native=True)
 _STOPPED = Trouble(400, "request cancelled by a stop while the model was loading", is_native=True)
 
 _log = logging.getLogger("llamavisor")
@@ -99,7 +103,7 @@ class Gateway:
         self._relay = Relay(spare=spare)
         self._forwarder = Forwarder(fleet, settings, self._relay)
         self._management = Management(fleet, bus, tasks)
-        self._conversations = Conversations()
+        self._conversations = Conversations(fleet.leases.is_there)
         self._visits: set[Visit] = set()
         self._outliving = 0
         self.follow(settings)
@@ -123,7 +127,6 @@ class Gateway:
         self._management.close()
         for visit in tuple(self._visits):
             visit.end(trouble)
-            self._relay.end(visit.answer)
 
     # --- one request ----------------------------------------------------------------------------------------------
 
@@ -160,6 +163,7 @@ class Gateway:
     async def _attend(self, visit: Visit) -> web.StreamResponse:
         """See a request through, whatever becomes of it, and tell of it once."""
         outcome = RequestOutcome.LEFT
+        visit.task = asyncio.current_task()
         self._visits.add(visit)
         try:
             response = await self._answer(visit)
@@ -168,6 +172,12 @@ class Gateway:
             return visit.fail(error.trouble)
         except ConnectionError:  # the client's
             raise
+        except asyncio.CancelledError:
+            # There are two cases: the client has left, or we end the request and its client is to be told.
+            if visit.ending is None or visit.task is None or visit.task.uncancel():
+                raise
+            outcome = visit.failure
+            return visit.fail(visit.ending)
         except Exception:  # noqa: BLE001 (a request's boundary)
             _log.exception("%s %s failed", visit.request.method, visit.route.name)
             outcome = RequestOutcome.FAILED
@@ -177,22 +187,26 @@ class Gateway:
             return response
         finally:
             self._visits.discard(visit)
+            visit.task = None
+            if visit.conversation is not None:
+                self._conversations.ended(visit.conversation)
             self._bus.publish(visit.ended(outcome, is_logged=self._settings.log_requests))
 
     async def _answer(self, visit: Visit) -> web.StreamResponse:
         request, route, guard = visit.request, visit.route, self._guard
-        visit.cors = guard.cors_headers(request.headers)
+        visit.cors = visit.answer.extra_headers = list(guard.cors_headers(request.headers))
         visit.caller = caller = guard.admit(request.method, request.raw_path, request.headers, version=request.version)
         if route.needs_admin:
             caller.check_admin()
         if route is PREFLIGHT:
             return visit.reply(Reply(200, content_type="text/html", headers=dict(guard.preflight(request.headers))))
         if route.name == HEALTH:
-            return visit.reply(_OK if self._is_healthy else LOADING.reply(route.api))
+            trouble = self._closed or (None if any(router.is_serving for router in self._fleet) else LOADING)
+            return visit.reply(_OK if trouble is None else trouble.reply(route.api))
         if route.name == NEWS:
             return await self._tell_news(visit, caller)
-        if self._traffic.drain.is_draining:
-            raise TroubleError(_DRAINING)
+        if (trouble := self._closed) is not None:
+            raise TroubleError(trouble)
         with self._traffic.enter() as visit.passage:
             if route.kind is Kind.BODY:
                 return await self._ask_by_body(visit, caller)
@@ -207,8 +221,12 @@ class Gateway:
             return visit.answer
 
     @property
-    def _is_healthy(self) -> bool:
-        return not self._traffic.drain.is_draining and any(router.is_serving for router in self._fleet)
+    def _closed(self) -> Trouble | None:
+        """Why no request is taken, None if they are."""
+        drain = self._traffic.drain
+        if not drain.is_draining:
+            return None
+        return _ENDING if drain.is_final else _DRAINING
 
     # --- for a model ----------------------------------------------------------------------------------------------
 
@@ -219,12 +237,17 @@ class Gateway:
             visit.is_stream = peeked.stream
             # What is wrong with a body, llama-server says in words of its own parser.
             if not peeked.is_object or not (peeked.model or self._settings.default_model):
+                if caller.models is not None:  # nobody who may not use all models speaks to a router itself
+                    raise TroubleError(_NOT_UNDERSTOOD)
                 await self._forwarder.to_router(visit, body.parts)
                 return visit.answer
             model = self._model_of(visit, peeked.model, caller)
             name = visit.request.headers.get(CONVERSATION)
             if name and visit.answer.outlives_client:
-                visit.conversation = self._conversations.begin(name, caller, partial(visit.end, _STOPPED))
+                try:
+                    visit.conversation = self._conversations.begin(name, caller, partial(visit.end, _STOPPED))
+                except TakenError as error:
+                    raise TroubleError(Trouble(403, str(error))) from error
             await self._forwarder.to_model(visit, model, body.parts, heartbeat_s=_heartbeat_s(visit))
             return visit.answer
 
@@ -254,7 +277,9 @@ class Gateway:
 
     async def _resume(self, visit: Visit, caller: Caller) -> web.StreamResponse:
         """GET and DELETE /v1/stream."""
-        name = parse_qs(visit.query).get("conv_id", [""])[0]
+        asked = parse_qs(visit.query)
+        name = asked.get("conv_id", [""])[-1]
+        visit.query = urlencode([(key, asked[key][-1]) for key in ("conv_id", "from") if key in asked])
         if not name:
             raise TroubleError(Trouble(400, "Missing conversation id in path", is_native=True))
         if visit.request.method == "DELETE":
@@ -306,6 +331,9 @@ class Gateway:
 
     async def _tell_news(self, visit: Visit, caller: Caller) -> web.StreamResponse:
         """GET /models/sse: it ends with the client or the daemon, so nobody waits for it."""
+        if visit.request.method == "HEAD":
+            return visit.reply(Reply(200, content_type="text/event-stream"))
+        visit.task = None  # it is ended by the end of the events
         with self._management.events(caller.may_use) as parts:
             response = web.StreamResponse(headers=_NEWS_HEADERS)
             response.headers.update(visit.cors)
@@ -338,6 +366,7 @@ def _heartbeat_s(visit: Visit) -> float | None:
     if not text or not visit.is_stream:
         return None
     try:
-        return min(max(float(text), HEARTBEAT_MIN_S), HEARTBEAT_MAX_S)
+        asked_s = float(text)
     except ValueError:
         return None
+    return min(max(asked_s, HEARTBEAT_MIN_S), HEARTBEAT_MAX_S) if math.isfinite(asked_s) else None

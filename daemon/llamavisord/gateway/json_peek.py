@@ -57,6 +57,7 @@ class JsonPeek:
 
     def __init__(self, *, block_bytes: int = BLOCK_BYTES) -> None:
         self._block_bytes = block_bytes
+        self._has_ended = False  # a NUL has come: llama-server's parser takes it for the end, whatever follows
         self._gathered: list[bytes] = []
         self._gathered_bytes = 0
         self._has_begun = False
@@ -74,6 +75,10 @@ class JsonPeek:
 
     def feed(self, data: bytes) -> None:
         """Take the next piece; nothing is copied that is not short."""
+        if self._has_ended:
+            return
+        if (end := data.find(0)) >= 0:
+            self._has_ended, data = True, data[:end]
         self._gathered.append(data)
         self._gathered_bytes += len(data)
         if self._gathered_bytes >= self._block_bytes:

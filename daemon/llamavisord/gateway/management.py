@@ -21,6 +21,7 @@ from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.router import Router
 from llamavisor.states import ModelState
+from llamavisord.gateway.json_peek import JsonPeek
 from llamavisord.gateway.listing import Listing, Place
 from llamavisord.gateway.notices import Notices, Stream
 from llamavisord.gateway.replies import Reply, Trouble, ok
@@ -134,6 +135,7 @@ class Management:
         if place is None or not may_use(place.name):
             return _refusal(400, "model is not found")
         name = place.name
+        self._fleet.leases.withdraw(name)
         asked_for = self._loads.get(name)
         running = [router for router in self._fleet if _is_running(router, name)]
         if asked_for is None and not running:
@@ -178,12 +180,16 @@ def named_in(body: bytes) -> str | None:
 
     None stands for a body that is not JSON: llama-server is to say what is wrong with it, in words of its own parser.
     """
+    text = body.partition(b"\0")[0].removeprefix(b"\xef\xbb\xbf")  # a NUL is the end for llama-server's parser
     try:
-        document = json.loads(
-            body.removeprefix(b"\xef\xbb\xbf").decode(), parse_constant=_refuse_constant, parse_float=_parse_float
-        )
-    except (ValueError, RecursionError):
+        document = json.loads(text.decode(), parse_constant=_refuse_constant, parse_float=_parse_float)
+    except ValueError:
         return None
+    except RecursionError:  # llama-server has no such limit
+        peek = JsonPeek()
+        peek.feed(text)
+        peeked = peek.finish()
+        return peeked.model or "" if peeked.is_object else None
     model = document.get("model", "") if isinstance(document, dict) else ""
     if not isinstance(model, str):
         return ""

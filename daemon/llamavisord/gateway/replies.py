@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 
+from llamavisor.demands import Why
 from llamavisor.errors import DemandRefusedError, LlamavisorError, ModelNotFoundError, RouterNotReadyError
 from llamavisord.gateway.routes import Api
 
@@ -27,7 +28,10 @@ _TYPES = {
     403: "permission_error",
     404: "not_found_error",
     408: "invalid_request_error",
+    409: "invalid_request_error",
     413: "invalid_request_error",
+    415: "invalid_request_error",
+    417: "invalid_request_error",
     500: "server_error",
     501: "not_supported_error",
     503: "unavailable_error",
@@ -69,6 +73,7 @@ class Trouble:
         type: llama-server's word for it.
         retry_after_s: when the same request may succeed; None if nobody knows, or never.
         is_native: whether llama-server would say so itself: then it has its format in every API.
+        is_defect: whether it is of no use to come again by itself: official clients would, and keep a person waiting.
         closes: whether the connection cannot be used any more, because the rest of a request is on it.
     """
 
@@ -77,6 +82,7 @@ class Trouble:
     type: str = ""
     retry_after_s: float | None = None
     is_native: bool = False
+    is_defect: bool = False
     closes: bool = False
 
     def reply(self, api: Api) -> Reply:
@@ -84,6 +90,8 @@ class Trouble:
         headers = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        if self.is_defect:
+            headers["x-should-retry"] = "false"
         document = self._own() if self.is_native else self._document(api)
         return Reply(self.status, _dump(document), headers=headers)
 
@@ -124,21 +132,22 @@ def not_found(model: str) -> Trouble:
     return Trouble(400, f"model '{model}' not found", is_native=True)
 
 
-def trouble_of(error: LlamavisorError, model: str) -> Trouble:
+def trouble_of(error: LlamavisorError, model: str, why_missing: Callable[[str], str]) -> Trouble:
     """What a client is told of an error of the library.
 
     Args:
         error: why there is no lease.
         model: the name that the client gave.
+        why_missing: says why nobody serves a model whose files are there; "" if there are none.
     """
     text = f"{error} ({error.hint})" if error.hint else str(error)
     if isinstance(error, ModelNotFoundError):
-        known = not_found(model)
-        is_plain = str(error) == f"no model {model!r}"
-        return known if is_plain else Trouble(400, f"{known.message}: {error}", is_native=True)
+        why = why_missing(model)
+        return replace(not_found(model), message=f"{not_found(model).message}: {why}") if why else not_found(model)
     if isinstance(error, DemandRefusedError):
         status = HTTPStatus.SERVICE_UNAVAILABLE if error.retry_after_s is not None else HTTPStatus.INTERNAL_SERVER_ERROR
-        return Trouble(status, text, retry_after_s=error.retry_after_s)
+        is_defect = error.reason == Why.QUARANTINED.value
+        return Trouble(status, text, retry_after_s=error.retry_after_s, is_defect=is_defect)
     if isinstance(error, RouterNotReadyError):
         return Trouble(503, text, retry_after_s=RETRY_S)
     return Trouble(503, text, retry_after_s=1.0)

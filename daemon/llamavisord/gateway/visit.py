@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-import anyio
 from aiohttp import web
 
 from llamavisor.endpoint import Endpoint
@@ -20,9 +19,12 @@ from llamavisord.gateway.routes import Route
 from llamavisord.gateway.tokens import tokens_of
 from llamavisord.traffic import Passage
 
+CLIENT_LEFT = 499
+"""The status that is told of a request whose client has left before it was sent any; nginx counts such ones so."""
 BODY_SHOWN = 64 * 1024
 """So much of a body is logged, where bodies are."""
 
+_OUTLIVING = frozenset({b"x-conversation-id"})
 _AT_ONCE = "0.000", "0.000"
 
 # For the hop between the client and us only (RFC 9110, 7.6.1), said anew for the child, or none of its business: who
@@ -78,6 +80,7 @@ class Visit:
         retries: how often it was sent again because a model's process had ended.
         passage: how it is counted, once it was taken.
         conversation: what it belongs to, None if its end is that of its client.
+        task: what attends to it; a scope of its own would take as long as all the rest of a small request.
         ending: why it is ended from here, None if it is not.
     """
 
@@ -97,7 +100,7 @@ class Visit:
         self.passage: Passage | None = None
         self.conversation: Conversation | None = None
         self.ending: Trouble | None = None
-        self._wait: anyio.CancelScope | None = None
+        self.task: asyncio.Task[object] | None = None
         self._began = time.monotonic()
         self._router: str | None = None
         self._queue_s = self._load_s = 0.0
@@ -115,7 +118,12 @@ class Visit:
             length: bytes of the body.
         """
         if self._headers is None:
-            passed = [b": ".join(field) for field in self.request.raw_headers if field[0].lower() not in _NOT_PASSED_ON]
+            dropped = _NOT_PASSED_ON
+            if (named := self.request.headers.get("Connection")) is not None:
+                dropped = dropped.union(name.strip().lower().encode() for name in named.split(","))
+            if not self.answer.outlives_client:  # else the process would finish the answer for nobody
+                dropped = dropped.union(_OUTLIVING)
+            passed = [b": ".join(field) for field in self.request.raw_headers if field[0].lower() not in dropped]
             self._headers = b"\r\n".join([*passed, b"", b""])
         method = self.request.method
         key = f"Authorization: Bearer {endpoint.api_key}\r\n" if endpoint.api_key is not None else ""
@@ -131,11 +139,10 @@ class Visit:
             self.passage.run(endpoint.model)
         if self.conversation is not None:
             self.conversation.endpoint = endpoint
-        self._queue_s += endpoint.waited_s
         self._load_s += endpoint.load_s
         queue_s, load_s = _AT_ONCE
         if self._queue_s:
-            queue_s, load_s = f"{self._queue_s - self._load_s:.3f}", f"{self._load_s:.3f}"
+            queue_s, load_s = f"{max(0.0, self._queue_s - self._load_s):.3f}", f"{self._load_s:.3f}"
         self.answer.extra_headers = [
             ("X-Llamavisor-Router", endpoint.router),
             ("X-Llamavisor-Queue-Seconds", queue_s),
@@ -145,38 +152,30 @@ class Visit:
         if self.retries:
             self.answer.extra_headers.append(("X-Llamavisor-Retries", str(self.retries)))
 
+    def has_waited(self, wait_s: float) -> None:
+        """It has waited for its model for so long, whether or not it has it now."""
+        self._queue_s += wait_s
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since it came."""
+        return time.monotonic() - self._began
+
+    def loses_model(self) -> None:
+        """Its process did not answer: no other has it yet."""
+        if self.conversation is not None:
+            self.conversation.endpoint = None
+
     def waits_again(self) -> None:
         """It has no model any more."""
         if self.passage is not None:
             self.passage.wait()
 
     def end(self, trouble: Trouble) -> None:
-        """End it from here: its client is told the trouble. One that is being answered goes on until that ends."""
-        self.ending = trouble
-        if self._wait is not None:
-            self._wait.cancel()
-
-    def check(self) -> None:
-        """To be called before and after each step that takes time.
-
-        Raises:
-            TroubleError: it is ended from here.
-        """
-        if self.ending is not None:
-            raise TroubleError(self.ending)
-
-    @contextmanager
-    def waiting(self, wait_s: float) -> Iterator[None]:
-        """Wait for something in the block, for so long at most, and not if it is ended from here.
-
-        Raises:
-            TroubleError: it is.
-        """
-        self.check()
-        with anyio.move_on_after(wait_s) as self._wait:
-            yield
-        self._wait = None
-        self.check()
+        """End it from here, whatever it waits for: its client is told the trouble."""
+        if self.ending is None and self.task is not None:
+            self.ending = trouble
+            self.task.cancel()
 
     @property
     def failure(self) -> RequestOutcome:
@@ -221,7 +220,7 @@ class Visit:
             model=self.model,
             router=self._router,
             key=self.caller.name if self.caller is not None else None,
-            status=answer.status if reply is None else reply.status,
+            status=reply.status if reply is not None else answer.status if answer.has_head else CLIENT_LEFT,
             outcome=outcome,
             queue_s=self._queue_s,
             load_s=self._load_s,
