@@ -13,7 +13,8 @@ import anyio
 from fakes.bare_router import free_port
 from llamavisor import procfs
 from llamavisor.events import Bus, Event
-from llamavisor.fleet import Fleet, open_fleet
+from llamavisor.fleet import Fleet
+from llamavisor.opening import open_fleet
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.process import INSTANCE_VARIABLE, Spawner
 from llamavisor.router import Router

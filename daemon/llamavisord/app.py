@@ -25,9 +25,9 @@ from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
 from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, RequestEnded, Warned
-from llamavisor.fleet import open_fleet, sweep
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
+from llamavisor.opening import open_fleet, sweep
 from llamavisor.pins import Pins
 from llamavisor.process import Spawner, become_subreaper
 from llamavisord import __version__

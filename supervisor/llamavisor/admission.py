@@ -228,18 +228,30 @@ class Admission:
         return self._orders.settle(now)
 
     def load_failed(
-        self, router: str, model: str, reason: str, *, for_memory: bool = False, now: float
+        self,
+        router: str,
+        model: str,
+        reason: str,
+        *,
+        for_memory: bool = False,
+        is_unexplained: bool = False,
+        now: float,
     ) -> list[Action]:
         """A load did not succeed. Its slot is kept until `gone`: what it had taken may not be back yet.
 
-        The first time that it was for memory, who is idle leaves, and it is tried once more. Else the model is not
-        loaded on that router for a while; who waits for it is served by another router, or refused.
+        The first time that it was for memory, who is idle leaves, and it is tried once more; so it is the first time
+        that nobody knows why. Else the model is not loaded on that router for a while; who waits for it is served by
+        another router, or refused.
         """
         slot = self._slots.get((router, model))
         if slot is None or slot.stage is not Stage.LOADING:  # a load that was cancelled fails, of course
             return []
         slot.become(Stage.LEAVING)
         order = next(iter(self._orders.of(model, router)), None)
+        if is_unexplained and not for_memory and order is not None:
+            suspected = self._quarantines.suspect(slot.key, reason, now)
+            order.after = {slot.key}
+            return [*([suspected] if suspected is not None else []), *self._orders.settle(now)]
         if order is None or not for_memory or order.has_failed_for_memory:
             return [self._quarantines.failed(slot.key, reason, now), *self._orders.settle(now)]
         order.has_failed_for_memory = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -13,31 +12,25 @@ from pathlib import Path
 import anyio
 import anyio.abc
 
-from llamavisor.appraisal import Appraiser
-from llamavisor.binary import ProbeCache, find
 from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.endpoint import Endpoint
-from llamavisor.errors import BinaryError, LlamavisorError, ModelNotFoundError, RouterNotFoundError
-from llamavisor.events import Bus, StraysKilled, Warned
+from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
+from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.folder import Folder, Watch
-from llamavisor.gauge import open_gauge
 from llamavisor.host import Host
-from llamavisor.launch import Launcher, ModelSource
+from llamavisor.launch import ModelSource
 from llamavisor.leases import Leases
 from llamavisor.ledger import Footprints
 from llamavisor.memory import Memory
 from llamavisor.meter import Meter
-from llamavisor.output import CAP_BYTES
 from llamavisor.pins import Pins
-from llamavisor.process import INSTANCE_VARIABLE, TERM_GRACE_S, Spawner
+from llamavisor.process import TERM_GRACE_S, Spawner
 from llamavisor.router import Router
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
-from llamavisor.sight import Sights
 from llamavisor.states import HAS_CHILD, Change, RouterState
 from llamavisor.supply import Supply
-from llamavisor.watch import FolderWatch
 
 REAP_INTERVAL_S = 1.0
 
@@ -394,11 +387,19 @@ class Fleet:
     async def unload(self, router: Router, model: str) -> bool:
         """Have a model unloaded from that router because a person wants it; returns whether it was loaded.
 
+        Where leases tell who is being answered, it leaves when the last one has ended.
+
         Raises:
             LlamavisorError: as `Router.unload` does.
         """
         self.leases.withdraw(model)
-        return await router.unload(model)
+        name = router.shelf.name_of(model)
+        scheduler = self.memory.scheduler
+        if not scheduler.is_used(router.name, name):
+            return await router.unload(name)
+        scheduler.dismiss(router.name, name, UnloadReason.REQUESTED)
+        await router.wait_until(lambda: not router.table.has_process(name) or not router.is_serving)
+        return True
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""
@@ -441,76 +442,3 @@ async def _rescan(router: Router) -> list[str]:
     except LlamavisorError as error:
         return [f"router {router.name}: {error}"]
     return []
-
-
-def open_fleet(
-    *,
-    spawner: Spawner,
-    state_dir: Path,
-    log_dir: Path,
-    environ: Mapping[str, str],
-    bus: Bus,
-    log_size_bytes: int = CAP_BYTES,
-    llama_server: str | None = None,
-    footprints: Footprints | None = None,
-    pins: Pins | None = None,
-) -> Fleet:
-    """A fleet of real routers.
-
-    Args:
-        spawner: starts the processes.
-        state_dir: folder for generated files.
-        log_dir: folder for what the routers print.
-        environ: the environment of which a short list is passed on.
-        bus: where the events go.
-        log_size_bytes: size at which a router's output file is rotated.
-        llama_server: as configured; asked for devices that nobody else tells of.
-        footprints: what models took when they were loaded before; what is learned is added.
-        pins: which models people want to stay in memory.
-    """
-    probes, sights = ProbeCache(), Sights()
-    footprints = Footprints() if footprints is None else footprints
-    appraiser = Appraiser(footprints=footprints)
-    marker = {INSTANCE_VARIABLE: spawner.instance}
-    try:
-        asked = find(llama_server)
-    except BinaryError:
-        asked = None
-    meter = Meter(open_gauge(environ, llama_server=asked, worker_env=marker), bus=bus)
-
-    def make_host(settings: RouterSettings, source: ModelSource) -> Host:
-        return Launcher(
-            settings,
-            source=source,
-            spawner=spawner,
-            state_dir=state_dir,
-            log_dir=log_dir,
-            log_size_bytes=log_size_bytes,
-            probes=probes,
-            sights=sights,
-            appraiser=appraiser,
-            environ=environ,
-        )
-
-    def make_watch(path: Path, link_dirs: Sequence[Path]) -> Watch:
-        return FolderWatch(path, link_dirs=link_dirs, env=marker)
-
-    fleet = Fleet(
-        make_host=make_host,
-        make_watch=make_watch,
-        meter=meter,
-        footprints=footprints,
-        pins=pins,
-        spawner=spawner,
-        bus=bus,
-        clock=time.monotonic,
-    )
-    appraiser.is_loading = fleet.memory.is_loading
-    return fleet
-
-
-async def sweep(spawner: Spawner, bus: Bus) -> None:
-    """Kill what an earlier daemon of this installation left running; before any port is bound."""
-    leftovers = await spawner.sweep()
-    if leftovers:
-        bus.publish(StraysKilled(router=None, pids=leftovers.killed, survivors=leftovers.survivors))

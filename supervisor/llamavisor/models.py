@@ -28,6 +28,8 @@ from llamavisor.usage import Usage
 
 QUIET_S = 2.0
 """A model that did nothing for so long is taken to be idle, and may be unloaded for a change of its file or options."""
+UNEXPLAINED = "its process ended while it was loading, and has not said why"
+"""Why a load failed of which neither the router nor the process has told anything: somebody may have killed it."""
 DEAD_S = 2.0
 """A router that calls a model loaded for so long after its process has ended has lost sight of it."""
 
@@ -376,7 +378,7 @@ class ModelTable:
             self._enter(model, state, now)
             return [ModelSleeping(router=router, model=name)]
         if state is ModelState.UNLOADED and old is ModelState.LOADING:
-            model.error, model.is_wanted = "the router reports that its process ended while it was loading", False
+            model.error, model.is_wanted = UNEXPLAINED, False
             self._enter(model, ModelState.FAILED, now)
             return [ModelLoadFailed(router=router, model=name, reason=model.error)]
         if state is ModelState.UNLOADED and old in HAS_CHILD:

@@ -62,7 +62,7 @@ class Quarantines:
         return self._failed[key]
 
     def suspect(self, key: Key, reason: str, now: float) -> Quarantine | None:
-        """Its router ended while it was loading. Most likely it is innocent: it counts as failed if that happens again.
+        """It, or its router, ended while it was loading, nobody knows why: it counts as failed if that happens again.
 
         Returns:
             For how long it is left alone, None if it is not.

@@ -16,9 +16,9 @@ from llamavisor.troubles import Troubles
 class Renewal:
     """Has a router restarted that cannot go on as it is, at a moment when that costs nobody an answer.
 
-    There are four reasons: llama-server was replaced on disk, the router cannot be brought up to date, it has lost
-    sight of a model's process, or a device has come late. Until then nothing is loaded. Used by the router's owner
-    alone.
+    There are five reasons: llama-server was replaced on disk, the router's settings have changed, it cannot be brought
+    up to date, it has lost sight of a model's process, or a device has come late. Until then nothing is loaded. Used by
+    the router's owner alone.
 
     Args:
         name: of the router.
@@ -56,7 +56,14 @@ class Renewal:
 
     @property
     def _is_unsound(self) -> bool:
-        return "unsound" in self._troubles or "corpse" in self._troubles
+        return any(subject in self._troubles for subject in ("unsound", "corpse", "settings"))
+
+    def reconfigured(self, *, can_wait: bool) -> None:
+        """It is to run with other settings, which takes another process: at once where nobody knows who is answered."""
+        if can_wait and self._arbiter is not None and self._arbiter.decides:
+            self.unsound("its settings have changed", subject="settings")
+        else:
+            self._restart(Cause.REQUESTED)
 
     def replaced(self) -> None:
         """Llama-server was replaced on disk: what is loaded serves on, and its successor starts when nothing is."""
@@ -104,7 +111,9 @@ class Renewal:
     def confirmed(self) -> None:
         """A moment ago nobody was being answered."""
         if self.is_due:
-            self._restart(Cause.UNSOUND if self._is_unsound else Cause.UPGRADE)
+            is_asked_for = "settings" in self._troubles
+            unasked = Cause.UNSOUND if self._is_unsound else Cause.UPGRADE
+            self._restart(Cause.REQUESTED if is_asked_for else unasked)
 
     def _close(self, subject: str, reason: str, *, hint: str) -> None:
         self._residency.closed = RouterNotReadyError(f"router {self._name}: {reason}", hint=hint)

@@ -308,9 +308,8 @@ class Router:
             case CallEnded(generation, operation, error):
                 if generation is self._generation:
                     self._residency.call_ended(operation, error)
-            case RetryDue(generation):
-                if generation is self._generation:
-                    self._signal(RouterInput.RETRY_DUE)
+            case RetryDue(generation) if generation is self._generation:
+                self._signal(RouterInput.RETRY_DUE)
             case Wish(wish):
                 self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
@@ -318,7 +317,7 @@ class Router:
                 self._host = host
                 self._residency.settle_on(host)
                 if self._is_wanted and (restart or self.state is not RouterState.READY):
-                    self._restart_for(Cause.REQUESTED)
+                    self._renewal.reconfigured(can_wait=self.state is RouterState.READY)
             case Ticket():
                 if self._is_wanted and self.state is not RouterState.FAILED:
                     self._residency.accept(message)

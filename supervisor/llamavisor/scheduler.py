@@ -24,6 +24,7 @@ from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError
 from llamavisor.inbox import Inbox
 from llamavisor.leases import Leases
+from llamavisor.models import UNEXPLAINED
 from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
 from llamavisor.placement import Candidate
@@ -309,7 +310,16 @@ class Scheduler:
                 self._loaded((router, model), now)
             case ev.ModelLoadFailed(router=router, model=model, reason=reason) if router not in self._ended:
                 lacks_memory = is_for_memory(reason) or self.was_killed_for_memory()
-                self.carry_out(admission.load_failed(router, model, reason, for_memory=lacks_memory, now=now))
+                self.carry_out(
+                    admission.load_failed(
+                        router,
+                        model,
+                        reason,
+                        for_memory=lacks_memory,
+                        is_unexplained=reason == UNEXPLAINED,
+                        now=now,
+                    )
+                )
                 self._moves.see_off((router, model))
             case ev.ModelUnloaded(router=router, model=model, reason=why) if router not in self._ended:
                 self._unloaded((router, model), why, now)

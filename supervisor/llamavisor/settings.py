@@ -60,7 +60,9 @@ class RouterSettings:
 
     def without_models(self) -> RouterSettings:
         """The same, without what is only about its models: a router need not be restarted for that."""
-        return replace(self, layers=flags.only_for_routers(self.layers), memory=MemoryBudget())
+        # One that does not load by itself is told of no cap either: who decides about loads counts.
+        models_max = self.models_max if self.autoload else 0
+        return replace(self, layers=flags.only_for_routers(self.layers), memory=MemoryBudget(), models_max=models_max)
 
 
 OnOverwrite = Literal["reload", "unload", "keep"]

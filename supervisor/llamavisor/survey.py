@@ -37,7 +37,9 @@ def survey(
 ) -> Occupancy:
     """All of it at this moment."""
     slots = admission.slots()
-    occupants = [_occupant(slot, routers.get(slot.resident.router), appraisals) for slot in slots]
+    occupants = [
+        _occupant(slot, routers.get(slot.resident.router), appraisals, is_enforced=is_enforced) for slot in slots
+    ]
     quarantined = [
         Quarantined(router=each.router, model=each.model, until=each.until, failures=each.failures, reason=each.reason)
         for each in (admission.quarantined(now) if is_enforced else ())
@@ -106,7 +108,7 @@ def _keys(residents: Sequence[Resident]) -> tuple[tuple[str, str], ...]:
     return tuple((each.router, each.name) for each in residents)
 
 
-def _occupant(slot: Slot, router: Router | None, appraisals: Appraisals) -> Occupant:
+def _occupant(slot: Slot, router: Router | None, appraisals: Appraisals, *, is_enforced: bool) -> Occupant:
     resident, key = slot.resident, slot.key
     model = router.table.get(resident.name) if router is not None else None
     appraisal = appraisals.get(key)
@@ -123,7 +125,8 @@ def _occupant(slot: Slot, router: Router | None, appraisals: Appraisals) -> Occu
         source=appraisal.footprint.source.value if appraisal is not None else "",
         growth_bytes=appraisal.footprint.growth_bytes if appraisal is not None else 0,
         measured=appraisals.measured(key),
-        in_flight=model.in_flight if model is not None else None,
+        # Leases are exact; what a model says of itself is some seconds old, and counts those who have none.
+        in_flight=len(slot.leases) if is_enforced else model.in_flight if model is not None else None,
         leases=len(slot.leases),
         used_at=used_at,
         loaded_at=resident.loaded_at if is_loaded else None,

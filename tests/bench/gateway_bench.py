@@ -113,7 +113,7 @@ def measure(folder: Path, llama_server: Path) -> Iterator[Row]:
 
 
 def at_rest(targets: Mapping[str, Target]) -> Iterator[Row]:
-    """The CPU that each takes while nobody asks. llamavisor watches routers then: that is no cost of a request or chunk.
+    """The CPU that each takes while nobody asks: llamavisor watches routers, which is no cost of a request or a chunk.
 
     It is noted, and taken off what follows; of the others there is next to nothing to take off.
     """

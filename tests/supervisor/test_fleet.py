@@ -18,8 +18,9 @@ from fakes.watch import FakeWatch
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import ModelNotFoundError, RouterNotFoundError, RouterNotReadyError
 from llamavisor.events import Bus, RouterExited, RouterProbed, RouterRecovered, RouterSpawned, StraysKilled, Warned
-from llamavisor.fleet import Fleet, sweep
+from llamavisor.fleet import Fleet
 from llamavisor.launch import ModelSource
+from llamavisor.opening import sweep
 from llamavisor.process import Leftovers
 from llamavisor.router import Router
 from llamavisor.settings import FleetSettings, RouterSettings
