@@ -62,7 +62,7 @@ class Acceptor:
 
         Args:
             listener: a listening socket that does not block; it stays open.
-            server: speaks HTTP with them; its application has the middleware `note`.
+            server: speaks HTTP with them; whoever answers a request says so by `answering`, or the middleware `note`.
         """
         loop = asyncio.get_running_loop()
         self._keep_reserve()

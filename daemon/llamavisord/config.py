@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from llamavisor.demands import MAX_WAITING, MAX_WAITING_PER_MODEL
@@ -69,6 +69,25 @@ class GatewaySettings:
     public_without_key: bool = False
     log_requests: bool = False
     log_bodies: bool = False
+
+
+def gateway_changes(old: GatewaySettings | None, new: GatewaySettings | None) -> tuple[str, ...]:
+    """What a reload changes of the gateway, for a person; no key is told but by its name."""
+    if old is None or new is None:
+        return ()
+    changed = [
+        each.name
+        for each in fields(GatewaySettings)
+        if each.name != "keys" and getattr(old, each.name) != getattr(new, each.name)
+    ]
+    before, after = ({key.name: key for key in settings.keys.keys} for settings in (old, new))
+    told = [f"+{name}" for name in after if name not in before]
+    told += [f"-{name}" for name in before if name not in after]
+    told += [name for name in after if name in before and after[name] != before[name]]
+    if told:
+        open_now = "; everybody may use it now" if not after else ""
+        changed.append(f"keys ({', '.join(told)}{open_now})")
+    return tuple(changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,8 +280,9 @@ class _Api:
 
     async def reload(self, _: web.Request) -> web.Response:
         event_id = self._bus.last_id
-        applied = await self._daemon.reload()
-        body = {"changed": applied.routers, "models": applied.models, "problems": applied.problems}
+        gateway, applied = await self._daemon.reload()
+        changes = {"changed": applied.routers, "models": applied.models, "gateway": gateway}
+        body = {**changes, "problems": applied.problems}
         return _json({**body, "event_id": event_id})
 
     async def events(self, request: web.Request) -> web.StreamResponse:

@@ -21,7 +21,7 @@ from llamavisor.fleet import Applied, Fleet
 from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
 from llamavisord import __version__
-from llamavisord.config import Config
+from llamavisord.config import Config, gateway_changes
 from llamavisord.inventory import Inventory
 from llamavisord.memory_view import memory_warnings
 from llamavisord.problems import ConfigError, Problem
@@ -64,10 +64,13 @@ class Daemon:
         """What the routers and their models are told to be."""
         return self.config.fleet_settings(router_key=self._router_key)
 
-    async def reload(self) -> Applied:
+    async def reload(self) -> tuple[tuple[str, ...], Applied]:
         """Read the configuration again and go over to it, all or nothing; then look at the models folders.
 
         What is whole in them can be served when this returns, unless they take longer than `RELOAD_LOOK_S`.
+
+        Returns:
+            What has changed of the gateway, and what of routers and models.
 
         Raises:
             ConfigError: it is not valid, or changes what a running daemon cannot change; the old one stays in force.
@@ -83,10 +86,11 @@ class Daemon:
                 self.config_error = str(error)
                 self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
                 raise
+            gateway = gateway_changes(self.config.gateway, config.gateway)
             self.config, self.config_error, self.config_loaded_at = config, None, time.time()
             applied = await self.fleet.apply(settings)
-            self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models))
-            return replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
+            self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models, gateway=gateway))
+            return gateway, replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""
@@ -96,7 +100,7 @@ class Daemon:
             doors = config.gateway, self.config.gateway
             changed += [key for key in ("host", "port") if len({getattr(door, key) for door in doors}) > 1]
         if changed:
-            text = "cannot be changed by a reload: restart llamavisor"
+            text = "cannot be changed by a reload: end the daemon and start it again"
             raise ConfigError([Problem(text, key=key) for key in changed])
 
     async def try_reload(self) -> None:
@@ -116,6 +120,7 @@ class Daemon:
             found.append(self.metrics_error)
         if self.traffic is not None:
             found += self.traffic.warnings()
+        found += self._default_model_warnings()
         for folder in self.fleet.folders:
             catalog = folder.catalog
             if catalog.stale:
@@ -132,6 +137,16 @@ class Daemon:
         found += memory_warnings(self.fleet.memory.occupancy())
         found += [text for _, text in unmatched(self.config.rules, self.config.routers, self._names_in)]
         return list(dict.fromkeys(found))
+
+    def _default_model_warnings(self) -> list[str]:
+        """Whether the model that serves who names none is there; not known before any folder was looked at."""
+        name = self.config.gateway.default_model if self.config.gateway is not None else None
+        if name is None or not any(folder.catalog.has_looked for folder in self.fleet.folders):
+            return []
+        known = self.fleet.memory.scheduler.where.name_of(name)
+        if any(known in router.shelf.wanted for router in self.fleet):
+            return []
+        return [f"default_model {name}: no such model; requests that name none are refused"]
 
     def _names_in(self, models_dir: Path) -> Collection[str] | None:
         """The models of a folder, None while it cannot be said what is there."""

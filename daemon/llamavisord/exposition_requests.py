@@ -45,6 +45,8 @@ class RequestCounts(Collector):
             route = model.routes[event.route] = _OfRoute()
         key = (event.router or NOBODY, event.status)
         route.ended[key] = route.ended.get(key, 0) + 1
+        if event.outcome is RequestOutcome.REFUSED and not event.queue_s:  # at once: a slow model would look fast
+            return
         route.duration.observe(event.duration_s)
         if event.first_data_s is not None:
             route.first_data.observe(event.first_data_s)

@@ -20,6 +20,7 @@ class Traffic:
     Attributes:
         urls: where clients come in, empty while they cannot.
         problem: why they cannot, for a person.
+        keys: how many API keys there are; with none everybody may use it.
         in_flight: requests that a model is answering, by its name; no model has zero of them.
     """
 
@@ -27,6 +28,7 @@ class Traffic:
         self.drain = drain
         self.urls: tuple[str, ...] = ()
         self.problem: str | None = None
+        self.keys = 0
         self.in_flight: dict[str, int] = {}
         self._held_bytes = held_bytes
         self._connections = connections
@@ -72,6 +74,7 @@ class Traffic:
         return {
             "urls": list(self.urls),
             "draining": self.drain.is_draining,
+            "keys": self.keys,
             "in_flight": dict(self.in_flight),
             "waiting": self.waiting,
             "held_bytes": self.held_bytes,

@@ -95,7 +95,11 @@ class Admission:
         else:
             count = len(order.tickets)
         if self.waiting >= self.limits.max_waiting or count >= self.limits.max_waiting_per_model:
-            detail = f"{count} others wait for it, and {self.waiting} altogether"
+            limits = self.limits
+            detail = (
+                f"{count} others wait for it (at most {limits.max_waiting_per_model}),"
+                f" and {self.waiting} altogether (at most {limits.max_waiting})"
+            )
             return number, [Refuse(number, Rejection(Why.QUEUE_FULL, model, detail, self._orders.retry_after_s()))]
         if order is None:
             order = Order(model, only, candidates, since=now, progressed_at=now)

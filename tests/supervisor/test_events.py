@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import ClassVar
 
 import anyio
 import pytest
@@ -69,6 +70,24 @@ def test_numbers_have_no_gaps() -> None:
         bus.publish(warned(text))
     assert [(one.id, one.time, one.event) for one in heard] == [(1, 12.5, warned("a")), (2, 12.5, warned("b"))]
     assert bus.last_id == 2
+
+
+def test_who_does_not_want_to_hear_of_frequent_events_hears_of_all_others() -> None:
+    """There may be thousands of them in a second: only who wants to hear of them is called."""
+
+    @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+    class Frequent(Event):
+        is_frequent: ClassVar[bool] = True
+
+    bus = Bus()
+    everything: list[Event] = []
+    seldom: list[Event] = []
+    bus.listen(lambda published: everything.append(published.event))
+    bus.listen(lambda published: seldom.append(published.event), hears_frequent=False)
+    for event in (frequent := Frequent(), rare := warned("a")):
+        bus.publish(event)
+    assert everything == [frequent, rare]
+    assert seldom == [rare]
 
 
 def test_only_the_last_thousand_are_kept() -> None:

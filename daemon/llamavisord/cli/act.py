@@ -165,7 +165,8 @@ def reload(arguments: Namespace) -> int:
     if arguments.json:
         screen.json(answer)
     else:
-        changed = [*(f"router {name}" for name in answer["changed"]), *(f"model {name}" for name in answer["models"])]
+        changed = [f"gateway {what}" for what in answer.get("gateway", ())]
+        changed += [*(f"router {name}" for name in answer["changed"]), *(f"model {name}" for name in answer["models"])]
         more = f" and {len(changed) - NAMED_MAX} more" if len(changed) > NAMED_MAX else ""
         named = ", ".join(map(plain, changed[:NAMED_MAX]))
         screen.line(f"configuration reloaded, changed: {named or 'nothing'}{more}")

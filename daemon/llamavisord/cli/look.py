@@ -122,7 +122,8 @@ def in_gateway(gateway: dict[str, Any]) -> str:
 
 def _show_gateway(screen: Screen, gateway: dict[str, Any]) -> None:
     state = "draining" if gateway["draining"] else "open" if gateway["urls"] else "closed"
-    told = [in_gateway(gateway), f"{gateway['connections']} connections"]
+    keys = gateway.get("keys", 0)
+    told = [in_gateway(gateway), f"{gateway['connections']} connections", f"{keys or 'no'} API key{'s' * (keys != 1)}"]
     if gateway["held_bytes"]:
         told.append(f"{format_size(gateway['held_bytes'])} held")
     painted = screen.paint(state, {"open": "green", "draining": "yellow", "closed": "red"}[state])

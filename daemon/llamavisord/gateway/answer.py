@@ -73,7 +73,7 @@ class Answer(web.StreamResponse):
         first_data_at: when it was sent the first data, in monotonic seconds.
         extra_headers: headers that are added to the head, to be set before it goes out.
         is_stream: the client was sent the head of an event stream.
-        outlives_client: a client that leaves does not end it (`detach` is then implied).
+        outlives_client: a client that leaves does not end it.
     """
 
     def __init__(self, request: web.BaseRequest) -> None:

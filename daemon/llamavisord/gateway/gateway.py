@@ -31,7 +31,18 @@ from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
 from llamavisord.gateway.management import Management, named_in, not_supported
 from llamavisord.gateway.peek import JsonPeek, Peek, peek_for
 from llamavisord.gateway.relay import Relay
-from llamavisord.gateway.replies import GONE, LOADING, MISSING, NOT_LOADED, RETRY_S, SERVER, Reply, Trouble, not_found
+from llamavisord.gateway.replies import (
+    GONE,
+    LOADING,
+    MISSING,
+    NOT_LOADED,
+    RETRY_S,
+    SERVER,
+    Reply,
+    Trouble,
+    not_found,
+    ok,
+)
 from llamavisord.gateway.routes import (
     DOWNLOAD,
     HEALTH,
@@ -327,7 +338,7 @@ class Gateway:
             asked = None
         names = asked.get("conversation_ids") if isinstance(asked, dict) else None
         found = await self._conversations.look_up(names, caller) if isinstance(names, list) else []
-        return Reply(200, json.dumps(found, separators=(",", ":")).encode())
+        return ok(found)
 
     async def _tell_news(self, visit: Visit, caller: Caller) -> web.StreamResponse:
         """GET /models/sse: it ends with the client or the daemon, so nobody waits for it."""

@@ -214,8 +214,9 @@ class Guard:
 
     def _check_place(self, path: str, host: str, headers: Headers) -> None:
         if host and not self._is_our_host(host):
+            name = _shown(_without_port(host))
             text = (
-                f"the Host header names {_shown(host)}, which this server does not answer to without API keys:"
+                f"the Host header names {name}, which this server does not answer to without API keys:"
                 " add the name to allow_hosts in [gateway]"
             )
             raise RefusedError(Trouble(403, text))
@@ -248,6 +249,8 @@ class Guard:
 
     def _judge_origin(self, origin: str, host: str) -> bool:
         """Browsers write origins in lower case; `null` is the origin of whatever does not want to say its own."""
+        if not (origin.isascii() and origin.isprintable()):  # it would be repeated in a header
+            return False
         if self._any_origin or origin in self._origins:
             return True
         scheme, separator, place = origin.partition("://")
@@ -261,6 +264,11 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdecimal() else host
 
 
 def _shown(text: str) -> str:

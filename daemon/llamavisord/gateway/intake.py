@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from http import HTTPStatus
 from types import TracebackType
 from typing import ClassVar, Self
@@ -13,6 +14,8 @@ from aiohttp.http_exceptions import HttpProcessingError
 from llamavisor.errors import LlamavisorError
 from llamavisord.gateway.peek import Peek
 
+BODY_S = 600.0
+"""How long a body may take to arrive, however steadily it trickles: 256 MiB at 450 kB/s."""
 PART_BYTES = 64 * 1024
 """What arrives in shorter pieces is put together: a million bytes, one in each object, would take thirty million."""
 _ENCODINGS = frozenset({"gzip", "deflate", "br", "zstd"})
@@ -199,6 +202,7 @@ async def _read(
     content = request.content
     parts: list[bytes] = []
     short = bytearray()
+    ends_at = time.monotonic() + BODY_S
     try:
         piece = content.read_nowait()
         while True:
@@ -218,7 +222,9 @@ async def _read(
                 return tuple(parts)
             if request.transport is None:
                 raise ConnectionResetError("the client has left")
-            with anyio.fail_after(stall_s):
+            if (left_s := ends_at - time.monotonic()) <= 0:
+                raise BodyStalledError(body.size, BODY_S)
+            with anyio.fail_after(min(stall_s, left_s)):
                 piece = await content.readany()
     except TimeoutError:
         raise BodyStalledError(body.size, stall_s) from None

@@ -196,11 +196,6 @@ class Listing:
         return text
 
 
-def dump(value: object) -> bytes:
-    """JSON as llama-server writes it: no spaces, and text as it is."""
-    return _dump(value).encode("utf-8", "replace")
-
-
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 

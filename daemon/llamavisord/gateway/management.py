@@ -24,7 +24,7 @@ from llamavisor.states import ModelState
 from llamavisord.gateway.json_peek import JsonPeek
 from llamavisord.gateway.listing import Listing, Place
 from llamavisord.gateway.notices import Notices, Stream
-from llamavisord.gateway.replies import Reply, Trouble, ok
+from llamavisord.gateway.replies import GONE, Reply, Trouble, ok
 from llamavisord.gateway.routes import Api
 
 LOOK_S = 10.0
@@ -119,7 +119,7 @@ class Management:
         """
         place = self._listing.find(word)
         if place is None or not may_use(place.name):
-            return _NOT_THERE
+            return GONE
         if place.is_running or place.name in self._loads:
             return _refusal(400, "model is already running")
         self._loads[place.name] = anyio.CancelScope()
@@ -207,8 +207,6 @@ def _refusal(status: int, message: str) -> Reply:
 
 
 _SUCCESS = ok({"success": True})
-_NOT_THERE = Reply(404, b'{"error":{"message":"File Not Found","type":"not_found_error","code":404}}')
-"""What llama-server answers whenever something is not there."""
 
 
 def _refuse_constant(word: str) -> float:

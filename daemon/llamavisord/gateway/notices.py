@@ -28,7 +28,8 @@ from llamavisor.events import (
     Published,
     UnloadReason,
 )
-from llamavisord.gateway.listing import FAILED_EXIT_CODE, Listing, Place, dump
+from llamavisord.gateway.listing import FAILED_EXIT_CODE, Listing, Place
+from llamavisord.gateway.replies import dump
 
 KEPT = 1000
 """So many events may wait for one reader; who falls further behind is cut off, and reads the list on coming back."""

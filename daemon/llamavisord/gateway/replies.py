@@ -93,16 +93,16 @@ class Trouble:
         if self.is_defect:
             headers["x-should-retry"] = "false"
         document = self._own() if self.is_native else self._document(api)
-        return Reply(self.status, _dump(document), headers=headers)
+        return Reply(self.status, dump(document), headers=headers)
 
     def event(self, api: Api) -> bytes:
         """The end of a stream that had begun; clients of the API know it for an error."""
         if api is Api.ANTHROPIC:
-            return b"event: error\ndata: " + _dump(self._document(api)) + b"\n\n"
+            return b"event: error\ndata: " + dump(self._document(api)) + b"\n\n"
         if api is Api.RESPONSES:
             document = {"type": "error", "code": self._type, "message": self.message, "param": None}
-            return b"event: error\ndata: " + _dump(document) + b"\n\n"
-        return b"data: " + _dump(self._document(api)) + b"\n\n"
+            return b"event: error\ndata: " + dump(document) + b"\n\n"
+        return b"data: " + dump(self._document(api)) + b"\n\n"
 
     @property
     def _type(self) -> str:
@@ -155,8 +155,9 @@ def trouble_of(error: LlamavisorError, model: str, why_missing: Callable[[str], 
 
 def ok(document: object) -> Reply:
     """What was asked for."""
-    return Reply(200, _dump(document))
+    return Reply(200, dump(document))
 
 
-def _dump(document: object) -> bytes:
+def dump(document: object) -> bytes:
+    """JSON as llama-server writes it: no spaces, and text as it is."""
     return json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")

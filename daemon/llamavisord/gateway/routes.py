@@ -78,6 +78,7 @@ _BODIES: dict[Api, tuple[str, ...]] = {
         "/lora-adapters",
     ),
 }
+_TOOLS, _ANY = ("/cors-proxy", "/tools"), ("GET", "POST")
 _QUERIES = ("/metrics", "/lora-adapters", "/slots")
 _SLOT = "/slots/"
 """`POST /slots/ID`: a slot of the model that its body names."""
@@ -103,6 +104,8 @@ def _table() -> dict[tuple[str, str], Route]:
         ("POST", "/models"): Route(DOWNLOAD, Kind.OWN, needs_admin=True),
         ("DELETE", "/models"): Route(REMOVE, Kind.OWN, needs_admin=True),
         ("POST", "/v1/streams/lookup"): Route(LOOKUP, Kind.OWN),
+        # What a build may have reaches other machines and this one's files: not for every key.
+        **{(method, path): Route(path[1:], Kind.ROUTER, needs_admin=True) for method in _ANY for path in _TOOLS},
     }
 
 

@@ -14,7 +14,6 @@ from aiohttp import web
 
 from llamavisor.events import Bus, GatewayListening, Warned
 from llamavisor.ports import holder_of
-from llamavisor.settings import base_url
 from llamavisord.acceptor import Acceptor
 from llamavisord.addresses import LOOPBACK
 from llamavisord.gateway.replies import SERVER, Trouble
@@ -135,7 +134,7 @@ class Door:
             await anyio.sleep(RETRY_S)
         try:
             traffic.problem = None
-            traffic.urls = tuple(base_url(*listener.getsockname()[:2]) for listener in listeners)
+            traffic.urls = tuple(_url(*listener.getsockname()[:2]) for listener in listeners)
             self._bus.publish(GatewayListening(urls=traffic.urls))
             yield listeners
         finally:
@@ -168,6 +167,11 @@ def listen(host: str, port: int) -> list[socket.socket]:
             listener.close()
         raise
     return listeners
+
+
+def _url(host: str, port: int) -> str:
+    """Where it listens, as it is: a wildcard is no loopback address to a person who asks who reaches it."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _listen(family: int, address: Any) -> socket.socket:

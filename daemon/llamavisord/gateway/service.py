@@ -48,6 +48,7 @@ class Service:
         self._traffic = daemon.traffic = Traffic(
             self._drain, held_bytes=lambda: self._stock.held_bytes, connections=self._count_connections
         )
+        self._traffic.keys = len(settings.keys.keys)
         daemon.bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
@@ -105,6 +106,7 @@ class Service:
         settings = self._daemon.config.gateway
         if isinstance(published.event, ConfigReloaded) and settings is not None and self._gateway is not None:
             self._settings = settings
+            self._traffic.keys = len(settings.keys.keys)
             self._acceptor.connections_max = settings.max_connections
             self._gateway.follow(settings)
 

@@ -39,13 +39,18 @@ NAMED_MAX = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigReloaded(Event):
-    """A new configuration is in force; `changed` names the routers that it touched, `models` the models."""
+    """A new configuration is in force.
+
+    `changed` names the routers that it touched, `models` the models, and `gateway` what of the gateway is another.
+    """
 
     changed: tuple[str, ...]
     models: tuple[str, ...] = ()
+    gateway: tuple[str, ...] = ()
 
     def message(self) -> str:
-        told = [*(f"router {name}" for name in self.changed), *(f"model {name}" for name in self.models[:NAMED_MAX])]
+        told = [*(f"gateway {what}" for what in self.gateway)]
+        told += [*(f"router {name}" for name in self.changed), *(f"model {name}" for name in self.models[:NAMED_MAX])]
         if len(self.models) > NAMED_MAX:
             told.append(f"{len(self.models) - NAMED_MAX} more models")
         return f"configuration reloaded, changed: {', '.join(told) or 'nothing'}"

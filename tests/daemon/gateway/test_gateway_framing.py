@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 from hypothesis import given
@@ -326,3 +328,24 @@ def test_a_response_shows_its_state() -> None:
     """Its repr says how far it is."""
     response, _ = fed([CHUNKED, b"5\r\nab"])
     assert repr(response) == "<Response 200, not whole, 5 bytes held>"
+
+
+def test_a_response_is_no_work_for_the_garbage_collector() -> None:
+    """It goes when nobody holds it, since there is one for every request."""
+    response = Response()
+    response.feed(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n")
+    gone = weakref.ref(response)
+    gc.disable()
+    try:
+        del response
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_remembered_of_heads_is_bounded() -> None:
+    """Lines of long heads are read anew each time, so that a child cannot fill the memory with them."""
+    before = framing._known_field.cache_info().currsize
+    long = b"X-A: " + b"a" * 4096
+    assert parse_head(b"HTTP/1.1 200 OK\r\n" + long).fields == ((b"x-a", long),)
+    assert framing._known_field.cache_info().currsize == before

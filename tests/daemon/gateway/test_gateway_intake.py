@@ -378,6 +378,29 @@ async def test_other_expectations_are_not_met(place: Place) -> None:
         assert isinstance(await place.failure(), ExpectationError)
 
 
+class Late(Place):
+    """Reads nothing of a body before its client was made to wait."""
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Likewise."""
+        async with asyncio.timeout(PATIENCE_S):
+            while request.transport is not None and request.transport.is_reading():
+                await asyncio.sleep(0.01)
+        return await super().answer(request)
+
+
+async def test_a_client_that_was_made_to_wait_goes_on_when_its_body_is_read() -> None:
+    """A body that came faster than it was read is taken in whole, and so is the request behind it."""
+    body = b'{"model":"alpha","stream":true,"x":"%b"}' % (b"a" * 4_000_000)
+    late = Late(limit_bytes=len(body))
+    late.release.set()
+    async with serving(late), connected(late) as client, asyncio.TaskGroup() as tasks:
+        tasks.create_task(client.send(whole(body)))
+        assert await late.next() == (body, FOUND)
+        tasks.create_task(client.send(whole(body)))
+        assert await late.next() == (body, FOUND)
+
+
 def test_release_is_idempotent() -> None:
     """A body that is let go twice is counted once."""
     stock = Stock(100)
