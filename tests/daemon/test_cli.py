@@ -657,12 +657,15 @@ def test_reload_says_what_changed(stub: ControlStub, capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({}, "http://127.0.0.1:8080, http://[::1]:8080 open: 0 in flight, 0 waiting, 0 connections"),
+        ({}, "http://127.0.0.1:8080, http://[::1]:8080 open: 0 in flight, 0 waiting, 0 connections, no API keys"),
         (
             {"draining": True, "in_flight": {"a": 2, "b": 1}, "waiting": 4, "connections": 8, "held_bytes": 1536},
-            "http://127.0.0.1:8080, http://[::1]:8080 draining: 3 in flight, 4 waiting, 8 connections, 1.5 KiB held",
+            (
+                "http://127.0.0.1:8080, http://[::1]:8080 draining:"
+                " 3 in flight, 4 waiting, 8 connections, no API keys, 1.5 KiB held"
+            ),
         ),
-        ({"urls": []}, "closed: 0 in flight, 0 waiting, 0 connections"),
+        ({"urls": []}, "closed: 0 in flight, 0 waiting, 0 connections, no API keys"),
     ],
 )
 def test_status_has_a_line_for_the_gateway(

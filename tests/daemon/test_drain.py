@@ -254,6 +254,7 @@ async def test_status_tells_of_the_gateway(stage: Stage) -> None:
             assert shown["gateway"] == {
                 "urls": [URL],
                 "draining": False,
+                "keys": 0,
                 "in_flight": {"alpha": 1},
                 "waiting": 1,
                 "held_bytes": 7,

@@ -179,3 +179,42 @@ def test_a_header_of_a_client_reaches_no_other_header(daemon: RunningDaemon) -> 
     with line_to(daemon) as line:
         line.sendall(post(chat("alpha"), "Authorization: Bearer nonsense", "Connection: X-Own", "X-Own: 1"))
         assert answer_of(line)[0] == 200  # the child has been sent our key
+
+
+def test_a_reload_cuts_no_answer_off(daemon: RunningDaemon) -> None:
+    """A cap is nothing that a router is told of; what needs another process waits until nobody is being answered."""
+    before = daemon.router()["pid"]
+    with ExitStack() as lines:
+        line = lines.enter_context(line_to(daemon))
+        line.sendall(post(chat("endless", stream=True, max_tokens=100_000)))
+        response = lines.enter_context(closing(HTTPResponse(line)))
+        response.begin()
+        assert response.readline().startswith(b"data:")
+        text = daemon.config.read_text(encoding="utf-8")
+        capped = text.replace("[defaults]", "models_max = 3\n[defaults]")
+        daemon.config.write_text(f"{capped}retries = 1\n", encoding="utf-8")
+        told = daemon.cli("reload").stdout
+        assert "gateway retries" in told
+        assert "router" not in told
+        daemon.config.write_text(f'{capped}[defaults.env]\nMARK = "1"\n', encoding="utf-8")
+        assert "router main" in daemon.cli("reload").stdout
+        assert "settings have changed" in daemon.wait_for_router("degraded")["reason"]
+        assert any(response.readline().startswith(b"data:") for _ in range(5))
+        assert daemon.router()["pid"] == before
+    eventually(lambda: daemon.router()["pid"] not in {None, before}, what="a fresh process")
+    assert daemon.chat("alpha") == "I am alpha"
+
+
+def test_an_unload_by_a_person_lets_the_answer_end(daemon: RunningDaemon) -> None:
+    """And says that it is not done while that takes; who asks for the model next waits."""
+    with line_to(daemon) as line:
+        line.sendall(post(chat("endless", stream=True, max_tokens=100_000)))
+        with closing(HTTPResponse(line)) as response:
+            response.begin()
+            assert response.readline().startswith(b"data:")
+            assert daemon.call("POST", "/control/v1/models/endless/unload?wait=0.5")[0] == 504
+            assert any(response.readline().startswith(b"data:") for _ in range(5))
+            ps = daemon.call("GET", "/control/v1/ps")[1]
+            assert next(model["in_flight"] for model in ps["models"] if model["model"] == "endless") == 1
+    daemon.wait_for_model("endless", "unloaded")
+    assert daemon.events("ModelUnloaded")[-1]["reason"] == "requested"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -81,6 +83,64 @@ async def test_a_stream_that_waits_may_have_a_heartbeat(tmp_path: Path, llama_se
             said = [json.loads(line[6:]) async for line in lines if line.startswith("data: {")]
         text = "".join(each["choices"][0]["delta"].get("content") or "" for each in said)
         assert text.strip() == "I am beta"
+
+
+async def test_a_heartbeat_says_who_may_read_it(tmp_path: Path, llama_server: Path) -> None:
+    """Its head comes from us: a browser needs leave to read it, a proxy is told not to keep it back."""
+    async with front(tmp_path, llama_server) as (it, client):
+        busy = await it.fleet.leases.acquire("alpha")
+        headers = {"X-Llamavisor-Heartbeat": "1", "Origin": "http://localhost:3000"}
+        async with client.stream("POST", CHAT, json=chat("beta", stream=True), headers=headers) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
+            assert answer.headers["X-Accel-Buffering"] == "no"
+        it.fleet.leases.release(busy)
+        await it.until_nothing_is_left()
+
+
+@pytest.mark.parametrize("heartbeat", ["nan", "inf", "often", "-1"])
+async def test_a_heartbeat_that_makes_no_sense_does_no_harm(tmp_path: Path, llama_server: Path, heartbeat: str) -> None:
+    """The answer comes as without one, or as with the quickest."""
+    async with front(tmp_path, llama_server) as (_, client):
+        headers = {"X-Llamavisor-Heartbeat": heartbeat}
+        answer = await client.post(CHAT, json=chat("beta", stream=True), headers=headers)
+        assert answer.status_code == 200
+        assert answer.text.endswith("data: [DONE]\n\n")
+
+
+async def test_what_a_model_refuses_after_a_heartbeat_is_told_in_its_words(tmp_path: Path, llama_server: Path) -> None:
+    """It is the client's mistake, and no failure of the server."""
+    async with front(tmp_path, llama_server) as (it, client):
+        busy = await it.fleet.leases.acquire("alpha")
+        headers = {"X-Llamavisor-Heartbeat": "1"}
+        asked = {"model": "beta", "stream": True, "messages": "none"}
+        async with client.stream("POST", CHAT, json=asked, headers=headers) as answer:
+            lines = answer.aiter_lines()
+            await lines_until(lines, ":")
+            it.fleet.leases.release(busy)
+            told = json.loads((await lines_until(lines, "data:")).removeprefix("data: "))
+        assert told["error"]["type"] == "invalid_request_error"
+        assert told["error"]["code"] == 400
+
+
+async def test_a_process_that_is_killed_while_it_loads_is_loaded_again(tmp_path: Path, llama_server: Path) -> None:
+    """Who waits for it waits a little longer."""
+    async with front(tmp_path, llama_server) as (it, client):
+        write_tiny_model(tmp_path / "models" / "slow.gguf", ["slow"], n_layer=200, n_ctx=60_000)
+        await it.fleet.look(within_s=10)
+        with anyio.fail_after(15):
+            await it.staged.router.wait_until(lambda: it.staged.router.table.get("slow") is not None)
+        told: list[httpx.Response] = []
+
+        async def ask() -> None:
+            told.append(await client.post(CHAT, json=chat("slow", max_tokens=1)))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask)
+            with anyio.fail_after(15):
+                while not (children := it.staged.children):
+                    await anyio.sleep(0.005)
+            os.kill(children[0], signal.SIGKILL)
+        assert told[0].status_code == 200, told[0].text
 
 
 async def test_what_goes_wrong_after_a_heartbeat_is_an_event(tmp_path: Path, llama_server: Path) -> None:
@@ -181,6 +241,34 @@ async def test_a_conversation_is_read_again_by_who_began_it(tmp_path: Path, llam
         await it.until_nothing_is_left()
 
 
+async def test_nobody_reads_a_conversation_by_asking_for_two(tmp_path: Path, llama_server: Path) -> None:
+    """What is checked is what is asked for; and the id of another's conversation cannot be taken over."""
+    keys = tmp_path / "keys"
+    keys.write_text("ann secret-of-ann\nbob secret-of-bob\n", encoding="ascii")
+    async with front(tmp_path, llama_server, keys=read_keys(keys)[0]) as (_, client):
+        for name in ("ann", "bob"):
+            headers = {**keyed(f"secret-of-{name}"), "X-Conversation-Id": f"of-{name}"}
+            assert (await client.post(CHAT, json=chat("alpha", stream=True), headers=headers)).status_code == 200
+        bob = keyed("secret-of-bob")
+        for query in ("conv_id=of-bob&conv_id=of-ann&from=0", "conv_id=of-ann&conv_id=of-bob&from=0"):
+            answer = await client.get(f"/v1/stream?{query}", headers=bob)
+            own = await client.get("/v1/stream?conv_id=of-bob&from=0", headers=bob)
+            assert answer.status_code == 404 or answer.content == own.content
+        taken = {**bob, "X-Conversation-Id": "of-ann"}
+        assert (await client.post(CHAT, json=chat("alpha", stream=True), headers=taken)).status_code == 403
+        ann = keyed("secret-of-ann")
+        assert (await client.get("/v1/stream?conv_id=of-ann&from=0", headers=ann)).status_code == 200
+
+
+async def test_a_conversation_that_failed_is_forgotten(tmp_path: Path, llama_server: Path) -> None:
+    """It is not loading, and never will be."""
+    async with front(tmp_path, llama_server, wait_s=0.2) as (it, client):
+        async with it.fleet.lease("alpha"):
+            headers = {"X-Conversation-Id": "lost"}
+            assert (await client.post(CHAT, json=chat("beta", stream=True), headers=headers)).status_code == 503
+        assert (await client.get("/v1/stream", params={"conv_id": "lost"})).status_code == 404
+
+
 async def test_a_stop_ends_a_conversation_that_waits(tmp_path: Path, llama_server: Path) -> None:
     """Its request is told so, as llama-server does."""
     async with front(tmp_path, llama_server) as (it, client):
@@ -204,7 +292,7 @@ async def test_keys_say_who_may_do_what(tmp_path: Path, llama_server: Path) -> N
     """No key, a wrong one, one for some models, one without admin, one with."""
     keys = tmp_path / "keys"
     keys.write_text("boss the-boss-key admin\nguest the-guest-key models=al*\n", encoding="ascii")
-    async with front(tmp_path, llama_server, keys=read_keys(keys)[0]) as (_, client):
+    async with front(tmp_path, llama_server, keys=read_keys(keys)[0]) as (it, client):
         boss, guest = keyed("the-boss-key"), {"x-api-key": "the-guest-key"}
         assert (await client.get("/health")).status_code == 200
         assert (await client.post(CHAT, json=chat("alpha"))).status_code == 401
@@ -219,5 +307,21 @@ async def test_keys_say_who_may_do_what(tmp_path: Path, llama_server: Path) -> N
         assert (await client.get("/models?reload=1", headers=boss)).status_code == 200
         assert (await client.post("/models/unload", json={"model": "alpha"}, headers=boss)).status_code == 200
         # What is no JSON is worded by a router, which does not know the guest: it must not be of any use.
-        odd = json.dumps(chat("beta")).encode() + b"]"
-        assert (await client.post(CHAT, content=odd, headers=guest)).status_code == 400
+        for end in (b"]", b"\0", b"\0x", b"\0" * 9 + b"{}"):
+            odd = json.dumps(chat("beta")).encode() + end
+            assert (await client.post(CHAT, content=odd, headers=guest)).status_code in {400, 403}
+        assert {slot.key[1] for slot in it.fleet.memory.scheduler.admission.slots()} <= {"alpha"}
+
+
+async def test_a_body_that_ends_with_a_nul_is_as_good_as_one_without(tmp_path: Path, llama_server: Path) -> None:
+    """C programs send their buffers so; llama-server's parser stops there, and so do we, for loads too."""
+    async with front(tmp_path, llama_server) as (it, client):
+        answer = await client.post(CHAT, content=json.dumps(chat("beta")).encode() + b"\0junk")
+        assert answer.json()["choices"][0]["message"]["content"].strip() == "I am beta"
+        assert (await client.post("/models/load", content=b'{"model":"beta"}\0')).status_code == 400
+        deep = b'{"model":"alpha","x":' + b"[" * 3000 + b"]" * 3000 + b"}"
+        assert (await client.post("/models/load", content=deep)).status_code == 200
+        with anyio.fail_after(15):
+            while not it.fleet.memory.scheduler.where.is_loaded("alpha"):
+                await anyio.sleep(0.01)
+        assert (await client.head("/models/sse")).status_code == 200
