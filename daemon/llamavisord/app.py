@@ -284,10 +284,10 @@ async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
             break
         except (OSError, UnicodeError) as error:  # UnicodeError: a name that IDNA cannot write, such as "é..b"
             reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
-            text = f"metrics: cannot listen on {metrics.host}:{metrics.port}: {reason}"
-            if daemon.metrics_error != text:
+            text = f"cannot listen on {metrics.host}:{metrics.port}: {reason}; it is tried again"
+            if daemon.metrics_error != f"metrics: {text}":
                 daemon.bus.publish(Warned(subject="metrics", text=text))
-            daemon.metrics_error = text
+            daemon.metrics_error = f"metrics: {text}"
         await anyio.sleep(METRICS_RETRY_S)
     daemon.metrics_error = None
     listeners = [each.extra(SocketAttribute.raw_socket) for each in listening.listeners]  # noqa: S610 (not Django's)

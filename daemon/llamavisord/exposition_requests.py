@@ -51,15 +51,15 @@ class RequestCounts(Collector):
         if event.first_data_s is not None:
             route.first_data.observe(event.first_data_s)
         if event.model is not None:
-            model.queue.observe(event.queue_s)
-        model.retries += event.retries
+            route.queue.observe(event.queue_s)
+        route.retries += event.retries
         if event.outcome is not RequestOutcome.OK:
-            model.left += event.outcome is RequestOutcome.LEFT
-            model.broken += event.outcome is RequestOutcome.BROKEN
+            route.left += event.outcome is RequestOutcome.LEFT
+            route.broken += event.outcome is RequestOutcome.BROKEN
         if event.tokens_in is not None:
-            model.tokens_in += event.tokens_in
+            route.tokens_in += event.tokens_in
         if event.tokens_out is not None:
-            model.tokens_out += event.tokens_out
+            route.tokens_out += event.tokens_out
 
     def _first(self, name: str) -> _OfModel:
         """Where the first request for a model is counted, and each for one that nobody has."""
@@ -84,23 +84,27 @@ class RequestCounts(Collector):
         first = _histogram(
             "request_first_data_seconds", "From a request's arrival to the first data of its answer.", "model", "route"
         )
-        queue = _histogram("request_queue_seconds", "Time that requests waited for their model.", "model")
-        tokens = _counter("request_tokens", "Tokens that answers say they took.", "model", "kind")
-        retries = _counter("request_retries", "Times that a request was sent again.", "model")
-        left = _counter("requests_cancelled", "Requests whose client did not wait for the whole answer.", "model")
-        broken = _counter("requests_broken", "Requests whose answer had begun and could not be finished.", "model")
+        queue = _histogram("request_queue_seconds", "Time that requests waited for their model.", "model", "route")
+        tokens = _counter("request_tokens", "Tokens that answers say they took.", "model", "route", "kind")
+        retries = _counter("request_retries", "Times that a request was sent again.", "model", "route")
+        left = _counter(
+            "requests_cancelled", "Requests whose client did not wait for the whole answer.", "model", "route"
+        )
+        broken = _counter(
+            "requests_broken", "Requests whose answer had begun and could not be finished.", "model", "route"
+        )
         for name, model in self._of_models.items():
             for path, route in model.routes.items():
                 for (router, status), count in route.ended.items():
                     ended.add_metric([name, router, path, str(status)], count)
                 route.duration.add_to(duration, [name, path])
                 route.first_data.add_to(first, [name, path])
-            model.queue.add_to(queue, [name])
-            tokens.add_metric([name, "prompt"], model.tokens_in)
-            tokens.add_metric([name, "completion"], model.tokens_out)
-            retries.add_metric([name], model.retries)
-            left.add_metric([name], model.left)
-            broken.add_metric([name], model.broken)
+                route.queue.add_to(queue, [name, path])
+                tokens.add_metric([name, path, "prompt"], route.tokens_in)
+                tokens.add_metric([name, path, "completion"], route.tokens_out)
+                retries.add_metric([name, path], route.retries)
+                left.add_metric([name, path], route.left)
+                broken.add_metric([name, path], route.broken)
         yield from (ended, duration, first, queue, tokens, retries, left, broken)
 
 
@@ -128,23 +132,23 @@ class _Histogram:
 class _OfRoute:
     """What became of the requests for one model on one route."""
 
-    __slots__ = ("duration", "ended", "first_data")
+    __slots__ = ("broken", "duration", "ended", "first_data", "left", "queue", "retries", "tokens_in", "tokens_out")
 
     def __init__(self) -> None:
         self.ended: dict[tuple[str, int], int] = {}  # by router and status
         self.duration = _Histogram()
         self.first_data = _Histogram()
+        self.queue = _Histogram()
+        self.retries = self.left = self.broken = self.tokens_in = self.tokens_out = 0
 
 
 class _OfModel:
     """What became of the requests for one model."""
 
-    __slots__ = ("broken", "left", "queue", "retries", "routes", "tokens_in", "tokens_out")
+    __slots__ = ("routes",)
 
     def __init__(self) -> None:
         self.routes: dict[str, _OfRoute] = {}
-        self.queue = _Histogram()
-        self.retries = self.left = self.broken = self.tokens_in = self.tokens_out = 0
 
 
 def traffic_gauges(traffic: Traffic) -> Iterator[Metric]:

@@ -32,6 +32,7 @@ def ended(**changes: Any) -> RequestEnded:
         "route": "chat/completions",
         "model": "alpha",
         "router": "main",
+        "client": None,
         "key": None,
         "status": 200,
         "outcome": RequestOutcome.OK,
@@ -120,7 +121,7 @@ def test_times_are_where_they_belong() -> None:
     assert value(shown, "request_duration_seconds_sum", **of) == pytest.approx(1002.001)
     first = [value(shown, "request_first_data_seconds_bucket", le=le, **of) for le in ("0.1", "0.25", "0.5", "+Inf")]
     assert first == [0, 1, 2, 2]
-    queue = [value(shown, "request_queue_seconds_bucket", le=le, model="alpha") for le in ("0.005", "600.0", "+Inf")]
+    queue = [value(shown, "request_queue_seconds_bucket", le=le, **of) for le in ("0.005", "600.0", "+Inf")]
     assert queue == [1, 2, 3]
     assert value(shown, "request_queue_seconds_count") == 3
     assert value(shown, "request_duration_seconds_count", model="", route="chat/completions") == 1
@@ -141,22 +142,38 @@ def test_no_time_is_lost(times: list[float]) -> None:
 
 
 def test_tokens_retries_and_clients_that_left() -> None:
-    """Summed up for each model; tokens that no answer tells count nothing."""
+    """Summed up for each model and route; tokens that no answer tells count nothing."""
     shown = Counted("alpha", "beta").count(
         ended(tokens_in=7, tokens_out=11, retries=2),
         ended(tokens_in=1, tokens_out=None, outcome=RequestOutcome.LEFT),
+        ended(outcome=RequestOutcome.BROKEN),
+        ended(route="embeddings", tokens_in=100),
         ended(model="beta"),
     )
     numbers = [
         (
-            value(shown, "request_tokens_total", model=model, kind="prompt"),
-            value(shown, "request_tokens_total", model=model, kind="completion"),
-            value(shown, "request_retries_total", model=model),
-            value(shown, "requests_cancelled_total", model=model),
+            value(shown, "request_tokens_total", **of, kind="prompt"),
+            value(shown, "request_tokens_total", **of, kind="completion"),
+            value(shown, "request_retries_total", **of),
+            value(shown, "requests_cancelled_total", **of),
+            value(shown, "requests_broken_total", **of),
         )
-        for model in ("alpha", "beta")
+        for of in ({"model": model, "route": "chat/completions"} for model in ("alpha", "beta"))
     ]
-    assert numbers == [(8, 11, 2, 1), (0, 0, 0, 0)]
+    assert numbers == [(8, 11, 2, 1, 1), (0, 0, 0, 0, 0)]
+    assert value(shown, "request_tokens_total", model="alpha", route="embeddings", kind="prompt") == 100
+
+
+def test_what_is_refused_at_once_makes_nobody_look_fast() -> None:
+    """It is counted, and has no time; who was refused after a wait has waited."""
+    shown = Counted("alpha").count(
+        ended(status=403, outcome=RequestOutcome.REFUSED, duration_s=0.001),
+        ended(status=503, outcome=RequestOutcome.REFUSED, duration_s=9.0, queue_s=9.0),
+    )
+    of = {"model": "alpha", "route": "chat/completions"}
+    assert value(shown, "request_duration_seconds_count", **of) == 1
+    assert value(shown, "request_queue_seconds_sum", **of) == 9.0
+    assert value(shown, "requests_total", **of, router="main", status="403") == 1
 
 
 def test_names_that_clients_invent_make_no_series() -> None:
@@ -170,7 +187,7 @@ def test_names_that_clients_invent_make_no_series() -> None:
     assert (
         value(shown, "requests_total", model="invented-7", router="main", route="chat/completions", status="200") == 1
     )
-    assert value(shown, "request_queue_seconds_count", model="") == 50
+    assert value(shown, "request_queue_seconds_count", model="", route="chat/completions") == 50
 
 
 def test_models_and_routers_that_have_gone_are_forgotten() -> None:

@@ -40,6 +40,7 @@ def request(**more: Any) -> Published:
         route="props",
         model=None,
         router=None,
+        client=None,
         key=None,
         status=200,
         outcome=RequestOutcome.OK,

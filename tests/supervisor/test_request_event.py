@@ -13,6 +13,7 @@ PLAIN: dict[str, Any] = {
     "route": "chat/completions",
     "model": "alpha",
     "router": "main",
+    "client": None,
     "key": None,
     "status": 200,
     "outcome": RequestOutcome.OK,
@@ -43,15 +44,20 @@ PLAIN: dict[str, Any] = {
                 "tokens_out": 8,
                 "retries": 2,
                 "key": "ci",
+                "client": "10.0.0.9",
             },
             (
                 "chat/completions, model alpha on main, 200 broken after 1.500 s, queued 1.000 s, load 0.750 s, "
-                "first data after 0.250 s, 7 + 8 tokens, 10 bytes in, 20 out, sent again 2x, key ci"
+                "first data after 0.250 s, 7 + 8 tokens, 10 bytes in, 20 out, sent again 2x, key ci, from 10.0.0.9"
             ),
         ),
         (
             {"router": None, "status": 404, "outcome": RequestOutcome.REFUSED, "first_data_s": None, "tokens_in": 7},
             "chat/completions, model alpha, 404 refused after 1.500 s, 7 + ? tokens, 10 bytes in, 20 out",
+        ),
+        (
+            {"status": 499, "outcome": RequestOutcome.LEFT},
+            "chat/completions, model alpha on main, 499, the client left after 1.500 s, 10 bytes in, 20 out",
         ),
         (
             {"route": "models", "model": None, "router": None},

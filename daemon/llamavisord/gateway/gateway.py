@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import socket
+import time
 from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
@@ -20,7 +21,7 @@ import anyio
 import anyio.abc
 from aiohttp import web
 
-from llamavisor.events import Bus, RequestOutcome
+from llamavisor.events import Bus, RequestOutcome, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.states import ModelState
 from llamavisord.config import GatewaySettings
@@ -64,6 +65,7 @@ STALL_S = 60.0
 """A body of which nothing has come for so long is given up."""
 SMALL_BYTES = 1024 * 1024
 """No body that is answered here is larger."""
+WRONG_KEY_S = 60.0
 OUTLIVING_MAX = 256
 """So many requests may outlive their clients at once; the next one ends with its client."""
 
@@ -117,6 +119,7 @@ class Gateway:
         self._conversations = Conversations(fleet.leases.is_there)
         self._visits: set[Visit] = set()
         self._outliving = 0
+        self._wrong_keys, self._wrong_key_told_at = 0, -math.inf
         self.follow(settings)
 
     def __repr__(self) -> str:
@@ -180,6 +183,8 @@ class Gateway:
             response = await self._answer(visit)
         except (TroubleError, RefusedError) as error:
             outcome = visit.failure
+            if error.trouble.status == HTTPStatus.UNAUTHORIZED:
+                self._note_wrong_key(visit)
             return visit.fail(error.trouble)
         except ConnectionError:  # the client's
             raise
@@ -230,6 +235,16 @@ class Gateway:
             with await self._take_in(visit, JsonPeek()) as body:
                 await self._forwarder.to_router(visit, body.parts)
             return visit.answer
+
+    def _note_wrong_key(self, visit: Visit) -> None:
+        """Somebody has no key, or a wrong one: told at once, and then once a minute how often."""
+        self._wrong_keys += 1
+        now = time.monotonic()
+        if now - self._wrong_key_told_at >= WRONG_KEY_S:
+            times = "a request" if self._wrong_keys == 1 else f"{self._wrong_keys} requests"
+            text = f"{times} without a key, or with a wrong one, the last from {visit.request.remote}"
+            self._bus.publish(Warned(subject="gateway", text=text))
+            self._wrong_keys, self._wrong_key_told_at = 0, now
 
     @property
     def _closed(self) -> Trouble | None:

@@ -63,7 +63,7 @@ class _Connection(web.RequestHandler):
             raise ConnectionResetError("its answer had begun")
         text = "not a request of HTTP/1.1" if status == 400 else "a bug in llamavisor; see its log"
         if status == 400 and exc is not None:
-            text = f"{text}: {getattr(exc, 'message', exc)}".splitlines()[0][:200]
+            text = f"{text}: {getattr(exc, 'message', exc)}".splitlines()[0][:200].rstrip(": ")
         reply = Trouble(status, text).reply(Api.NATIVE)
         response = web.Response(
             status=status, body=reply.body, headers={"Server": SERVER, "Content-Type": reply.content_type}

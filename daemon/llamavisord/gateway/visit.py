@@ -219,6 +219,7 @@ class Visit:
             route=self.route.name,
             model=self.model,
             router=self._router,
+            client=self.request.remote,
             key=self.caller.name if self.caller is not None else None,
             status=reply.status if reply is not None else answer.status if answer.has_head else CLIENT_LEFT,
             outcome=outcome,

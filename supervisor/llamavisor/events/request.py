@@ -33,6 +33,7 @@ class RequestEnded(Event):
         route: what was asked for, one of a fixed table, such as "chat/completions".
         model: the model that was asked for, None if none was or none was named.
         router: the router of the model that answered last, None if none did.
+        client: the address that it came from; that of a proxy, if there is one.
         key: the name of the key that the client has shown, never the key itself.
         status: what the client was sent, or would have been.
         outcome: how it ended.
@@ -57,6 +58,7 @@ class RequestEnded(Event):
     route: str
     model: str | None
     router: str | None
+    client: str | None
     key: str | None
     status: int
     outcome: RequestOutcome
@@ -83,7 +85,9 @@ class RequestEnded(Event):
         told = [self.route]
         if self.model is not None:
             told.append(f"model {self.model}" + ("" if self.router is None else f" on {self.router}"))
-        how = "" if self.outcome is RequestOutcome.OK else f" {self.outcome.value}"
+        how = {RequestOutcome.OK: "", RequestOutcome.LEFT: ", the client left"}.get(
+            self.outcome, f" {self.outcome.value}"
+        )
         told.append(f"{self.status}{how} after {self.duration_s:.3f} s")
         if self.queue_s >= _WORTH_TELLING_S:
             told.append(f"queued {self.queue_s:.3f} s")
@@ -98,10 +102,13 @@ class RequestEnded(Event):
             told.append(f"sent again {self.retries}x")
         if self.key is not None:
             told.append(f"key {self.key}")
+        if self.client is not None:
+            told.append(f"from {self.client}")
         return ", ".join(told)
 
 
 _WORTH_TELLING_S = 0.001
+_HOW = {RequestOutcome.OK: "", RequestOutcome.LEFT: ", the client left"}
 
 
 def _count(tokens: int | None) -> str:
