@@ -153,6 +153,8 @@ def test_a_client_that_asks_first_is_told_to_go_on(daemon: RunningDaemon) -> Non
         pytest.param(post(b"{}", "X: a\0b"), 400, id="a NUL"),
         pytest.param(post(b"{}", f"X: {'x' * 10_000}"), 400, id="a header that is too long"),
         pytest.param(post(b"{}", *(f"X{n}: y" for n in range(200))), 400, id="too many headers"),
+        pytest.param(post(b"{}", *(f"X{n}: {'y' * 4000}" for n in range(40))), 431, id="headers too large together"),
+        pytest.param(b"GET /health HTTP/0.9\r\nHost: localhost\r\n\r\n", 400, id="another version"),
         pytest.param(b"GET / HTTP/1.1\r\n\r\n", 400, id="no host"),
         pytest.param(b"GET http://localhost/v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n", 400, id="absolute form"),
         pytest.param(b"CONNECT example.org:443 HTTP/1.1\r\nHost: example.org:443\r\n\r\n", 400, id="connect"),

@@ -74,8 +74,14 @@ HEARTBEAT = "X-Llamavisor-Heartbeat"
 HEARTBEAT_MIN_S, HEARTBEAT_MAX_S = 1.0, 300.0
 CONVERSATION = "X-Conversation-Id"
 
+FEW_HEADERS = 16
+"""So many cannot be too large together: each is bounded by the server."""
+HEAD_BYTES = 64 * 1024
+"""A head is kept as long as its request waits, and counts nowhere else."""
+
 _OK = Reply(200, b'{"status":"ok"}')
 _NEWS_HEADERS = {"Server": SERVER, "Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+_HEAD_TOO_LARGE = Trouble(431, f"the headers of the request take more than {HEAD_BYTES // 1024} KiB", closes=True)
 _DRAINING = Trouble(503, "the server takes no requests for now", retry_after_s=RETRY_S, closes=True)
 _ENDING = Trouble(503, "the server is about to end", retry_after_s=RETRY_S, closes=True)
 _NOT_UNDERSTOOD = Trouble(400, "the body of the request is no JSON object or form that names a model", is_native=True)
@@ -210,6 +216,8 @@ class Gateway:
 
     async def _answer(self, visit: Visit) -> web.StreamResponse:
         request, route, guard = visit.request, visit.route, self._guard
+        if len(request.raw_headers) > FEW_HEADERS and sum(map(_length, request.raw_headers)) > HEAD_BYTES:
+            raise TroubleError(_HEAD_TOO_LARGE)
         visit.cors = visit.answer.extra_headers = list(guard.cors_headers(request.headers))
         visit.caller = caller = guard.admit(request.method, request.raw_path, request.headers, version=request.version)
         if route.needs_admin:
@@ -384,6 +392,10 @@ class Gateway:
         if self._settings.log_bodies:
             visit.body = b"".join(body.parts)[:BODY_SHOWN]
         return body
+
+
+def _length(field: tuple[bytes, bytes]) -> int:
+    return len(field[0]) + len(field[1])
 
 
 def _heartbeat_s(visit: Visit) -> float | None:

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
-from aiohttp import HttpVersion, HttpVersion11
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 
 from llamavisord.config import ANY, GatewaySettings
 from llamavisord.gateway.keys import Key, glob
@@ -113,6 +113,8 @@ _ANYBODY = Caller()
 
 _INVALID_KEY = Trouble(401, "Invalid API Key", is_native=True)
 _NO_HOST = Trouble(400, "a request of HTTP/1.1 needs a Host header that names this server", closes=True)
+_VERSIONS = frozenset({HttpVersion10, HttpVersion11})
+_BAD_VERSION = Trouble(400, "the only versions of HTTP that are spoken here are 1.0 and 1.1", closes=True)
 _BAD_TARGET = Trouble(
     400, "this is no proxy: the target of a request is a path on this server, such as /v1/models", closes=True
 )
@@ -161,6 +163,8 @@ class Guard:
         Raises:
             RefusedError: 400 if it is no request to this server, 401 without a key, 403 from the wrong place.
         """
+        if version not in _VERSIONS:
+            raise RefusedError(_BAD_VERSION)
         path = target.partition("?")[0]
         if not path.startswith("/") or method == "CONNECT" or "#" in target:  # no client sends what follows a #
             raise RefusedError(_BAD_TARGET)
