@@ -36,6 +36,8 @@ CHILD_EVERY_S = 5.0
 ROUTER_EVERY_S = 20.0
 REQUEST_S = 45.0
 """No request takes longer, whatever happens to it: longer is a hang."""
+SETTLE_S = 6.0
+"""By then every model has been asked how busy it is, and children have closed the connections that nobody used."""
 PAUSE_S = 0.02
 """Between two requests of a client, so that the machine also gets to restart what was killed."""
 MODELS = ("m0", "m1", "m2", "m3")
@@ -249,6 +251,7 @@ async def test_nobody_notices_who_need_not(daemon: RunningDaemon) -> None:
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits, trust_env=False) as client:
         await ask_each(client)
     assert not tally.wrong
+    await anyio.sleep(SETTLE_S)
     before = eventually(lambda: _held(daemon), what="a daemon at rest")
 
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_S, limits=limits, trust_env=False) as client:
