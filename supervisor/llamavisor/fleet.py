@@ -333,20 +333,24 @@ class Fleet:
 
     def why_missing(self, model: str) -> str:
         """Why nobody serves a model of that name although there are files of it; "" if there are none."""
-        error = self._not_there(model)
-        return "" if str(error) == f"no model {model!r}" else str(error).removeprefix(f"model {model} ")
-
-    def _not_there(self, model: str) -> ModelNotFoundError:
-        """Why nobody serves `model`: there is no such thing, or its files cannot be used."""
         for folder in self.folders:
             entry = folder.catalog.entries.get(model)
             if entry is not None and entry.state is not EntryState.READY:
-                return ModelNotFoundError(f"model {model} is {entry.state.value}: {entry.reason}", hint=entry.path)
+                return f"is {entry.state.value}: {entry.reason}"
         for router in self:
             withheld = router.shelf.offer.withheld.get(model)
             if withheld is not None:
-                return ModelNotFoundError(f"model {model} is withheld from router {router.name}: {withheld.reason}")
-        return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
+                return f"is withheld from router {router.name}: {withheld.reason}"
+        return ""
+
+    def _not_there(self, model: str) -> ModelNotFoundError:
+        """Nobody serves `model`: there is no such thing, or its files cannot be used."""
+        why = self.why_missing(model)
+        if not why:
+            return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
+        entries = (folder.catalog.entries.get(model) for folder in self.folders)
+        path = next((entry.path for entry in entries if entry is not None and entry.state is not EntryState.READY), "")
+        return ModelNotFoundError(f"model {model} {why}", hint=path)
 
     @property
     def leases(self) -> Leases:

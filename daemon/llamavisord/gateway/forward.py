@@ -20,9 +20,9 @@ from llamavisor.fleet import Fleet
 from llamavisor.states import RouterState
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.relay import NotAStreamError, Relay, UpstreamError, UpstreamFailure
-from llamavisord.gateway.replies import RETRY_S, Trouble, trouble_of
+from llamavisord.gateway.replies import RETRY_S, Trouble, TroubleError, trouble_of
 from llamavisord.gateway.routes import Kind
-from llamavisord.gateway.visit import TroubleError, Visit
+from llamavisord.gateway.visit import Visit
 
 ROUTER_S = 30.0
 """How long a request that only a router can answer waits for one that does."""

@@ -27,7 +27,7 @@ from llamavisor.states import ModelState
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.conversations import Conversations, TakenError
 from llamavisord.gateway.forward import Forwarder
-from llamavisord.gateway.guard import Caller, Guard, RefusedError
+from llamavisord.gateway.guard import Caller, Guard
 from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
 from llamavisord.gateway.management import Management, named_in, not_supported
 from llamavisord.gateway.peek import JsonPeek, Peek, peek_for
@@ -41,6 +41,7 @@ from llamavisord.gateway.replies import (
     SERVER,
     Reply,
     Trouble,
+    TroubleError,
     not_found,
     ok,
 )
@@ -56,9 +57,8 @@ from llamavisord.gateway.routes import (
     REMOVE,
     UNLOAD,
     Kind,
-    find,
 )
-from llamavisord.gateway.visit import BODY_SHOWN, TroubleError, Visit
+from llamavisord.gateway.visit import BODY_SHOWN, Visit
 from llamavisord.traffic import Traffic
 
 STALL_S = 60.0
@@ -152,7 +152,7 @@ class Gateway:
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; what aiohttp calls, and cancels when the client leaves."""
-        visit = Visit(request, find(request.method, request.raw_path.partition("?")[0]))
+        visit = Visit(request)
         outlives = request.headers.get(CONVERSATION) and visit.route.kind is Kind.BODY
         if not outlives or self._outliving >= OUTLIVING_MAX:
             return await self._attend(visit)
@@ -187,7 +187,7 @@ class Gateway:
         self._visits.add(visit)
         try:
             response = await self._answer(visit)
-        except (TroubleError, RefusedError) as error:
+        except TroubleError as error:
             outcome = visit.failure
             if error.trouble.status == HTTPStatus.UNAUTHORIZED:
                 self._note_wrong_key(visit)
@@ -333,16 +333,15 @@ class Gateway:
 
     async def _manage(self, visit: Visit, caller: Caller) -> web.StreamResponse:
         management, route = self._management, visit.route.name
-        match route:
-            case _ if route == LIST:
-                is_reload = bool(parse_qs(visit.query).get("reload", [""])[0])
-                if is_reload:
-                    caller.check_admin()
-                return visit.reply(await management.models(caller.may_use, reload=is_reload))
-            case _ if route == PROPS:
-                return visit.reply(management.props())
-            case _ if route in {DOWNLOAD, REMOVE}:
-                return visit.reply(not_supported())
+        if route == LIST:
+            is_reload = bool(parse_qs(visit.query).get("reload", [""])[0])
+            if is_reload:
+                caller.check_admin()
+            return visit.reply(await management.models(caller.may_use, reload=is_reload))
+        if route == PROPS:
+            return visit.reply(management.props())
+        if route in {DOWNLOAD, REMOVE}:
+            return visit.reply(not_supported())
         with await self._take_in(visit, JsonPeek(), limit_bytes=SMALL_BYTES) as body:
             content = b"".join(body.parts)
             if route == LOOKUP:

@@ -27,7 +27,7 @@ from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 
 from llamavisord.config import ANY, GatewaySettings
 from llamavisord.gateway.keys import Key, glob
-from llamavisord.gateway.replies import Trouble
+from llamavisord.gateway.replies import Trouble, TroubleError
 from llamavisord.plain import plain
 
 OPEN_PATHS = frozenset({"/health", "/v1/health"})
@@ -53,14 +53,6 @@ _REQUESTED_MAX = 2048
 
 Headers = Mapping[str, str]
 """Of a request, upper and lower case alike: aiohttp's."""
-
-
-class RefusedError(Exception):
-    """Raised when a request may not be answered; its sender is told the trouble."""
-
-    def __init__(self, trouble: Trouble) -> None:
-        super().__init__(trouble.message)
-        self.trouble = trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +82,21 @@ class Caller:
         """Likewise.
 
         Raises:
-            RefusedError: they may not.
+            TroubleError: they may not.
         """
         if not self.may_use(model):
-            raise RefusedError(Trouble(403, f"the API key {self.name} may not use the model {plain(model)}"))
+            raise TroubleError(Trouble(403, f"the API key {self.name} may not use the model {plain(model)}"))
 
     def check_admin(self) -> None:
         """Whether they may load, unload and reload.
 
         Raises:
-            RefusedError: they may not.
+            TroubleError: they may not.
         """
         if not self.is_admin:
             who = "no API key" if self.name is None else f"the API key {self.name}"
             text = f"{who} may load, unload or reload models only if its line in the file of keys says admin"
-            raise RefusedError(Trouble(403, text))
+            raise TroubleError(Trouble(403, text))
 
 
 NOBODY = Caller(is_admin=False, models=glob(()))
@@ -161,18 +153,18 @@ class Guard:
             version: of HTTP.
 
         Raises:
-            RefusedError: 400 if it is no request to this server, 401 without a key, 403 from the wrong place.
+            TroubleError: 400 if it is no request to this server, 401 without a key, 403 from the wrong place.
         """
         if version not in _VERSIONS:
-            raise RefusedError(_BAD_VERSION)
+            raise TroubleError(_BAD_VERSION)
         path = target.partition("?")[0]
         if not path.startswith("/") or method == "CONNECT" or "#" in target:  # no client sends what follows a #
-            raise RefusedError(_BAD_TARGET)
+            raise TroubleError(_BAD_TARGET)
         if "%" in path and _BAD_ESCAPE.search(path):
-            raise RefusedError(_ODD_PATH)
+            raise TroubleError(_ODD_PATH)
         host = headers.get("Host", "")
         if not host and version >= HttpVersion11:
-            raise RefusedError(_NO_HOST)
+            raise TroubleError(_NO_HOST)
         if path in OPEN_PATHS and method != "OPTIONS":
             return NOBODY if self._callers else _ANYBODY
         if not self._callers:
@@ -212,7 +204,7 @@ class Guard:
         key = self._keys.find(sent.removeprefix("Bearer "))
         if key is not None:
             return self._callers[key]
-        raise RefusedError(_INVALID_KEY)
+        raise TroubleError(_INVALID_KEY)
 
     # Where from: without keys
 
@@ -223,7 +215,7 @@ class Guard:
                 f"the Host header names {name}, which this server does not answer to without API keys:"
                 " add the name to allow_hosts in [gateway]"
             )
-            raise RefusedError(Trouble(403, text))
+            raise TroubleError(Trouble(403, text))
         if headers.get("Origin") is not None:
             self._check_origin(host, headers)
             return
@@ -231,14 +223,14 @@ class Guard:
             return
         if path == "/" and headers.get("Sec-Fetch-Dest") == "document":
             return
-        raise RefusedError(Trouble(403, "web pages of other sites may not ask this server for anything"))
+        raise TroubleError(Trouble(403, "web pages of other sites may not ask this server for anything"))
 
     def _check_origin(self, host: str, headers: Headers) -> None:
         origin = headers.get("Origin")
         if origin is None or self._is_allowed_origin(origin, host):
             return
         text = f"web pages of {_shown(origin)} may not use this server: add it to allow_origins in [gateway]"
-        raise RefusedError(Trouble(403, text))
+        raise TroubleError(Trouble(403, text))
 
     def _judge_host(self, host: str) -> bool:
         if self._any_host:

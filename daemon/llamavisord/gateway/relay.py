@@ -157,12 +157,6 @@ class Relay:
             raise
         self._keep(endpoint, connection)
 
-    def end(self, answer: Answer) -> None:
-        """End the exchange that feeds this answer, if there is one: it fails with `RESET`."""
-        for connection in self._open:
-            if connection.feeds(answer):
-                connection.abort()
-
     async def aclose(self) -> None:
         """Close all connections, and wait until they are."""
         self._is_closed = True
@@ -274,10 +268,6 @@ class _Connection(asyncio.Protocol):
             and response.head is not None
             and response.head.keeps_alive
         )
-
-    def feeds(self, answer: Answer) -> bool:
-        """Whether its exchange is for that answer."""
-        return self._answer is answer
 
     def abort(self) -> None:
         """Close it at once."""

@@ -119,6 +119,14 @@ class Trouble:
         return self._own()
 
 
+class TroubleError(Exception):
+    """Raised when a client does not get what it asked for; it is told the trouble."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
 MISSING = Trouble(400, "model name is missing from the request", is_native=True)
 NOT_LOADED = Trouble(400, "model is not loaded", is_native=True)
 LOADING = Trouble(503, "Loading model", is_native=True)

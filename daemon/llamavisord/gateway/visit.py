@@ -15,7 +15,7 @@ from llamavisord.gateway.conversations import Conversation
 from llamavisord.gateway.guard import Caller
 from llamavisord.gateway.peek import query_model
 from llamavisord.gateway.replies import SERVER, Reply, Trouble
-from llamavisord.gateway.routes import Route
+from llamavisord.gateway.routes import Route, find
 from llamavisord.gateway.tokens import tokens_of
 from llamavisord.traffic import Passage
 
@@ -51,22 +51,14 @@ _NOT_PASSED_ON = frozenset(
 )
 
 
-class TroubleError(Exception):
-    """Raised when a client does not get what it asked for; it is told the trouble."""
-
-    def __init__(self, trouble: Trouble) -> None:
-        super().__init__(trouble.message)
-        self.trouble = trouble
-
-
 class Visit:
     """One request.
 
     Args:
         request: as it came.
-        route: where it goes.
 
     Attributes:
+        route: where it goes.
         query: what stands behind the path, as it is passed on.
         query_model: the model that it names, None if it names none.
         autoload: whether it says that the model is to be loaded; None if it says nothing of that.
@@ -84,10 +76,10 @@ class Visit:
         ending: why it is ended from here, None if it is not.
     """
 
-    def __init__(self, request: web.BaseRequest, route: Route) -> None:
+    def __init__(self, request: web.BaseRequest) -> None:
         self.request = request
-        self.route = route
         self._path, _, query = request.raw_path.partition("?")
+        self.route: Route = find(request.method, self._path)
         self.query_model, self.autoload, self.query = query_model(query)
         self.answer = Answer(request)
         self.cors: Sequence[tuple[str, str]] = ()

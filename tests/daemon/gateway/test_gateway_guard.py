@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from llamavisord.config import GatewaySettings
-from llamavisord.gateway.guard import NOBODY, Caller, Guard, RefusedError
+from llamavisord.gateway.guard import NOBODY, Caller, Guard
 from llamavisord.gateway.keys import Key, Keys, _digest
-from llamavisord.gateway.replies import Trouble
+from llamavisord.gateway.replies import Trouble, TroubleError
 
 KEYS = Keys(
     (
@@ -38,7 +38,7 @@ def trouble_of(
     guard: Guard, sent: CIMultiDictProxy[str], *, method: str = "POST", target: str = "/v1/chat/completions"
 ) -> Trouble:
     """Why a request is refused."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(TroubleError) as caught:
         guard.admit(method, target, sent)
     return caught.value.trouble
 
@@ -49,7 +49,7 @@ def is_admitted(
     """Whether a request is answered."""
     try:
         guard.admit(method, target, sent)
-    except RefusedError:
+    except TroubleError:
         return False
     return True
 
@@ -111,7 +111,7 @@ def test_health_is_open_and_gives_no_rights() -> None:
 def test_nobody_may_do_nothing_and_anybody_everything() -> None:
     """The one has shown no key where one is needed, the other needs none."""
     assert not NOBODY.may_use("m")
-    with pytest.raises(RefusedError, match="no API key may load"):
+    with pytest.raises(TroubleError, match="no API key may load"):
         NOBODY.check_admin()
     anybody = OPEN.admit("POST", "/models/load", headers())
     assert anybody == Caller()
@@ -127,10 +127,10 @@ def test_a_key_may_use_the_models_on_its_list_and_load_none_for_others() -> None
         "alpha",
     ]
     alice.check_model("qwen3-8b")
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(TroubleError) as caught:
         alice.check_model("be\nta")
     assert caught.value.trouble == Trouble(403, "the API key alice may not use the model be\\nta")
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(TroubleError) as caught:
         alice.check_admin()
     assert caught.value.trouble.status == 403
     assert "the API key alice may load" in str(caught.value)
@@ -409,7 +409,7 @@ async def test_requests_as_they_come_over_the_wire(request_: str, status: int) -
     async def answer(request: web.BaseRequest) -> web.Response:
         try:
             OPEN.admit(request.method, request.raw_path, request.headers, version=request.version)
-        except RefusedError as error:
+        except TroubleError as error:
             return web.Response(status=error.trouble.status)
         return web.Response()
 
@@ -448,7 +448,7 @@ def test_no_header_makes_more_than_a_refusal(target: str, host: str, origin: str
     for guard in (OPEN, LOCKED):
         try:
             guard.admit("GET", f"/{target.replace('#', '')}", sent)
-        except RefusedError as error:
+        except TroubleError as error:
             told = str(error)
         else:
             told = ""
