@@ -59,18 +59,6 @@ ROUTER = 'serve = "router"\nmodels_dir = "/m"\n'
 Write = Callable[[str], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a configuration file."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "llamavisor.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
 def refusal(path: Path | None, environ: Mapping[str, str] = NOTHING, overrides: Overrides | None = None) -> list[str]:
     """The lines that a person sees, with the file's own path left out."""
     with pytest.raises(ConfigError) as caught:

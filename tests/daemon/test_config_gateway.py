@@ -30,18 +30,6 @@ Write = Callable[[str], Path]
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a configuration file."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "llamavisor.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
-@pytest.fixture
 def keys_file(tmp_path: Path) -> Path:
     """A file with two keys that nobody else may read."""
     path = tmp_path / "keys"

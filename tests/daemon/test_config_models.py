@@ -23,18 +23,6 @@ TWO_ROUTERS = '[[router]]\nname = "r"\n[[router]]\nname = "s"\n'
 Write = Callable[[str], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    """Writes a configuration file."""
-
-    def write(text: str) -> Path:
-        path = tmp_path / "llamavisor.toml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
 def refusal(path: Path) -> list[str]:
     """The lines that a person sees, with the file's own path left out."""
     with pytest.raises(ConfigError) as caught:

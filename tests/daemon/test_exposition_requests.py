@@ -6,7 +6,6 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,6 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from daemon.stage import Stage, entry
+from fakes.request import ended
 from llamavisor.events import RequestEnded, RequestOutcome
 from llamavisord.daemon import Daemon
 from llamavisord.drain import Drain
@@ -24,30 +24,6 @@ from llamavisord.traffic import Traffic
 
 asynchronous = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def ended(**changes: Any) -> RequestEnded:
-    """A request for alpha that was answered."""
-    told: dict[str, Any] = {
-        "route": "chat/completions",
-        "model": "alpha",
-        "router": "main",
-        "client": None,
-        "key": None,
-        "status": 200,
-        "outcome": RequestOutcome.OK,
-        "queue_s": 0.0,
-        "load_s": 0.0,
-        "first_data_s": 0.2,
-        "duration_s": 1.0,
-        "retries": 0,
-        "bytes_in": 10,
-        "bytes_out": 20,
-        "tokens_in": None,
-        "tokens_out": None,
-        "is_stream": False,
-    }
-    return RequestEnded(**told | changes)
 
 
 def read(registry: CollectorRegistry) -> Series:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from llamavisor.events import ModelUnloaded, Published, RequestEnded, RequestOutcome, UnloadReason
+from fakes.request import ended
+from llamavisor.events import ModelUnloaded, Published, RequestEnded, UnloadReason
 from llamavisord.app import _log_event
 
 
@@ -35,28 +37,9 @@ def test_a_model_that_crashed_is_a_warning(
 
 
 def request(**more: Any) -> Published:
-    """A request that has ended."""
-    event = RequestEnded(
-        route="props",
-        model=None,
-        router=None,
-        client=None,
-        key=None,
-        status=200,
-        outcome=RequestOutcome.OK,
-        queue_s=0.0,
-        load_s=0.0,
-        first_data_s=None,
-        duration_s=0.5,
-        retries=0,
-        bytes_in=0,
-        bytes_out=9,
-        tokens_in=None,
-        tokens_out=None,
-        is_stream=False,
-        **more,
-    )
-    return Published(1, 0.0, event)
+    """A request without a model that has ended."""
+    asked = ended(route="props", model=None, router=None, first_data_s=None, duration_s=0.5, bytes_in=0, bytes_out=9)
+    return Published(1, 0.0, replace(asked, **more))
 
 
 def test_no_line_is_made_that_nobody_reads(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,27 +7,8 @@ from typing import Any
 
 import pytest
 
-from llamavisor.events import Bus, RequestEnded, RequestOutcome
-
-PLAIN: dict[str, Any] = {
-    "route": "chat/completions",
-    "model": "alpha",
-    "router": "main",
-    "client": None,
-    "key": None,
-    "status": 200,
-    "outcome": RequestOutcome.OK,
-    "queue_s": 0.0,
-    "load_s": 0.0,
-    "first_data_s": 0.25,
-    "duration_s": 1.5,
-    "retries": 0,
-    "bytes_in": 10,
-    "bytes_out": 20,
-    "tokens_in": None,
-    "tokens_out": None,
-    "is_stream": False,
-}
+from fakes.request import ended
+from llamavisor.events import Bus, RequestOutcome
 
 
 @pytest.mark.parametrize(
@@ -67,20 +48,20 @@ PLAIN: dict[str, Any] = {
 )
 def test_the_line_has_what_is_so(changes: dict[str, Any], line: str) -> None:
     """What is nothing or not known is left out."""
-    assert RequestEnded(**PLAIN | changes).message() == line
+    assert ended(**changes).message() == line
 
 
 def test_what_was_asked_has_a_place_of_its_own() -> None:
     """It is neither in the line nor in the representation, which end up everywhere."""
-    event = RequestEnded(**PLAIN, body="my secret")
+    event = ended(body="my secret")
     assert event.as_dict()["body"] == "my secret"
     assert "secret" not in event.message() + repr(event)
 
 
 def test_requests_do_not_bury_what_happens() -> None:
     """They are logged when somebody debugs, or asks for it; and none is replayed."""
-    assert RequestEnded(**PLAIN).log_level == logging.DEBUG
-    assert RequestEnded(**PLAIN, is_logged=True).log_level == logging.INFO
+    assert ended().log_level == logging.DEBUG
+    assert ended(is_logged=True).log_level == logging.INFO
     bus = Bus()
-    bus.publish(RequestEnded(**PLAIN, is_logged=True))
+    bus.publish(ended(is_logged=True))
     assert bus.replay(0) == []
