@@ -37,7 +37,14 @@ _PROBE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 10)
 _SCAN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SERVABLE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MODES = ("inotify", "polling")
-_COUNTED_BY_MODEL = (ev.ModelLoaded, ev.ModelLoadFailed, ev.ModelUnloaded, ev.DemandMet, ev.ModelQuarantined)
+_COUNTED_BY_MODEL = (
+    ev.ModelLoaded,
+    ev.ModelLoadFailed,
+    ev.ModelUnloaded,
+    ev.ModelHung,
+    ev.DemandMet,
+    ev.ModelQuarantined,
+)
 
 
 class Exposition:
@@ -98,6 +105,24 @@ class Exposition:
             ["router", "model", "reason"],
             registry=registry,
         )
+        self._failures = Counter(
+            "llamavisor_model_failures",
+            "Loads that failed and processes of models that were lost, by cause.",
+            ["router", "model", "cause"],
+            registry=registry,
+        )
+        self._router_hangs = Counter(
+            "llamavisor_router_hangs",
+            "Times that a router hung and was restarted for that.",
+            ["router"],
+            registry=registry,
+        )
+        self._model_hangs = Counter(
+            "llamavisor_model_hangs",
+            "Times that the process of a model hung and was ended for that.",
+            ["router", "model"],
+            registry=registry,
+        )
         self._strays = Counter(
             "llamavisor_orphans_reaped",
             "Left-over processes that were killed because the one that started them had ended.",
@@ -123,12 +148,20 @@ class Exposition:
         )
         registry.register(self._requests)
         self._memory = MemoryCounts(registry)
-        self._of_models = (self._loads, self._load_seconds, self._unloads, *self._memory.of_models)
+        self._of_models = (
+            self._loads,
+            self._load_seconds,
+            self._unloads,
+            self._failures,
+            self._model_hangs,
+            *self._memory.of_models,
+        )
         self._of_routers = (
             self._restarts,
             self._start_seconds,
             self._probe_seconds,
             self._probe_failures,
+            self._router_hangs,
             self._servable_seconds,
             *self._of_models,
         )
@@ -158,10 +191,17 @@ class Exposition:
                 self._loads.labels(router, model, "loaded").inc()
                 if load_s is not None:
                     self._load_seconds.labels(router, model).observe(load_s)
-            case ev.ModelLoadFailed(router=router, model=model):
+            case ev.ModelLoadFailed(router=router, model=model, cause=cause):
                 self._loads.labels(router, model, "failed").inc()
-            case ev.ModelUnloaded(router=router, model=model, reason=reason):
+                self._failures.labels(router, model, cause.value).inc()
+            case ev.ModelUnloaded(router=router, model=model, reason=reason, cause=cause):
                 self._unloads.labels(router, model, reason.value).inc()
+                if cause is not None:
+                    self._failures.labels(router, model, cause.value).inc()
+            case ev.RouterHung(router=router):
+                self._router_hangs.labels(router).inc()
+            case ev.ModelHung(router=router, model=model):
+                self._model_hangs.labels(router, model).inc()
             case ev.ModelAdded(router=router, wait_s=wait_s) if wait_s is not None:
                 self._servable_seconds.labels(router).observe(wait_s)
             case ev.FolderLooked(folder=folder, duration_s=duration_s):
@@ -217,8 +257,8 @@ class _Snapshot(Collector):
         for router in daemon.fleet:
             for each in RouterState:
                 state.add_metric([router.name, each.value], float(router.state is each))
-            failures.add_metric([router.name], router.history.failures)
-            crash_loop.add_metric([router.name], float(router.history.is_crash_loop))
+            failures.add_metric([router.name], router.comeback.history.failures)
+            crash_loop.add_metric([router.name], float(router.comeback.history.is_crash_loop))
             if router.spawned_at is not None:
                 started.add_metric([router.name], unix_time(router.spawned_at))
         yield from (state, failures, crash_loop, started)

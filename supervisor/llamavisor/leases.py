@@ -130,15 +130,17 @@ class Leases:
         load_s = min(slot.resident.reload_cost_s, waited_s) if slot is not None and has_loaded else 0.0
         return replace(endpoint, waited_s=waited_s, load_s=load_s)
 
-    def release(self, endpoint: Endpoint, *, has_answered: bool = False) -> None:
+    def release(self, endpoint: Endpoint, *, has_answered: bool = False, has_failed: bool = False) -> None:
         """What was acquired is not used any more; a second time that means nothing.
 
         Args:
             endpoint: what was acquired.
             has_answered: whether the model has done what it was had for. One that crashes again and again and never
                 does is left alone for a while.
+            has_failed: whether it has answered that it could not, for a reason of its own. One that does nothing else
+                is looked after.
         """
-        self._release(endpoint.lease, has_answered=has_answered)
+        self._release(endpoint.lease, has_answered=has_answered, has_failed=has_failed)
 
     def is_there(self, endpoint: Endpoint) -> bool:
         """Whether the process of an earlier lease still is the one that serves its model, as far as is known."""
@@ -283,5 +285,6 @@ class Leases:
             return None
         return Endpoint(lease, "127.0.0.1", model.port, router.settings.api_key)
 
-    def _release(self, lease: Lease, *, has_answered: bool = False) -> None:
-        self._carry_out(self._admission.release(lease, self._now(), has_answered=has_answered))
+    def _release(self, lease: Lease, *, has_answered: bool = False, has_failed: bool = False) -> None:
+        now = self._now()
+        self._carry_out(self._admission.release(lease, now, has_answered=has_answered, has_failed=has_failed))

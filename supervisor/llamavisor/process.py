@@ -26,6 +26,7 @@ import anyio.to_thread
 
 from llamavisor import procfs
 from llamavisor.errors import SpawnError
+from llamavisor.vitals import Vitals, read_vitals
 
 TERM_GRACE_S = 10.0
 """How long a process may take to end after SIGTERM before it is killed."""
@@ -48,6 +49,13 @@ class ExitStatus:
 
     code: int | None = None
     signal: int | None = None
+
+    @classmethod
+    def of_wait(cls, status: int) -> ExitStatus:
+        """From a wait status, see wait(2)."""
+        if os.WIFSIGNALED(status):
+            return cls(signal=os.WTERMSIG(status))
+        return cls(code=os.waitstatus_to_exitcode(status))
 
     def __str__(self) -> str:
         """As a person reads it."""
@@ -100,6 +108,10 @@ class Process:
                 self.status = ExitStatus(code=info.si_status) if exited else ExitStatus(signal=info.si_status)
                 self.ended.set()
         return self.status
+
+    def vitals(self) -> Vitals | None:
+        """What the process has done so far, None once it has ended."""
+        return read_vitals(self.pid) if self.status is None else None
 
     def signal(self, number: int) -> None:
         """Send a signal to this process alone; no effect once it has ended."""

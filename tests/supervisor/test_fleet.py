@@ -138,7 +138,7 @@ async def test_a_crash_of_one_leaves_the_other_alone(it: FakeFleet, two: Two) ->
         await it.reaches("gpu1", RouterState.READY)
         await it["gpu1"].load("alpha")
         await anyio.sleep(HOUR_S)
-        assert it["gpu0"].history.is_crash_loop
+        assert it["gpu0"].comeback.history.is_crash_loop
         assert it["gpu1"].state is RouterState.READY
         assert it["gpu1"].table.residents() == ["alpha"]
         assert it["gpu1"].starts == 1
