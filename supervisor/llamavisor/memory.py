@@ -108,6 +108,7 @@ class Memory:
 
     def forget_all_but(self, routers: Collection[str]) -> None:
         """Keep nothing of routers that are not there any more."""
+        self.scheduler.forget(routers)
         self.capacity.forget(routers)
         self._appraisals.forget(routers)
 
