@@ -15,7 +15,7 @@ Times are monotonic seconds (FAULTS.md, T1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
@@ -375,6 +375,11 @@ class Admission:
         for slot in self._of(router):
             self._orders.remove(slot.key, now)
         return self._orders.settle(now)
+
+    def forget(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers but these; of the others nothing is left."""
+        self._orders.is_up = {name: is_up for name, is_up in self._orders.is_up.items() if name in routers}
+        self._quarantines.forget(routers)
 
     # What people and the configuration want
 

@@ -8,7 +8,7 @@ No method here waits, but for those that are said to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -326,6 +326,12 @@ class Scheduler:
                 slot = admission.slot(router, model)
                 if slot is not None and slot.stage in {Stage.LOADED, Stage.DRAINING}:
                     self.carry_out(admission.leaving(router, model, now))  # whatever its router goes on saying
+
+    def forget(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers but these."""
+        self._ended.intersection_update(routers)
+        self._crashes = {key: times for key, times in self._crashes.items() if key[0] in routers}
+        self.admission.forget(routers)
 
     def _router_ended(self, router: str, *, has_crashed: bool, now: float) -> None:
         self._ended.add(router)

@@ -142,11 +142,14 @@ class GatewayStage:
 
     def _make_watch(self, path: Path, link_dirs: Sequence[Path]) -> FakeWatch:
         watch = FakeWatch(path, link_dirs=link_dirs)
-        for name in self.models:
-            file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, 1))
-            watch.entries[name] = Entry(name=name, state=EntryState.READY, files=(file,))
+        watch.entries = {name: _entry(name) for name in self.models}
         self.watches.append(watch)
         return watch
+
+    def put(self, name: str) -> None:
+        """A model more is in the folders."""
+        for watch in self.watches:
+            watch.put(_entry(name))
 
     def replace(self, name: str) -> None:
         """Another file has the name of a model."""
@@ -197,6 +200,11 @@ class GatewayStage:
             yield
             self._group.cancel_scope.cancel()
         assert self.machine.left == []
+
+
+def _entry(name: str) -> Entry:
+    file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, 1))
+    return Entry(name=name, state=EntryState.READY, files=(file,))
 
 
 def models(names: Sequence[str], *, gib: float = 4, **how: object) -> dict[str, FakeModel]:
