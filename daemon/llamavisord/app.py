@@ -24,12 +24,24 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
-from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, RequestEnded, Warned
+from llamavisor.events import (
+    Bus,
+    DaemonStarted,
+    DaemonStopping,
+    ModelPinned,
+    Published,
+    RequestEnded,
+    RouterSpawned,
+    Warned,
+)
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.opening import open_fleet, sweep
 from llamavisor.pins import Pins
 from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subreaper
+from llamavisor.quarantine_records import QuarantineRecords
+from llamavisor.residents import Residents
+from llamavisor.started import Started
 from llamavisord import __version__
 from llamavisord.acceptor import Acceptor
 from llamavisord.config import Config
@@ -39,6 +51,7 @@ from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
+from llamavisord.lives import Lives
 from llamavisord.notify import Notifier
 from llamavisord.plain import plain
 from llamavisord.watchdog import report
@@ -169,9 +182,10 @@ async def _live(
     become_subreaper()
     bus = Bus()
     bus.listen(_log_event)
-    spawner = Spawner(_instance(config.state_dir))
-    footprints, pins = Footprints(), Pins()
-    ledger = Ledger(config.state_dir / LEDGER, [footprints, pins])
+    started, lives = Started(), Lives()
+    footprints, pins, records, residents = Footprints(), Pins(), QuarantineRecords(), Residents(bus)
+    ledger = Ledger(config.state_dir / LEDGER, [footprints, pins, records, residents, started, lives])
+    spawner = Spawner(_instance(config.state_dir), started)
     for problem in ledger.load():
         bus.publish(Warned(subject="ledger", text=problem))
     fleet = open_fleet(
@@ -184,9 +198,11 @@ async def _live(
         llama_server=config.routers[0].llama_server,
         footprints=footprints,
         pins=pins,
+        records=records,
+        residents=residents,
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
-    exposition = Exposition(daemon)
+    exposition = Exposition(daemon, lives)
     service = Service(daemon, config.gateway) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
@@ -209,6 +225,7 @@ async def _live(
                 if notifier:
                     tasks.start_soon(report, notifier, daemon, config.socket)
                 await _obey(signals, daemon, service, notifier)
+            lives.end()
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -266,11 +283,11 @@ async def _measure_lag(daemon: Daemon) -> None:
 
 
 async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
-    """Write down what was learned, now and then and at the end; what a person has said, at once."""
+    """Write down what was learned now and then and at the end; what a person has said or was started, at once."""
     said = anyio.Event()
 
     def hear(published: Published) -> None:
-        if isinstance(published.event, ModelPinned):
+        if isinstance(published.event, ModelPinned | RouterSpawned):
             said.set()
 
     bus.listen(hear, hears_frequent=False)

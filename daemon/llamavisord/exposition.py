@@ -28,6 +28,7 @@ from llamavisord.control import health_routes
 from llamavisord.daemon import Daemon
 from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges
 from llamavisord.exposition_requests import RequestCounts, traffic_gauges
+from llamavisord.lives import Lives
 from llamavisord.view import unix_time
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -52,9 +53,10 @@ class Exposition:
 
     Args:
         daemon: what is exposed.
+        lives: how often it was started.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, lives: Lives | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
         self._daemon = daemon
         self.registry = CollectorRegistry()
@@ -62,7 +64,7 @@ class Exposition:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        registry.register(_Snapshot(daemon))
+        registry.register(_Snapshot(daemon, lives or Lives()))
         self._restarts = Counter(
             "llamavisor_router_restarts",
             "Processes that replaced another one, by what ended the other.",
@@ -241,8 +243,9 @@ class Exposition:
 class _Snapshot(Collector):
     """What is true at the moment of the scrape; series of what has vanished are not there any more."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, lives: Lives) -> None:
         self._daemon = daemon
+        self._lives = lives
 
     def collect(self) -> Iterator[Metric]:
         daemon = self._daemon
@@ -272,6 +275,11 @@ class _Snapshot(Collector):
         lag.add_metric([], daemon.loop_lag_s)
         good = gauge("config_last_reload_successful", "1 if the last attempt to read the configuration succeeded.")
         good.add_metric([], float(daemon.config_error is None))
+        starts = CounterMetricFamily("llamavisor_daemon_starts", "Times that the daemon was started, ever.")
+        starts.add_metric([], self._lives.starts)
+        deaths = CounterMetricFamily("llamavisor_daemon_deaths", "Times that the daemon had not ended in order, ever.")
+        deaths.add_metric([], self._lives.deaths)
+        yield from (starts, deaths)
         when = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
         when.add_metric([], daemon.config_loaded_at)
         yield from (lag, good, when)

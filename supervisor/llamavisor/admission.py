@@ -137,6 +137,10 @@ class Admission:
         """All models that are left alone for now, and why."""
         return self._quarantines.all(now)
 
+    def recall(self, quarantine: Quarantine) -> None:
+        """An earlier daemon has left this model alone."""
+        self._quarantines.recall(quarantine)
+
     def give_up(self, number: int, now: float) -> list[Action]:
         """Who made the demand has left. One that was granted meanwhile is unknown here: its lease is to be released."""
         for order in self._orders:

@@ -42,6 +42,7 @@ class Leases:
         where: where models may be.
         carry_out: does what admission has decided.
         start_soon: begins a worker.
+        forgive: forgets the failures of a model.
         decides: whether admission decides over loads at all.
         clock: monotonic seconds.
     """
@@ -55,6 +56,7 @@ class Leases:
         where: Whereabouts,
         carry_out: Callable[[Sequence[Action]], None],
         start_soon: Callable[..., None],
+        forgive: Callable[[str], None],
         decides: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
@@ -64,6 +66,7 @@ class Leases:
         self._where = where
         self._carry_out = carry_out
         self._start_soon = start_soon
+        self._forgive = forgive
         self._decides = decides
         self._now = clock
         self._wishes: dict[str, set[anyio.CancelScope]] = {}  # of people whose models are not there yet, by name
@@ -173,7 +176,7 @@ class Leases:
             goes_on: whether it is loaded all the same if this is cancelled.
         """
         name = self._where.name_of(model, only=router)
-        self._carry_out(self._admission.forgive(name, self._now()))
+        self._forgive(name)
         was_there = self._where.is_loaded(name, router)
         if not goes_on:
             self._release(await self._acquire(name, router))

@@ -70,6 +70,13 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Recalled:
+    """An earlier daemon had these models in memory."""
+
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Suspected:
     """Somebody who uses a model has something against it.
 
@@ -87,4 +94,4 @@ class Tick:
     """A second has passed."""
 
 
-Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Suspected | Tick | Ticket
+Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Recalled | Suspected | Tick | Ticket

@@ -80,6 +80,10 @@ class Quarantines:
             if now < failed.until:  # what can be loaded need not be left alone
                 self._failed[key] = Quarantine(*key, until=now, failures=failed.failures, reason=failed.reason)
 
+    def recall(self, quarantine: Quarantine) -> None:
+        """An earlier daemon knew this; what is known better stays."""
+        self._failed.setdefault((quarantine.router, quarantine.model), quarantine)
+
     def forget(self, routers: Collection[str]) -> None:
         """Keep nothing of routers but these."""
         for known in (self._failed, self._loaded_at, self._suspected_at):

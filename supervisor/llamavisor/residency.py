@@ -7,7 +7,7 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -115,6 +115,7 @@ class Residency:
             arbiter=arbiter,
         )
         self._announcer = Announcer(settings.name)
+        self._is_first = False  # what is restored is of an earlier daemon
         self._look_again_at = 0.0
         self._refused = "", -math.inf  # the last reload that was refused: why, and when that was told
 
@@ -129,8 +130,14 @@ class Residency:
         self._restoration.came_up()
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
-        if not self._restoration.is_under_way:
+        if self._is_first or not self._restoration.is_under_way:
             self._load_first()
+        self._is_first = False
+
+    def recall(self, models: Sequence[str]) -> None:
+        """An earlier daemon had these in memory; what is to be loaded on start is loaded beside."""
+        self._restoration.recall(models)
+        self._is_first = True
 
     def _load_first(self) -> None:
         """Load what is to be loaded on start, as much as there is room for."""

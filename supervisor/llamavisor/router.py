@@ -7,7 +7,7 @@ workers; it never waits for the outside itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,18 @@ from llamavisor.gaps import Gaps
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded, Heard, Message, Reconfigured, RetryDue, Suspected, Tick, Wanted, Wish
+from llamavisor.messages import (
+    CallEnded,
+    Heard,
+    Message,
+    Recalled,
+    Reconfigured,
+    RetryDue,
+    Suspected,
+    Tick,
+    Wanted,
+    Wish,
+)
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
@@ -233,6 +244,10 @@ class Router:
         """
         return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model), if_idle=if_idle, reason=reason))
 
+    def recall(self, models: Sequence[str]) -> None:
+        """Have these loaded when it is up for the first time: an earlier daemon had them in memory, in that order."""
+        self._post(Recalled(tuple(models)))
+
     def suspect(self, model: str, *, deaf_port: int | None = None) -> None:
         """Have a model looked after that answers nothing but errors, or takes no connections at `deaf_port`."""
         self._post(Suspected(model, deaf_port))
@@ -328,6 +343,8 @@ class Router:
                     message.finish(self._not_ready())
             case Wanted():
                 self._residency.want(message)
+            case Recalled(models):
+                self._residency.recall(models)
             case Suspected():
                 self._residency.suspect(message)
             case Tick():

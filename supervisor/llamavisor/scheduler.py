@@ -28,7 +28,9 @@ from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
 from llamavisor.placement import Candidate
 from llamavisor.quarantine import Quarantine
+from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.router import Router
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings
 from llamavisor.slots import Key, Stage
 from llamavisor.states import RouterState
@@ -58,6 +60,7 @@ class Scheduler:
         bus: where events come from and go to.
         capacity: what routers may take.
         appraisals: what models take.
+        records: what of quarantines outlives the daemon.
         clock: monotonic seconds; anyio's is the same and costs a microsecond.
 
     Attributes:
@@ -73,6 +76,7 @@ class Scheduler:
         bus: ev.Bus,
         capacity: Capacity,
         appraisals: Appraisals,
+        records: QuarantineRecords | None = None,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.admission = Admission()
@@ -80,6 +84,7 @@ class Scheduler:
         self._bus = bus
         self._capacity = capacity
         self._appraisals = appraisals
+        self._records = QuarantineRecords() if records is None else records
         self._decides = False
         self._pinned: frozenset[str] = frozenset()
         self._waiters = Waiters(bus.publish)
@@ -92,6 +97,7 @@ class Scheduler:
             where=self.where,
             carry_out=self.carry_out,
             start_soon=self._start_soon,
+            forgive=self.forgive,
             decides=lambda: self._decides,
             clock=clock,
         )
@@ -272,7 +278,25 @@ class Scheduler:
                 case Quarantine() if self._decides:  # else its router tries again whenever it is asked
                     self._tell_quarantine(action)
 
+    def _spec_of(self, key: Key) -> ModelSpec | None:
+        router = self._routers.get(key[0])
+        return router.shelf.wanted.get(key[1]) if router is not None else None
+
+    def _recall(self) -> None:
+        """Models are known that were not: an earlier daemon may have left some of them alone."""
+        for quarantine in self._records.recall(self._spec_of):
+            self.admission.recall(quarantine)
+
+    def forgive(self, model: str) -> None:
+        """The model's file or options have changed, or a person says so: its failures are forgotten."""
+        self._records.forget(model)
+        for known in (self._crashes, self._hangs):
+            for key in [key for key in known if key[1] == model]:
+                del known[key]
+        self.carry_out(self.admission.forgive(model, anyio.current_time()))
+
     def _tell_quarantine(self, quarantine: Quarantine) -> None:
+        self._records.note(quarantine, self._spec_of((quarantine.router, quarantine.model)))
         self._bus.publish(
             ev.ModelQuarantined(
                 router=quarantine.router,
@@ -297,14 +321,16 @@ class Scheduler:
                     self.carry_out(admission.router_gone(router, now))
             case ev.RouterReady(router=router):
                 self._ended.discard(router)
+                self._recall()
                 self.carry_out(admission.router_up(router, now))
                 self.refresh()
             case ev.ModelAdded() | ev.ModelRemoved() | ev.ModelsChanged() | ev.ModelWithheld():
+                self._recall()
                 self.refresh()
             case ev.MemoryKill(kills=kills):
                 self._capacity.note_kills(kills, now)
             case ev.ModelChanged(model=model):
-                self.carry_out(admission.forgive(model, now))
+                self.forgive(model)
             case ev.ModelLoading(router=router, model=model):
                 if not self._moves.is_loading((router, model)):
                     size = self._appraisals.expected((router, model))
@@ -330,7 +356,9 @@ class Scheduler:
     def forget(self, routers: Collection[str]) -> None:
         """Keep nothing of routers but these."""
         self._ended.intersection_update(routers)
-        self._crashes = {key: times for key, times in self._crashes.items() if key[0] in routers}
+        for known in (self._crashes, self._hangs):
+            for key in [key for key in known if key[0] not in routers]:
+                del known[key]
         self.admission.forget(routers)
 
     def _router_ended(self, router: str, *, has_crashed: bool, now: float) -> None:
@@ -338,6 +366,7 @@ class Scheduler:
         self.carry_out(self.admission.router_ended(router, has_crashed=has_crashed, now=now))
 
     def _loaded(self, key: Key, now: float) -> None:
+        self._records.forget(key[1], key[0])
         router = self._routers.get(key[0])
         model = router.table.get(key[1]) if router is not None else None
         used_at = model.used_at if model is not None else None
