@@ -45,6 +45,10 @@ from llamavisord.plain import plain
 LAG_INTERVAL_S = 0.5
 LAG_WINDOW = 20
 """The lag that is shown is the longest of this many measurements, ten seconds."""
+HEAD_S = 10.0
+"""How long a connection may take to send the head of a request, or to say nothing between two."""
+LINGER_S = 1.0
+"""How long what is left of a body may take when its request has been answered: an answer amid it would be lost."""
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
@@ -308,10 +312,19 @@ async def _web_server(
     app: web.Application,
     serve: Callable[[Accept], Coroutine[Any, Any, None]],
     acceptor: Acceptor,
+    *,
+    head_s: float = HEAD_S,
 ) -> AsyncIterator[None]:
     """A server for `app` where `serve` has connections taken; at the end requests may end, and streams are cut."""
     app.middlewares.insert(0, acceptor.note)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=REQUEST_END_S)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=REQUEST_END_S,
+        keepalive_timeout=head_s,  # to aiohttp a connection is idle until the head is whole
+        lingering_time=LINGER_S,
+        auto_decompress=False,  # no request needs a body
+    )
     await runner.setup()
     assert runner.server is not None  # noqa: S101 (it is set up)
     try:
