@@ -130,6 +130,11 @@ class Exposition:
             "Left-over processes that were killed because the one that started them had ended.",
             registry=registry,
         )
+        self._rebinds = Counter(
+            "llamavisor_control_socket_rebinds",
+            "Times that the control socket was bound anew because its file had gone.",
+            registry=registry,
+        )
         self._scan_seconds = Histogram(
             "llamavisor_catalog_scan_duration_seconds",
             "Time that a look at a models folder took.",
@@ -211,6 +216,8 @@ class Exposition:
                 self._scan_seconds.labels(_label(folder)).observe(duration_s)
             case ev.StraysKilled(pids=pids):
                 self._strays.inc(len(pids))
+            case ev.ControlSocketRebound():
+                self._rebinds.inc()
 
     def _forget_vanished(self) -> None:
         """Drop the series of routers, models and folders that are not there any more: they would stay for ever."""

@@ -16,6 +16,7 @@ from llamavisor.events.bus import (
 from llamavisor.events.daemon import (
     ConfigRejected,
     ConfigReloaded,
+    ControlSocketRebound,
     DaemonStarted,
     DaemonStopping,
     PeerRefused,
@@ -93,6 +94,7 @@ __all__ = [
     "ConfigRejected",
     "ConfigReloaded",
     "ContextShrunk",
+    "ControlSocketRebound",
     "DaemonStarted",
     "DaemonStopping",
     "DemandMet",
