@@ -24,6 +24,7 @@ from llamavisor.launch import ModelSource
 from llamavisor.leases import Leases
 from llamavisor.ledger import Footprints
 from llamavisor.memory import Memory
+from llamavisor.messages import Recalled
 from llamavisor.meter import Meter
 from llamavisor.pins import Pins
 from llamavisor.process import TERM_GRACE_S, Spawner
@@ -155,7 +156,7 @@ class Fleet:
         if folder.catalog.has_looked:
             supply.deliver()
         if self._residents is not None and (before := self._residents.of(settings.name)):
-            router.recall(before)
+            router.tell(Recalled(before))
         router.start()
 
     def _supply(self, folder: Folder, settings: RouterSettings) -> Supply:

@@ -157,17 +157,22 @@ class Launcher:
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
         return Launch(found, options, env, port, specs, tuple(warnings))
 
-    async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
+    async def sight(
+        self, devices: Sequence[gauge.Device], *, is_fresh: bool = False
+    ) -> tuple[footprint.Device, ...] | None:
         """The GPUs that the router sees, in its order; None when its llama-server cannot be asked.
 
         Args:
             devices: all that the gauge has found.
+            is_fresh: whether it is asked in any case; else what it said lately will do.
         """
         env = self._env()
         try:
             found = await anyio.to_thread.run_sync(self._find, env, abandon_on_cancel=True)
         except BinaryError:
             return None
+        if is_fresh:
+            self._sights.forget(found, env)
         return await self._sights.look(found, env, devices, router=self.settings.name)
 
     async def appraise(

@@ -201,6 +201,18 @@ class Meter:
             text = ""
         return self._of(pid, parse_meminfo(text).get("RssAnon"))
 
+    def anonymous(self, pid: int) -> int | None:
+        """Bytes that a process has for itself alone, in RAM and in swap; mapped files are not among them.
+
+        None if nobody can say. Quick: the kernel keeps these numbers.
+        """
+        try:
+            text = (self._root / "proc" / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        told = parse_meminfo(text)
+        return told["RssAnon"] + told.get("VmSwap", 0) if "RssAnon" in told else None
+
     def _of(self, pid: int, ram: int | None) -> dict[str, int]:
         found = {} if ram is None else {RAM_ID: ram}
         for reading in self._told:
