@@ -259,3 +259,23 @@ def _reap_orphans() -> None:
         with suppress(psutil.NoSuchProcess, ChildProcessError):
             if process.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(process.pid, 0)
+
+
+def config_of(models_dir: Path, port: int, extra: str = "") -> str:
+    """A configuration with one router."""
+    return f'models_dir = "{models_dir}"\nport = {port}\n{extra}\n[metrics]\nenabled = false\n'
+
+
+def run_serve(daemon: RunningDaemon) -> tuple[int, str]:
+    """Exit code and words of a daemon that cannot start."""
+    daemon.start()
+    code = daemon.wait()
+    return code, daemon.log.read_text()
+
+
+def start_with(daemon: RunningDaemon, patch: str) -> None:
+    """Have a daemon run these lines before it serves; `app` is its main module."""
+    code = (
+        f"import os, signal, sys, llamavisord.app as app; from llamavisord.cli import main\n{patch}\nsys.exit(main())"
+    )
+    daemon.program = [sys.executable, "-c", code]

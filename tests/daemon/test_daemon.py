@@ -27,23 +27,10 @@ from fakes.bare_router import free_port
 from fakes.builder import OLD_BUILD
 from fakes.waiting import PATIENCE_S, eventually
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon, UnixConnection
+from running import RunningDaemon, UnixConnection, config_of, run_serve, start_with
 
 Fake = Callable[..., FakeLlamaServer]
 Start = Callable[..., RunningDaemon]
-
-
-@pytest.fixture
-def start(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> Start:
-    """Makes a daemon on a fake llama-server with this behaviour."""
-
-    def make(
-        *, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), serve: str = "gateway", **behaviour: object
-    ) -> RunningDaemon:
-        binary = fake_llama_server(**behaviour)
-        return RunningDaemon(tmp_path, models_dir, binary, flags=flags, options=options, serve=serve)
-
-    return make
 
 
 @contextmanager
@@ -665,11 +652,6 @@ def test_control_stays_quick_while_a_router_hangs(start: Start) -> None:
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def config_of(models_dir: Path, port: int, extra: str = "") -> str:
-    """A configuration with one router."""
-    return f'models_dir = "{models_dir}"\nport = {port}\n{extra}\n[metrics]\nenabled = false\n'
-
-
 def test_reload_with_a_bad_file_keeps_the_old_one(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
     """D2: a bad configuration is refused as a whole and shown; the good one that follows is taken."""
     port = free_port()
@@ -795,13 +777,6 @@ def test_taken_port_names_its_holder(tmp_path: Path, models_dir: Path, fake_llam
 # --- the daemon itself ------------------------------------------------------------------------------------------------
 
 
-def run_serve(daemon: RunningDaemon) -> tuple[int, str]:
-    """Exit code and words of a daemon that cannot start."""
-    daemon.start()
-    code = daemon.wait()
-    return code, daemon.log.read_text()
-
-
 def test_second_daemon_on_the_same_socket(start: Start, tmp_path: Path, models_dir: Path) -> None:
     """C2: a second daemon ends with 75 and one line that names the first, which is not affected."""
     with start() as first:
@@ -863,14 +838,6 @@ def test_bug_ends_everything(tmp_path: Path, models_dir: Path, fake_llama_server
     assert code_of_exit == 1
     assert "ZeroDivisionError: a bug" in words
     daemon.end()
-
-
-def start_with(daemon: RunningDaemon, patch: str) -> None:
-    """Have a daemon run these lines before it serves; `app` is its main module."""
-    code = (
-        f"import os, signal, sys, llamavisord.app as app; from llamavisord.cli import main\n{patch}\nsys.exit(main())"
-    )
-    daemon.program = [sys.executable, "-c", code]
 
 
 @pytest.mark.parametrize("place", ["_lock_state", "become_subreaper"])
