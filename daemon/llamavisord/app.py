@@ -19,7 +19,6 @@ from typing import Any
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
@@ -30,6 +29,7 @@ from llamavisor.ledger import Footprints, Ledger
 from llamavisor.opening import open_fleet, sweep
 from llamavisor.pins import Pins
 from llamavisor.process import Spawner, become_subreaper
+from llamavisor.threads import run_in_thread
 from llamavisord import __version__
 from llamavisord.acceptor import Acceptor
 from llamavisord.config import Config
@@ -270,7 +270,7 @@ async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
 
 
 async def _flush(ledger: Ledger, bus: Bus) -> None:
-    flushed = await anyio.to_thread.run_sync(ledger.flush, abandon_on_cancel=True)
+    flushed = await run_in_thread(ledger.flush, abandon_on_cancel=True)
     if flushed.message:
         bus.publish(Warned(subject="ledger", text=flushed.message))
 

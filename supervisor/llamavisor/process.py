@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import procfs
 from llamavisor.errors import SpawnError
+from llamavisor.threads import run_in_thread
 
 TERM_GRACE_S = 10.0
 """How long a process may take to end after SIGTERM before it is killed."""
@@ -283,7 +283,7 @@ class Spawner:
         carries our marker is dead then.
         """
         marker = f"{INSTANCE_VARIABLE}={self.instance}"
-        found = await anyio.to_thread.run_sync(_marked, marker)
+        found = await run_in_thread(_marked, marker)
         for identity in found:
             if identity.is_current:
                 with suppress(ProcessLookupError, PermissionError):
