@@ -318,10 +318,14 @@ async def _web_server(
 def _instance(state_dir: Path) -> str:
     """The id of this installation: what carries it in its environment was started by it, now or before."""
     path = state_dir / "instance"
+    fresh = str(uuid.uuid4())
     try:
         return str(uuid.UUID(path.read_text(encoding="ascii").strip()))
-    except (OSError, ValueError):
-        fresh = str(uuid.uuid4())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no id of an installation"
+        _log.warning("cannot use %s (%s): left-overs of an earlier daemon will not be recognised", path, why)
     try:
         path.write_text(f"{fresh}\n", encoding="ascii")
     except OSError as error:
