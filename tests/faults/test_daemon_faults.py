@@ -209,7 +209,7 @@ def test_d6_the_end_during_a_stop(start: Start) -> None:
         daemon.wait_for_router("ready")
         assert daemon.call("POST", "/control/v1/routers/main/stop")[0] == 202
         daemon.wait_for_router("stopping")
-        ends_soon(daemon, within_s=TERM_GRACE_S + 3)
+        ends_soon(daemon, within_s=TERM_GRACE_S + 5)
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])

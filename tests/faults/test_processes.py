@@ -182,7 +182,7 @@ def test_p8_a_router_that_ignores_sigterm(start: Start) -> None:
         router = psutil.Process(daemon.wait_for_router("ready")["pid"])
         began = time.monotonic()
         assert daemon.cli("stop", "main", timeout_s=2 * TERM_GRACE_S).returncode == 0
-        assert TERM_GRACE_S <= time.monotonic() - began < TERM_GRACE_S + 3
+        assert TERM_GRACE_S <= time.monotonic() - began < TERM_GRACE_S + 5
         assert not router.is_running()
         assert daemon.router()["state"] == "stopped"
         told = [line for line in daemon.log.read_text().splitlines() if "SIGKILL" in line]
