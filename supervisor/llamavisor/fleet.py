@@ -93,6 +93,7 @@ class Fleet:
         self._spawner = spawner
         self._jitter = jitter
         self._residents = residents
+        self._pins = Pins() if pins is None else pins
         self._routers: dict[str, Router] = {}
         self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
@@ -101,7 +102,7 @@ class Fleet:
             self._routers,
             meter=meter,
             footprints=footprints,
-            pins=pins,
+            pins=self._pins,
             records=records,
             bus=bus,
             resize=self._size_up_all,
@@ -155,9 +156,14 @@ class Fleet:
         self._tasks.start_soon(router.run)
         if folder.catalog.has_looked:
             supply.deliver()
-        if self._residents is not None and (before := self._residents.of(settings.name)):
+        if before := self._residents_of(settings.name):
             router.tell(Recalled(before))
         router.start()
+
+    def _residents_of(self, router: str) -> tuple[str, ...]:
+        """What an earlier daemon had in the memory of a router: who is pinned first, then the most recently loaded."""
+        before = self._residents.of(router) if self._residents is not None else ()
+        return tuple(sorted(before, key=lambda name: not self._pins.expected(name, self._settings.rules)))
 
     def _supply(self, folder: Folder, settings: RouterSettings) -> Supply:
         """What a router with these settings is to serve from now on, out of this folder."""
