@@ -400,11 +400,17 @@ class Fleet:
         """Have a model loaded on that router because a person wants it; returns whether it was not yet.
 
         Raises:
-            LlamavisorError: as `Router.load` does; where admission decides, as `lease` does.
+            LlamavisorError: as `Router.load` does; where admission decides, as `lease` does. It carries the end of what
+                the model's process had printed.
         """
-        if self.memory.scheduler.decides:
-            return await self.memory.scheduler.leases.have(model, router=router.name)
-        return await router.load(model)
+        try:
+            if self.memory.scheduler.decides:
+                return await self.memory.scheduler.leases.have(model, router=router.name)
+            return await router.load(model)
+        except LlamavisorError as error:
+            known = router.table.get(router.shelf.name_of(model))
+            error.log_tail = known.log_tail if known is not None else ()
+            raise
 
     async def unload(self, router: Router, model: str) -> bool:
         """Have a model unloaded from that router because a person wants it; returns whether it was loaded.
