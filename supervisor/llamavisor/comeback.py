@@ -49,17 +49,18 @@ class Comeback:
     def __repr__(self) -> str:
         return f"<Comeback of {self._router}: {self.verdict}>"
 
-    def back_off(self, ended: Generation | None, *, served_for_s: float | None) -> None:
+    def back_off(self, ended: Generation | None, *, ready_since: float | None, answered_at: float) -> None:
         """Have it started again after a delay.
 
         Args:
             ended: what has ended.
-            served_for_s: for how long it had been READY and of use, None if it never was.
+            ready_since: since when it had been READY, None if it never was.
+            answered_at: when it last answered; one that hung has been of no use since then.
         """
         verdict, now, was_loop = self.verdict or _ENDED, anyio.current_time(), self.history.is_crash_loop
-        self.history, delay_s = restart.after_end(
-            self.history, now=now, ready_for_s=served_for_s, jitter=self._random()
-        )
+        until = answered_at if verdict.cause is Cause.HUNG else now
+        ready_for_s = None if ready_since is None else until - ready_since
+        self.history, delay_s = restart.after_end(self.history, now=now, ready_for_s=ready_for_s, jitter=self._random())
         self.why, self.retry_at = verdict.cause, now + delay_s
         count = self.history.failures
         self._publish(

@@ -1,4 +1,4 @@
-"""What is done about models that hang, or that answer nothing but errors: their processes are ended, each alone."""
+"""What is done about models that hang, whose loads do, or that answer nothing but errors: each is ended alone."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ from llamavisor.states import ModelState
 if TYPE_CHECKING:
     from llamavisor.residency import Line
 
+LOAD_DEADLINE_S = 60.0
+LOAD_BYTES_PER_S = 100e6
+LOAD_DEADLINE_MAX_S = 1800.0
+"""A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
 TRIAL_EVERY_S = 60.0
 """A model that is under suspicion is not tried more often, unless it has just failed a trial."""
 TRIALS = 2
@@ -76,6 +80,9 @@ class Healing:
         running = self._table.running()
         there = {model.name: model.pid for model in running}
         self._trials = {name: trial for name, trial in self._trials.items() if there.get(name) == trial.pid}
+        for model in running:
+            if model.state is ModelState.LOADING:
+                self._look_at_load(model, now)
         if line is None:
             return
         for model in running:
@@ -86,6 +93,18 @@ class Healing:
                     self._give_up(model, model.pulse.silent_s(now), describe(model.pulse, now), now)
                 elif model.pulse.is_stalled(now, after_s=self._hang_after_s(model)):
                     self.suspect(model.name, line, now)
+
+    def _look_at_load(self, model: Model, now: float) -> None:
+        """Cancel a load that has made no progress for too long."""
+        unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)
+        size_bytes = self._shelf.size_bytes(model.name) or 0
+        deadline_s = min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + size_bytes / LOAD_BYTES_PER_S)
+        if now - model.progressed_at <= deadline_s or self._operations.is_pending(unload):
+            return
+        if self._table.note_overdue(model.name):
+            text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
+            self._publish(ev.Warned(subject=f"model {model.name}", text=text))
+        self._operations.ask(Ticket(unload), self._table)
 
     def suspect(self, name: str, line: Line | None, now: float, *, deaf_port: int | None = None) -> None:
         """Something speaks against a model: have it do something, unless it has just been tried, or works for others.

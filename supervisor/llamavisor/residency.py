@@ -42,10 +42,6 @@ from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered, Shelf
 from llamavisor.states import HAS_CHILD, ModelState
 
-LOAD_DEADLINE_S = 60.0
-LOAD_BYTES_PER_S = 100e6
-LOAD_DEADLINE_MAX_S = 1800.0
-"""A load may take 60 s plus a second for every 100 MB, counted from its last progress, and never more than 30 min."""
 LOOK_AGAIN_S = 30.0
 """How often what did not work is tried again: a reload that was refused, a model that is withheld."""
 WARN_EVERY_S = 3600.0
@@ -314,24 +310,12 @@ class Residency:
         self._start_operation()
 
     def check_deadlines(self) -> None:
-        """Cancel loads that have made no progress for too long, try again what did not work; called every second."""
+        """End what hangs, try again what did not work; called every second."""
         now = anyio.current_time()
         if now >= self._look_again_at:
             self._look_again_at = now + LOOK_AGAIN_S
             self.shelf.look_again()
         self._healing.advance(self._line, now)
-        for model in self.table.running():
-            if model.state is not ModelState.LOADING:
-                continue
-            unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)
-            if self._operations.is_pending(unload):
-                continue
-            deadline_s = _deadline_s(self.shelf.size_bytes(model.name))
-            if now - model.progressed_at > deadline_s:
-                if self.table.note_overdue(model.name):
-                    text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
-                    self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
-                self._operations.ask(Ticket(unload), self.table)
 
     def _renew(self, reason: str) -> None:
         if self._line is not None:
@@ -502,7 +486,3 @@ class Residency:
 
 def _can_answer(model: Model) -> bool:
     return model.state is ModelState.LOADED and model.dead_since is None and model.hung_at is None
-
-
-def _deadline_s(size_bytes: int | None) -> float:
-    return min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + (size_bytes or 0) / LOAD_BYTES_PER_S)

@@ -16,6 +16,7 @@ import anyio.abc
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
+from llamavisor import messages as msg
 from llamavisor import news
 from llamavisor.api import Props
 from llamavisor.appraisal import Appraisal
@@ -28,19 +29,6 @@ from llamavisor.gaps import Gaps
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
-from llamavisor.messages import (
-    CallEnded,
-    DevicesLost,
-    Heard,
-    Message,
-    Recalled,
-    Reconfigured,
-    RetryDue,
-    Suspected,
-    Tick,
-    Wanted,
-    Wish,
-)
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
@@ -80,7 +68,7 @@ class Router:
         self.props: Props | None = None  # what its process said of itself when it came up; the last one's while none is
         self._host = host
         self._publish = bus.publish
-        self._inbox = Inbox[Message]()
+        self._inbox = Inbox[msg.Message]()
         self._post = self._inbox.post
         self._is_over = False  # it was shut down
         self._arbiter = arbiter
@@ -186,19 +174,19 @@ class Router:
 
     def start(self) -> None:
         """Want it up. Clears FAILED; no effect on a router that is up."""
-        self._post(Wish(RouterInput.START))
+        self._post(msg.Wish(RouterInput.START))
 
     def stop(self) -> None:
         """Want it down, and what was resident forgotten."""
-        self._post(Wish(RouterInput.STOP))
+        self._post(msg.Wish(RouterInput.STOP))
 
     def restart(self) -> None:
         """Want a fresh process, with what is resident loaded again. Neither uses nor needs the restart budget."""
-        self._post(Wish(RouterInput.RESTART))
+        self._post(msg.Wish(RouterInput.RESTART))
 
     def reconfigure(self, host: Host, *, restart: bool = True) -> None:
         """Go on with other settings, in a fresh process if `restart`; a router in trouble gets one in any case."""
-        self._post(Reconfigured(host, restart))
+        self._post(msg.Reconfigured(host, restart))
 
     def want(
         self,
@@ -208,7 +196,7 @@ class Router:
         on_overwrite: OnOverwrite = "reload",
     ) -> None:
         """Serve these models from now on. What runs is touched only when it is idle, and only if it has changed."""
-        self._post(Wanted(specs, leaving or {}, on_overwrite))
+        self._post(msg.Wanted(specs, leaving or {}, on_overwrite))
 
     async def load(self, model: str) -> bool:
         """Have `model` loaded, and wait until the router says so. A router that is starting is waited for.
@@ -245,7 +233,7 @@ class Router:
         """
         return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model), if_idle=if_idle, reason=reason))
 
-    def tell(self, what: Recalled | DevicesLost | Suspected) -> None:
+    def tell(self, what: msg.Recalled | msg.DevicesLost | msg.Suspected) -> None:
         """Let the owner know what others have seen."""
         self._post(what)
 
@@ -279,7 +267,7 @@ class Router:
         if self._generation is not None:
             await self._generation.gone.wait()
         self._is_over = True
-        self._post(Tick())
+        self._post(msg.Tick())
 
     async def _ask(self, operation: Operation) -> bool:
         if self._is_over:
@@ -308,27 +296,27 @@ class Router:
                 self._changed = anyio.Event()
             self._tasks.cancel_scope.cancel()
 
-    def _handle(self, message: Message) -> None:
+    def _handle(self, message: msg.Message) -> None:
         if gap_s := self._gaps.pass_s(anyio.current_time()):
             self._troubles.was_away(gap_s)
             self.table.was_away(gap_s)
         match message:
-            case Heard(generation, heard):
+            case msg.Heard(generation, heard):
                 if isinstance(heard, news.Gone):  # the next may have begun already
                     if left := heard.leftovers:
                         self._publish(ev.StraysKilled(router=self.name, pids=left.killed, survivors=left.survivors))
                     self._publish(ev.RouterGone(router=self.name))
                 if generation is self._generation:
                     self._hear(heard)
-            case CallEnded(generation, operation, error):
+            case msg.CallEnded(generation, operation, error):
                 if generation is self._generation:
                     self._residency.call_ended(operation, error)
-            case RetryDue(generation) if generation is self._generation:
+            case msg.RetryDue(generation) if generation is self._generation:
                 self._signal(RouterInput.RETRY_DUE)
-            case Wish(wish):
+            case msg.Wish(wish):
                 self.comeback.why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
-            case Reconfigured(host, restart):
+            case msg.Reconfigured(host, restart):
                 self._host = host
                 self._residency.settle_on(host)
                 if self._is_wanted and (restart or self.state is not RouterState.READY):
@@ -338,11 +326,11 @@ class Router:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
-            case DevicesLost(devices, is_news) if self.is_serving:
+            case msg.DevicesLost(devices, is_news) if self.is_serving:
                 self._renewal.devices_lost(devices, is_news=is_news)
-            case Wanted() | Recalled() | Suspected():
+            case msg.Wanted() | msg.Recalled() | msg.Suspected():
                 self._residency.take(message)
-            case Tick():
+            case msg.Tick():
                 self._tick()
 
     def _signal(self, signal: RouterInput) -> None:
@@ -363,7 +351,8 @@ class Router:
                 assert self._generation is not None  # noqa: S101 (only a state with a generation leads here)
                 self._start_soon(partial(self._generation.stop, grace_s=self._grace_s))
             case RouterAction.BACK_OFF:
-                self._back_off()
+                answered_at = self._troubles.pulse.answered_at
+                self.comeback.back_off(self._generation, ready_since=self._ready_since, answered_at=answered_at)
             case RouterAction.LATCH:
                 self.comeback.latch(self._generation, self._host, self.launch)
             case RouterAction.NONE:
@@ -377,18 +366,11 @@ class Router:
         self._residency.closed = None
         generation = gen.Generation(
             self._host,
-            post=lambda heard: self._post(Heard(generation, heard)),
+            post=lambda heard: self._post(msg.Heard(generation, heard)),
             revision=lambda: self.table.revision,
         )
         self._generation = generation
         self._start_soon(generation.run, before.gone if before else None)
-
-    def _back_off(self) -> None:
-        # One that hangs has been of no use since it last answered.
-        is_hung = self.comeback.verdict is not None and self.comeback.verdict.cause is Cause.HUNG
-        until = self._troubles.pulse.answered_at if is_hung else anyio.current_time()
-        served_for_s = None if self._ready_since is None else until - self._ready_since
-        self.comeback.back_off(self._generation, served_for_s=served_for_s)
 
     def _hear(self, heard: news.News) -> None:
         if isinstance(heard, news.ModelNews):
@@ -489,7 +471,7 @@ class Router:
     async def _tell_the_time(self) -> None:
         while True:
             await anyio.sleep(TICK_S)
-            self._post(Tick())
+            self._post(msg.Tick())
 
     def _tell_of_log(self, size_bytes: int, error: OSError | None) -> None:
         rotated = ev.LogRotated(router=self.name, size_bytes=size_bytes)
@@ -507,5 +489,5 @@ class Router:
         assert self._tasks is not None  # noqa: S101 (the owner runs)
         self._tasks.start_soon(work, *args)
 
-    def _post_from(self, generation: gen.Generation, heard: news.News | CallEnded) -> None:
-        self._post(heard if isinstance(heard, CallEnded) else Heard(generation, heard))
+    def _post_from(self, generation: gen.Generation, heard: news.News | msg.CallEnded) -> None:
+        self._post(heard if isinstance(heard, msg.CallEnded) else msg.Heard(generation, heard))

@@ -25,8 +25,8 @@ from llamavisor.events import Event, RouterDegraded, RouterProbed, Warned
 from llamavisor.eviction import Budget
 from llamavisor.gaps import GAP_S, Gaps, was_missed
 from llamavisor.generation import PROBE_INTERVAL_S, PROBE_PAUSE_S, PROBE_TIMEOUT_S, START_DEADLINE_S
+from llamavisor.healing import LOAD_DEADLINE_S
 from llamavisor.placement import Candidate
-from llamavisor.residency import LOAD_DEADLINE_S
 from llamavisor.states import ModelState, RouterState
 
 HOUR_S = 3600.0
@@ -202,6 +202,7 @@ WALL_CLOCK = {
     "catalog/scanner.py": "how old a file was when it was first seen; after that it is watched by the monotonic clock",
     "events/bus.py": "when an event happened, which people read",
     "ledger.py": "how old a measurement is, across restarts of the machine",
+    "quarantine_records.py": "what is left of a quarantine goes on after a restart, and never for longer than at most",
 }
 """Who may look at the wall clock, and what for."""
 

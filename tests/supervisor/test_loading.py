@@ -26,7 +26,7 @@ from llamavisor.events import (
     UnloadReason,
     Warned,
 )
-from llamavisor.residency import LOAD_DEADLINE_S
+from llamavisor.healing import LOAD_DEADLINE_S
 from llamavisor.states import ModelState, RouterState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
