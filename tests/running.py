@@ -112,12 +112,17 @@ class RunningDaemon:
         assert self._popen is not None
         return self._popen.pid
 
+    @property
+    def argv(self) -> list[str]:
+        """Its command line."""
+        return [*self.launcher, *self.program, *self._argv]
+
     def start(self, *, output: int | None = None) -> None:
         """Start it, and do not wait; it writes to its log file, or to the descriptor `output`."""
         with self.log.open("ab") as file:
             log = file if output is None else output
             self._popen = subprocess.Popen(
-                [*self.launcher, *self.program, *self._argv],
+                self.argv,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

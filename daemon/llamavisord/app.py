@@ -29,7 +29,7 @@ from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.opening import open_fleet, sweep
 from llamavisor.pins import Pins
-from llamavisor.process import Spawner, become_subreaper
+from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subreaper
 from llamavisord import __version__
 from llamavisord.acceptor import Acceptor
 from llamavisord.config import Config
@@ -39,7 +39,9 @@ from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
+from llamavisord.notify import Notifier
 from llamavisord.plain import plain
+from llamavisord.watchdog import report
 
 LAG_INTERVAL_S = 0.5
 LAG_WINDOW = 20
@@ -53,6 +55,8 @@ LEDGER_END_S = 1.0
 THREAD_END_S = 0.5
 DESCRIPTORS = 65536
 """So many are enough for all that the gateway allows at once."""
+STOP_S = TERM_GRACE_S + 2 * KILL_GRACE_S + 5.0
+"""How long routers may take to be gone, and we ourselves after them."""
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
 
@@ -72,7 +76,8 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     Returns:
         The exit code of the process.
     """
-    faulthandler.enable()
+    faulthandler.enable()  # SIGABRT, which is what a watchdog sends, has every thread say where it is
+    notifier = Notifier(os.environ)
     gc.freeze()  # what was imported lives for ever: walking it again and again would hold the event loop
     # They wait for the receiver in _main: what comes before it is neither lost nor fatal.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -80,7 +85,7 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     _raise_descriptors()
     try:
         with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
-            exit_code = anyio.run(_main, config, reload, control_socket, backend_options={"use_uvloop": True})
+            exit_code = anyio.run(_main, config, reload, control_socket, notifier, backend_options={"use_uvloop": True})
     except (AlreadyRunningError, SocketPathError) as error:
         sys.stderr.write(f"llamavisor: {plain(error)}; {error.hint}\n")
         is_running = isinstance(error, AlreadyRunningError)
@@ -147,17 +152,18 @@ def _lock_state(state_dir: Path) -> Lock:
         ) from error
 
 
-async def _main(config: Config, reload: Callable[[], Config], control_socket: ControlSocket) -> int:
+async def _main(config: Config, reload: Callable[[], Config], control_socket: ControlSocket, notifier: Notifier) -> int:
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
         # Before anything is started: llama-server would inherit the mask.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return await _live(config, reload, control_socket, signals)
+        return await _live(config, reload, control_socket, notifier, signals)
 
 
 async def _live(
     config: Config,
     reload: Callable[[], Config],
     control_socket: ControlSocket,
+    notifier: Notifier,
     signals: AsyncIterator[signal.Signals],
 ) -> int:
     become_subreaper()
@@ -179,7 +185,7 @@ async def _live(
         footprints=footprints,
         pins=pins,
     )
-    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus)
+    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
     exposition = Exposition(daemon)
     service = Service(daemon, config.gateway) if config.gateway is not None else None
     await sweep(spawner, bus)
@@ -200,7 +206,9 @@ async def _live(
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
                     bus.publish(Warned(subject="configuration", text=warning))
-                await _obey(signals, daemon, service)
+                if notifier:
+                    tasks.start_soon(report, notifier, daemon, config.socket)
+                await _obey(signals, daemon, service, notifier)
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -208,7 +216,9 @@ async def _live(
     return exit_code
 
 
-async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon, service: Service | None) -> None:
+async def _obey(
+    signals: AsyncIterator[signal.Signals], daemon: Daemon, service: Service | None, notifier: Notifier
+) -> None:
     """Reload on SIGHUP; end on SIGTERM and SIGINT, and faster on a second one. Returns when the fleet has ended."""
     async with anyio.create_task_group() as tasks:
         ending = False
@@ -219,10 +229,17 @@ async def _obey(signals: AsyncIterator[signal.Signals], daemon: Daemon, service:
                 tasks.start_soon(daemon.try_reload)
             elif not ending:
                 ending = True
+                notifier.stopping(within_s=_ends_within_s(daemon.config))
                 daemon.bus.publish(DaemonStopping(reason=number.name))
                 tasks.start_soon(_shut_down, daemon, service, tasks.cancel_scope)
             else:
                 tasks.start_soon(_hurry, daemon, service)
+
+
+def _ends_within_s(config: Config) -> float:
+    """How long the end may take: answers are let go on, then routers have their grace."""
+    drain_s = config.gateway.drain_s if config.gateway is not None else 0.0
+    return drain_s + STOP_S
 
 
 async def _shut_down(daemon: Daemon, service: Service | None, scope: anyio.CancelScope) -> None:

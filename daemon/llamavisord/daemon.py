@@ -24,6 +24,7 @@ from llamavisord import __version__
 from llamavisord.config import Config, gateway_changes
 from llamavisord.inventory import Inventory
 from llamavisord.memory_view import memory_warnings
+from llamavisord.notify import Notifier
 from llamavisord.problems import ConfigError, Problem
 from llamavisord.traffic import Traffic
 from llamavisord.unmatched import unmatched
@@ -40,9 +41,18 @@ class Daemon:
         load_config: reads the configuration again; raises ConfigError.
         fleet: the routers.
         bus: where the events go.
+        notifier: hears of reloads.
     """
 
-    def __init__(self, config: Config, *, load_config: Callable[[], Config], fleet: Fleet, bus: Bus) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        load_config: Callable[[], Config],
+        fleet: Fleet,
+        bus: Bus,
+        notifier: Notifier | None = None,
+    ) -> None:
         self.config = config
         self.config_error: str | None = None
         self.config_loaded_at = time.time()
@@ -54,6 +64,7 @@ class Daemon:
         self.started_at = time.time()
         self._started_mono = anyio.current_time()
         self._load_config = load_config
+        self._notifier = Notifier({}) if notifier is None else notifier
         self._router_key = secrets.token_urlsafe(32)  # lives as long as we do: a reload restarts no router for it
         self._reloading = anyio.Lock()  # two reloads at once would apply half of each
 
@@ -76,21 +87,25 @@ class Daemon:
             ConfigError: it is not valid, or changes what a running daemon cannot change; the old one stays in force.
         """
         async with self._reloading:
-            try:
-                config = await anyio.to_thread.run_sync(self._load_config)
-                self._refuse_fixed(config)
-                settings = config.fleet_settings(router_key=self._router_key)
-                if problems := await self.fleet.check(settings):
-                    raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
-            except ConfigError as error:
-                self.config_error = str(error)
-                self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
-                raise
-            gateway = gateway_changes(self.config.gateway, config.gateway)
-            self.config, self.config_error, self.config_loaded_at = config, None, time.time()
-            applied = await self.fleet.apply(settings)
-            self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models, gateway=gateway))
-            return gateway, replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
+            with self._notifier.reloading():
+                return await self._reload()
+
+    async def _reload(self) -> tuple[tuple[str, ...], Applied]:
+        try:
+            config = await anyio.to_thread.run_sync(self._load_config)
+            self._refuse_fixed(config)
+            settings = config.fleet_settings(router_key=self._router_key)
+            if problems := await self.fleet.check(settings):
+                raise ConfigError(problems)  # noqa: TRY301 (refused like any other)
+        except ConfigError as error:
+            self.config_error = str(error)
+            self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
+            raise
+        gateway = gateway_changes(self.config.gateway, config.gateway)
+        self.config, self.config_error, self.config_loaded_at = config, None, time.time()
+        applied = await self.fleet.apply(settings)
+        self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models, gateway=gateway))
+        return gateway, replace(applied, problems=await self.fleet.look(within_s=RELOAD_LOOK_S))
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -404,6 +405,17 @@ class Fleet:
         scheduler.dismiss(router.name, name, UnloadReason.REQUESTED)
         await router.wait_until(lambda: not router.table.has_process(name) or not router.is_serving)
         return True
+
+    async def pulse(self) -> None:
+        """Returns when all that is done every second was done once more: by each router's owner, and about memory.
+
+        So a watchdog sees that they live. Of what is shut down it does not return.
+        """
+        async with anyio.create_task_group() as group:
+            group.start_soon(self.memory.pulse)
+            for router in self:
+                looks = itertools.count()
+                group.start_soon(router.wait_until, partial(next, looks))
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop all routers side by side; returns when nothing of them is left."""

@@ -86,6 +86,10 @@ class Memory:
             for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run, self._keep_pins):
                 group.start_soon(work)
 
+    async def pulse(self) -> None:
+        """Returns when it has been looked after once more."""
+        await self._upkeep.pulse()
+
     async def _keep_pins(self) -> None:
         """Look who is to stay after models have changed: once for many that change together."""
         while True:

@@ -67,6 +67,7 @@ class Upkeep:
         self._is_measuring = False
         self._lineup: list[int] = []  # who is loaded, as of the last look
         self._lineup_since = 0.0
+        self._ticked = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -78,6 +79,12 @@ class Upkeep:
             while True:
                 await anyio.sleep(TICK_S)
                 self._tick(anyio.current_time(), self._tasks)
+                self._ticked.set()
+                self._ticked = anyio.Event()
+
+    async def pulse(self) -> None:
+        """Returns when it has been done once more."""
+        await self._ticked.wait()
 
     def _tick(self, now: float, tasks: anyio.abc.TaskGroup) -> None:
         scheduler, admission = self._scheduler, self._scheduler.admission

@@ -1,0 +1,1 @@
+"""A systemd for tests."""
