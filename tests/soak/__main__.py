@@ -144,6 +144,8 @@ class Soak:
         for model in CHAT_MODELS:
             if await stage.has_loaded(model) is None:
                 stage.findings.broken("every model loads at first", model)
+        await stage.pin()
+        stage.pinned_at = time.time()
         await anyio.sleep(WARM_S)
 
     def tell(self) -> None:

@@ -6,6 +6,7 @@ import time
 
 import anyio
 from fault import Fault
+from file_faults import PINNED_FULL
 from journal import Event
 from stage import ALIASED, PINNED
 
@@ -138,10 +139,9 @@ class LoadAndPin(_Command):
 
     label = "command load, pin, unpin"
 
-    def is_due(self) -> bool:
-        return self.model not in self.stage.pins
-
     async def prepare(self) -> bool:
+        if self.model in self.stage.pins or self.model.endswith(f"-{PINNED_FULL}"):
+            return False
         return await self.stage.has_loaded(self.model) is not None
 
     async def inject(self) -> None:

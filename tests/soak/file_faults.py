@@ -15,6 +15,8 @@ from llamavisor.ledger import NAME as LEDGER
 from llamavisord.tiny_model import write_tiny_model
 
 CHUNK = 64 * 1024
+PINNED_FULL = "c"
+"""This model of each router is pinned while the disk is full, and never otherwise."""
 
 
 class _OfFile(Fault):
@@ -48,12 +50,12 @@ class _OfFile(Fault):
 
 
 class FileReplaced(_OfFile):
-    """F3. Well again: the old content has left memory, be it for another reason."""
+    """F3. Well again: the old content has left memory, which it does once clients leave it alone for 2 s."""
 
     label = "file replaced by a rename"
-    recover_s = 180.0  # a model is exchanged when it is idle
 
     async def inject(self) -> None:
+        self.stage.quiet.add(self.model)
         self.done_at = time.time()
         self.stage.write(self.model)
 
@@ -69,6 +71,9 @@ class FileReplaced(_OfFile):
     async def healed_at(self, since: int) -> float | None:
         event = await self.stage.journal.first(lambda event: self.tells(event, "ModelUnloaded"), since, self.recover_s)
         return None if event is None else float(event["time"])
+
+    async def tidy(self) -> None:
+        self.stage.quiet.discard(self.model)
 
 
 class FileTruncated(_OfFile):
@@ -194,18 +199,16 @@ class DiskFull(Fault):
 
     @property
     def claims(self) -> frozenset[str]:
-        return frozenset({"disk", f"{self.router}/{self.model}"})
-
-    def is_due(self) -> bool:
-        return self.model not in self.stage.pins
+        return frozenset({"disk"})
 
     async def inject(self) -> None:
+        self._pinned = f"{self.router}-{PINNED_FULL}"
         self._filler = self.stage.daemon.state_dir / "filler"
         self.done_at = time.time()
         with self._filler.open("ab", buffering=0) as file, suppress(OSError):
             while file.write(bytes(CHUNK)):
                 pass
-        await self.stage.call("POST", f"models/{self.model}/pin")
+        await self.stage.call("POST", f"models/{self._pinned}/pin")
 
     async def cure(self) -> None:
         await anyio.sleep(self.choose.uniform(1.0, 4.0))
@@ -216,10 +219,10 @@ class DiskFull(Fault):
         ledger = self.stage.daemon.state_dir / LEDGER
 
         async def is_written() -> bool:
-            return ledger.stat().st_mtime > self.cured_at and f'"{self.model}"' in ledger.read_text(encoding="utf-8")
+            return ledger.stat().st_mtime > self.cured_at and f'"{self._pinned}"' in ledger.read_text(encoding="utf-8")
 
         return await self.stage.until(is_written, self.recover_s, every_s=0.25)
 
     async def tidy(self) -> None:
         self._filler.unlink(missing_ok=True)
-        await self.stage.call("POST", f"models/{self.model}/unpin")
+        await self.stage.call("POST", f"models/{self._pinned}/unpin")

@@ -68,6 +68,7 @@ class Invariants:
         self.looks = 0
         self._stage = stage
         self._log_at = 0
+        self._events_at = 0
 
     def __repr__(self) -> str:
         return f"<Invariants, looked at {self.looks} times>"
@@ -78,6 +79,7 @@ class Invariants:
             began = time.monotonic()
             await anyio.to_thread.run_sync(self._look_at_processes)
             await anyio.to_thread.run_sync(self._look_at_log)
+            self._look_at_events()
             if self._stage.is_up:
                 await self._look_at_memory()
             self.looks += 1
@@ -199,6 +201,14 @@ class Invariants:
             if budget is not None and taken > budget and len(there) > 1:
                 told = [(each["model"], each["state"], each["expected_bytes"]) for each in there]
                 stage.findings.broken("within the budget", f"{taken} of {budget} bytes: {told}")
+
+    def _look_at_events(self) -> None:
+        events = self._stage.journal.events[self._events_at :]
+        self._events_at += len(events)
+        for event in events:
+            is_unload = event["event"] == "ModelUnloaded" and event["model"] in self._stage.pins
+            if is_unload and event["reason"] in {"evicted", "expired", "pressure"}:
+                self._stage.findings.broken("a pinned model stays", f"{event['id']} {event['message']}")
 
     def _look_at_log(self) -> None:
         with self._stage.daemon.log.open("rb") as file:

@@ -19,7 +19,7 @@ from stage import Stage
 
 EVERY_S = 4.0
 """On the average, between two faults."""
-BARRIER_S = 20.0
+BARRIER_S = 15.0
 """A fault that has waited for so long goes before all that touch what it touches."""
 WAITING = 8
 """So many may wait; then no more come."""
@@ -143,3 +143,4 @@ class Plan:
             await fault.run(record)
         finally:
             self._held.remove(fault.claims)
+            self._stage.ready_since.clear()  # of before the fault

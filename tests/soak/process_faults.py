@@ -10,6 +10,7 @@ from typing import ClassVar
 import anyio
 from fault import EVERYTHING, Fault, Victim
 from journal import Event
+from stage import EMBEDS, REMEMBERED_S
 
 STABLE_S = 10.5
 """A router that has been READY for 10 s is restarted at once; before that its backoff would be measured."""
@@ -203,8 +204,6 @@ class DaemonKilled(Fault):
     async def inject(self) -> None:
         stage = self.stage
         self._wanted = await stage.loaded() & stage.pins
-        _, told = await stage.call("POST", f"models/{self.model}/pin")
-        self._is_new = bool(told["changed"])
         stage.went_down()
         self.done_at = time.time()
         stage.daemon.signal(signal.SIGKILL)
@@ -225,14 +224,10 @@ class DaemonKilled(Fault):
             return states == {"ready"} and await self.stage.loaded() >= self._wanted
 
         well_at = await self.stage.until(is_well, self.recover_s)
-        status, told = await self.stage.call("POST", f"models/{self.model}/pin")
-        if status != 200 or told["changed"]:
-            self.stage.findings.broken("no pin is lost", f"{self.model} was pinned right before: {told}")
+        is_lost = await self.stage.pin()
+        if is_lost and self.done_at - self.stage.pinned_at > REMEMBERED_S:
+            self.stage.findings.broken("no pin is lost", f"{EMBEDS} was pinned, and is not after {self.label}")
         return well_at
-
-    async def tidy(self) -> None:
-        if self._is_new:
-            await self.stage.call("POST", f"models/{self.model}/unpin")
 
 
 class DaemonStopped(Fault):

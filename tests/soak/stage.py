@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -26,11 +27,14 @@ PINNED = "a"
 ALIASED = "b"
 """This one has an alias that configuration changes."""
 EMBEDS = "two-e"
+"""This one is pinned by a command."""
+REMEMBERED_S = 31.0
+"""What is said by a command is on the disk by then."""
 CHAT_MODELS = tuple(f"{router}-{letter}" for router in ROUTERS for letter in LETTERS)
 MODELS_MAX = 2
 """On the first router; the second has no such limit."""
-MEMORY = "300MiB"
-"""For the models of both: about four have room in it."""
+MEMORY = "400MiB"
+"""For the models of both: about five have room in it."""
 LAYERS = 20
 
 _CONFIG = """
@@ -71,9 +75,10 @@ class Stage:
         journal: what the daemon has told.
         down: when there was no daemon, in Unix seconds; the last one may be open.
         is_paused: whether the daemon has been stopped by a signal.
-        pins: the models that should be pinned.
+        pins: the models that should be pinned and loaded.
+        pinned_at: when one was pinned by a command, in Unix seconds.
         aliases: by model, what it should be called too.
-        is_calm: whether no more faults come.
+        quiet: models that clients leave alone for a while.
     """
 
     def __init__(self, folder: Path, llama_server: Path) -> None:
@@ -91,8 +96,9 @@ class Stage:
         self.journal = Journal(self.daemon.socket)
         self.down: list[tuple[float, float]] = []
         self.is_paused = False
-        self.is_calm = False
+        self.quiet: set[str] = set()
         self.pins = {f"{router}-{PINNED}" for router in ROUTERS}
+        self.pinned_at = math.inf
         self.ready_since: dict[str, float] = {}
 
     def __repr__(self) -> str:
@@ -120,11 +126,11 @@ class Stage:
     @property
     def is_up(self) -> bool:
         """Whether there is a daemon that can answer."""
-        return not self.is_paused and not (self.down and self.down[-1][1] == float("inf"))
+        return not self.is_paused and not (self.down and self.down[-1][1] == math.inf)
 
     def went_down(self) -> None:
         """There is no daemon from now on."""
-        self.down.append((time.time(), float("inf")))
+        self.down.append((time.time(), math.inf))
 
     def came_up(self) -> None:
         """The daemon answers again."""
@@ -152,6 +158,12 @@ class Stage:
     async def routers(self) -> dict[str, dict[str, Any]]:
         """The routers by name."""
         return {router["name"]: router for router in (await self.get("status"))["routers"]}
+
+    async def pin(self) -> bool:
+        """Have a model pinned by a command; whether it was not yet."""
+        status, told = await self.call("POST", f"models/{EMBEDS}/pin")
+        assert status == 200, told
+        return bool(told["changed"])
 
     async def all_models(self) -> dict[str, dict[str, Any]]:
         """The models by name."""

@@ -86,7 +86,8 @@ class Traffic:
                 await self._send(client, None, choose)
             else:
                 tokens = choose.choice((SHORT, SHORT, LONG))
-                ask = Ask(choose.choice(CHAT_MODELS), tokens, is_stream=choose.random() < 0.5)
+                models = [model for model in CHAT_MODELS if model not in self._stage.quiet]
+                ask = Ask(choose.choice(models), tokens, is_stream=choose.random() < 0.5)
                 await self._send(client, ask, choose)
             await anyio.sleep(choose.expovariate(1 / PAUSE_S))
 
@@ -134,12 +135,16 @@ def _touches(record: Record, model: str, began: float) -> bool:
 
 
 def _is_documented(ended: Ended, model: str, touching: Sequence[Record]) -> bool:
-    """Whether it was refused as the README says: with a time to come again, or because there is no such model now."""
+    """Whether it was refused as promised.
+
+    There are three cases: with a time to come again, because there is no such model now, and because a person has
+    pinned so much that there is no room for it, which no time changes.
+    """
     if ended.how is not End.REFUSED:
         return False
-    return (ended.status == 503 and ended.comes_again) or (
-        ended.status in {400, 404} and f"model '{model}' not found" in ended.why and bool(touching)
-    )
+    is_missing = ended.status in {400, 404} and f"model '{model}' not found" in ended.why
+    is_pinned_out = ended.status == 500 and "what is pinned leaves too little" in ended.why
+    return (ended.status == 503 and ended.comes_again) or (is_missing and bool(touching)) or is_pinned_out
 
 
 async def _embed(client: httpx.AsyncClient) -> Ended:
