@@ -194,14 +194,10 @@ def killed(folder: Path, models: Path, llama_server: Path) -> Iterator[Row]:
             time.sleep(STABLE_S)
             for each in (ours, *others):
                 each.kill_child()
-    yield _seen("SIGKILL of the router to exit seen", ours.seen_router)
-    yield from _sooner(
-        "SIGKILL of the router to model loaded", ours.after_router, {each.name: each.after_router for each in others}
-    )
-    yield _seen("SIGKILL of the model to exit seen", ours.seen_child)
-    yield from _sooner(
-        "SIGKILL of the model to model loaded", ours.after_child, {each.name: each.after_child for each in others}
-    )
+    yield _seen("router SIGKILL to exit seen", ours.seen_router)
+    yield from _sooner("router SIGKILL to loaded", ours.after_router, {each.name: each.after_router for each in others})
+    yield _seen("model SIGKILL to exit seen", ours.seen_child)
+    yield from _sooner("model SIGKILL to loaded", ours.after_child, {each.name: each.after_child for each in others})
 
 
 def _seen(what: str, found: list[float]) -> Row:
@@ -213,7 +209,7 @@ def _sooner(what: str, ours: list[float], others: dict[str, list[float]]) -> Ite
     measured = statistics.median(ours)
     for name, found in others.items():
         yardstick = statistics.median(found)
-        yield Row(f"{what}, {name} + request", ms(measured), ms(yardstick), ms(yardstick), measured <= yardstick)
+        yield Row(f"{what}, over {name} + request", ms(measured), ms(yardstick), ms(yardstick), measured <= yardstick)
 
 
 @contextmanager
@@ -285,9 +281,9 @@ def hung(folder: Path, models: Path, llama_server: Path) -> Iterator[Row]:
         for what in ("router", "model"):
             noticed, healed = (first(name, **fields) for name, fields in (seen[what], well[what]))
             in_time = noticed is not None and HANG_S[0] <= noticed <= HANG_S[1]
-            yield Row(f"SIGSTOP of the {what} to seen", _s(noticed), "never", _s(HANG_S[1]), in_time)
+            yield Row(f"{what} SIGSTOP to seen", _s(noticed), "never", _s(HANG_S[1]), in_time)
             is_well = healed is not None and healed <= HEALED_S
-            yield Row(f"SIGSTOP of the {what} to model loaded", _s(healed), "never", _s(HEALED_S), is_well)
+            yield Row(f"{what} SIGSTOP to loaded", _s(healed), "never", _s(HEALED_S), is_well)
         for pid in (router, child):
             if psutil.pid_exists(pid):
                 os.kill(pid, signal.SIGCONT)

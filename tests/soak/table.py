@@ -35,7 +35,7 @@ def lines(kinds: Iterable[type[Fault]], records: Sequence[Record], tally: Tally)
                 str(sum(len(record.lost) for record in mine)),
             ]
         )
-    rows.append(["a client leaves", str(tally.left), *["-"] * (len(HEAD) - 3), "0"])
+    rows.append(["a client leaves", str(tally.left), *["-"] * (len(HEAD) - 2)])
     return ["| " + " | ".join(row) + " |" for row in rows]
 
 
