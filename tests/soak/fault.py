@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import anyio
 from journal import Event
-from stage import CHAT_MODELS, ROUTERS, Stage, router_of
+from stage import Stage, router_of
 
 EVERYTHING = "daemon"
 """The claim of what touches everything."""
@@ -186,6 +186,3 @@ def conflict(some: frozenset[str], others: frozenset[str]) -> bool:
         for one in some
         for other in others
     )
-
-
-__all__ = ["CHAT_MODELS", "EVERYTHING", "ROUTERS", "Fault", "Record", "Victim", "conflict"]

@@ -14,8 +14,8 @@ import anyio.abc
 import commands
 import file_faults
 import process_faults
-from fault import CHAT_MODELS, Fault, Record, conflict
-from stage import Stage
+from fault import Fault, Record, conflict
+from stage import CHAT_MODELS, Stage
 
 EVERY_S = 4.0
 """On the average, between two faults."""
@@ -84,17 +84,15 @@ class Plan:
     Args:
         stage: where.
         sequence: which.
-        tell: whether each is printed.
 
     Attributes:
         records: of all that were done, in their order.
     """
 
-    def __init__(self, stage: Stage, sequence: Iterator[Planned], *, tells: bool = True) -> None:
+    def __init__(self, stage: Stage, sequence: Iterator[Planned]) -> None:
         self.records: list[Record] = []
         self._stage = stage
         self._sequence = sequence
-        self._tells = tells
         self._waiting: list[_Waiting] = []
         self._held: list[frozenset[str]] = []
 
@@ -138,8 +136,7 @@ class Plan:
                 return
             record = Record(fault.label, fault.claims)
             self.records.append(record)
-            if self._tells:
-                print(f"  {self._stage.findings.at(time.time())} {fault.label}: {fault.target}", flush=True)
+            print(f"  {self._stage.findings.at(time.time())} {fault.label}: {fault.target}", flush=True)
             await fault.run(record)
         finally:
             self._held.remove(fault.claims)

@@ -21,22 +21,18 @@ VERDICTS_S = 7.0
 """After a gap a wrong verdict on who was silent would come by then: probes are 5 s apart."""
 
 
-class _OfRouter(Fault):
-    """A fault of a router's process."""
+class _OfProcess(Fault):
+    """A signal to a process."""
 
     number: ClassVar[signal.Signals] = signal.SIGKILL
     victim: Victim | None = None
 
-    @property
-    def claims(self) -> frozenset[str]:
-        return frozenset({self.router})
-
-    def is_due(self) -> bool:
-        since = self.stage.ready_since.get(self.router)
-        return since is not None and time.time() - since > STABLE_S
+    async def find(self) -> int | None:
+        """The process that it is to be, None if there is none."""
+        raise NotImplementedError
 
     async def prepare(self) -> bool:
-        pid = (await self.stage.routers())[self.router]["pid"]
+        pid = await self.find()
         if pid is None:
             return False
         try:
@@ -50,17 +46,50 @@ class _OfRouter(Fault):
         self.done_at = time.time()
         self.victim.send(self.number)
 
-    def is_seen(self, event: Event) -> bool:
-        return event["event"] == "RouterExited" and self.victim is not None and event["pid"] == self.victim.pid
+    def is_of_victim(self, event: Event, name: str) -> bool:
+        """Whether this is an event of that name about this process."""
+        return event["event"] == name and self.victim is not None and event["pid"] == self.victim.pid
 
-    def is_healed(self, event: Event) -> bool:
-        is_later = event["time"] > self.done_at
-        return is_later and event["event"] == "RouterRecovered" and event["router"] == self.router
+    def is_stable(self) -> bool:
+        """Whether the router has served for so long that it is restarted at once."""
+        since = self.stage.ready_since.get(self.router)
+        return since is not None and time.time() - since > STABLE_S
+
+    def has_recovered(self, event: Event) -> bool:
+        """Whether the router is ready again after the fault, and what was loaded is loaded."""
+        is_it = event["event"] == "RouterRecovered" and event["router"] == self.router
+        return is_it and event["time"] > self.done_at
+
+    def was_unloaded(self, event: Event) -> bool:
+        """Whether the model has left memory after the fault, for a reason that has nothing to do with it."""
+        is_it = event["event"] == "ModelUnloaded" and event["model"] == self.model
+        return is_it and event["time"] > self.done_at and event["reason"] in {"evicted", "requested", "expired"}
 
     async def tidy(self) -> None:
         if self.victim is not None:
             self.victim.send(signal.SIGCONT)
             self.victim.close()
+
+
+class _OfRouter(_OfProcess):
+    """A signal to a router."""
+
+    @property
+    def claims(self) -> frozenset[str]:
+        return frozenset({self.router})
+
+    def is_due(self) -> bool:
+        return self.is_stable()
+
+    async def find(self) -> int | None:
+        pid = (await self.stage.routers())[self.router]["pid"]
+        return None if pid is None else int(pid)
+
+    def is_seen(self, event: Event) -> bool:
+        return self.is_of_victim(event, "RouterExited")
+
+    def is_healed(self, event: Event) -> bool:
+        return self.has_recovered(event)
 
 
 class RouterKilled(_OfRouter):
@@ -84,39 +113,18 @@ class RouterStopped(_OfRouter):
         return event["event"] == "RouterHung" and event["router"] == self.router and event["time"] > self.done_at
 
 
-class _OfChild(Fault):
-    """A fault of a model's process."""
+class _OfChild(_OfProcess):
+    """A signal to a model's process."""
 
-    number: ClassVar[signal.Signals] = signal.SIGKILL
-    victim: Victim | None = None
-
-    async def prepare(self) -> bool:
-        pid = await self.stage.has_loaded(self.model)
-        if pid is None:
-            return False
-        try:
-            self.victim = Victim(pid)
-        except ProcessLookupError:
-            return False
-        return True
-
-    async def inject(self) -> None:
-        assert self.victim is not None
-        self.done_at = time.time()
-        self.victim.send(self.number)
+    async def find(self) -> int | None:
+        return await self.stage.has_loaded(self.model)
 
     def is_seen(self, event: Event) -> bool:
-        is_end = event["event"] == "ModelChildExited"
-        return is_end and self.victim is not None and event["pid"] == self.victim.pid
+        return self.is_of_victim(event, "ModelChildExited")
 
     def is_healed(self, event: Event) -> bool:
         is_load = event["event"] == "ModelLoaded" and event["model"] == self.model
         return is_load and event["time"] > self.done_at
-
-    async def tidy(self) -> None:
-        if self.victim is not None:
-            self.victim.send(signal.SIGCONT)
-            self.victim.close()
 
 
 class ChildKilled(_OfChild):
@@ -143,12 +151,10 @@ class ChildStopped(_OfChild):
     number = signal.SIGSTOP
 
     def is_seen(self, event: Event) -> bool:
-        is_hang = event["event"] == "ModelHung"
-        return is_hang and self.victim is not None and event["pid"] == self.victim.pid
+        return self.is_of_victim(event, "ModelHung")
 
     def is_overtaken(self, event: Event) -> bool:
-        is_unload = event["event"] == "ModelUnloaded" and event["model"] == self.model
-        return is_unload and event["time"] > self.done_at and event["reason"] in {"evicted", "requested", "expired"}
+        return self.was_unloaded(event)
 
 
 class ChildHeld(_OfChild):
@@ -163,8 +169,7 @@ class ChildHeld(_OfChild):
         return frozenset({self.router})
 
     def is_due(self) -> bool:
-        since = self.stage.ready_since.get(self.router)
-        return since is not None and time.time() - since > STABLE_S
+        return self.is_stable()
 
     async def prepare(self) -> bool:
         if not await super().prepare():
@@ -177,12 +182,10 @@ class ChildHeld(_OfChild):
         return True
 
     def is_healed(self, event: Event) -> bool:
-        is_ready = event["event"] == "RouterRecovered" and event["router"] == self.router
-        return is_ready and event["time"] > self.done_at
+        return self.has_recovered(event)
 
     def is_overtaken(self, event: Event) -> bool:
-        is_unload = event["event"] == "ModelUnloaded" and event["model"] == self.model
-        return is_unload and event["time"] > self.done_at and event["reason"] in {"evicted", "requested", "expired"}
+        return self.was_unloaded(event)
 
     async def tidy(self) -> None:
         await super().tidy()

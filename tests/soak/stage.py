@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -188,7 +187,9 @@ class Stage:
             while not await anyio.to_thread.run_sync(self.daemon.is_live):
                 await anyio.sleep(0.02)
 
-    async def until(self, is_true: Any, within_s: float, every_s: float = 0.1) -> float | None:
+    async def until(
+        self, is_true: Callable[[], Awaitable[bool]], within_s: float, every_s: float = 0.1
+    ) -> float | None:
         """Unix seconds of when something asynchronous became true; None if it did not within so long."""
         with anyio.move_on_after(within_s):
             while True:
@@ -197,11 +198,6 @@ class Stage:
                         return time.time()
                 await anyio.sleep(every_s)
         return None
-
-    def free_bytes(self) -> int:
-        """What the disk of the state folder has left."""
-        disk = os.statvfs(self.daemon.state_dir)
-        return disk.f_bavail * disk.f_frsize
 
 
 def router_of(model: str) -> str:

@@ -36,13 +36,11 @@ class Tally:
     Attributes:
         ended: how many ended how.
         left: clients that did not wait.
-        lost_alone: requests that were lost although nothing was done to their model.
         slowest_s: the longest that any took.
     """
 
     ended: Counter[str] = field(default_factory=Counter)
     left: int = 0
-    lost_alone: int = 0
     slowest_s: float = 0.0
 
 
@@ -123,7 +121,6 @@ class Traffic:
             touching[-1].lost.append(f"{kind} of {model} after {now - began:.2f} s: {ended.why}")
         else:
             self.tally.ended["lost"] += 1
-            self.tally.lost_alone += 1
             what = f"{kind} of {model} after {now - began:.2f} s: {ended.why}"
             self._stage.findings.broken("no request is lost without a fault", what)
 
