@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import hypothesis
 import pytest
 from trio.testing import MockClock
 
@@ -19,6 +20,9 @@ from llamavisord.tiny_model import write_tiny_model
 
 _R = TypeVar("_R", pytest.TestReport, pytest.CollectReport)
 MODELS = ("alpha", "beta", "gamma")
+
+hypothesis.settings.register_profile("shared machine", deadline=None)  # a busy one is slow at times
+hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.hookimpl(wrapper=True)

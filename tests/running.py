@@ -225,9 +225,11 @@ class RunningDaemon:
         events = [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:")]
         return [event for event in events if name is None or event["event"] == name]
 
-    def wait_for_event(self, name: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True) -> dict[str, Any]:
+    def wait_for_event(
+        self, name: str, matches: Callable[[dict[str, Any]], bool] = lambda _: True, *, within_s: float = PATIENCE_S
+    ) -> dict[str, Any]:
         """Wait until an event of this kind has happened."""
-        eventually(lambda: any(map(matches, self.events(name))), what=f"event {name}")
+        eventually(lambda: any(map(matches, self.events(name))), what=f"event {name}", within_s=within_s)
         return next(event for event in self.events(name) if matches(event))
 
     def metrics(self) -> str:

@@ -11,8 +11,10 @@ import math
 import os
 import resource
 import socket
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from types import TracebackType
+from typing import Any
 
 import anyio
 from aiohttp import web
@@ -28,6 +30,9 @@ RESERVE = 4
 PAUSE_S = 0.1
 """Between two tries when there is no descriptor for a connection."""
 WARN_EVERY_S = 3600.0
+
+Accept = Callable[[socket.socket], Coroutine[Any, Any, None]]
+"""Takes the connections of a listener until it is cancelled."""
 
 
 class Acceptor:

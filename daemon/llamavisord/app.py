@@ -12,8 +12,9 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,34 @@ from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
-from llamavisor.events import Bus, DaemonStarted, DaemonStopping, ModelPinned, Published, RequestEnded, Warned
+from llamavisor.events import (
+    Bus,
+    DaemonStarted,
+    DaemonStopping,
+    ModelPinned,
+    Published,
+    RequestEnded,
+    RouterSpawned,
+    Warned,
+)
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.opening import open_fleet, sweep
 from llamavisor.pins import Pins
 from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subreaper
+from llamavisor.quarantine_records import QuarantineRecords
+from llamavisor.residents import Residents
+from llamavisor.started import Started
 from llamavisord import __version__
-from llamavisord.acceptor import Acceptor
+from llamavisord.acceptor import Accept, Acceptor
 from llamavisord.config import Config
 from llamavisord.control import control_app
-from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Lock, SocketPathError
+from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Keeper, Lock, SocketPathError
 from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
+from llamavisord.lives import Lives
 from llamavisord.notify import Notifier
 from llamavisord.plain import plain
 from llamavisord.watchdog import report
@@ -46,6 +60,10 @@ from llamavisord.watchdog import report
 LAG_INTERVAL_S = 0.5
 LAG_WINDOW = 20
 """The lag that is shown is the longest of this many measurements, ten seconds."""
+HEAD_S = 10.0
+"""How long a connection may take to send the head of a request, or to say nothing between two."""
+LINGER_S = 1.0
+"""How long what is left of a body may take when its request has been answered: an answer amid it would be lost."""
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
@@ -169,9 +187,10 @@ async def _live(
     become_subreaper()
     bus = Bus()
     bus.listen(_log_event)
-    spawner = Spawner(_instance(config.state_dir))
-    footprints, pins = Footprints(), Pins()
-    ledger = Ledger(config.state_dir / LEDGER, [footprints, pins])
+    started, lives = Started(), Lives()
+    footprints, pins, records, residents = Footprints(), Pins(), QuarantineRecords(), Residents(bus)
+    ledger = Ledger(config.state_dir / LEDGER, [footprints, pins, records, residents, started, lives])
+    spawner = Spawner(_instance(config.state_dir), started)
     for problem in ledger.load():
         bus.publish(Warned(subject="ledger", text=problem))
     fleet = open_fleet(
@@ -184,9 +203,11 @@ async def _live(
         llama_server=config.routers[0].llama_server,
         footprints=footprints,
         pins=pins,
+        records=records,
+        residents=residents,
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
-    exposition = Exposition(daemon)
+    exposition = Exposition(daemon, lives)
     service = Service(daemon, config.gateway) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
@@ -200,8 +221,8 @@ async def _live(
             tasks.start_soon(_keep_ledger, ledger, bus)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)
-            app, listeners = control_app(daemon, control_socket), [control_socket.listener]
-            async with _web_server(app, listeners, Acceptor("control socket", bus)):
+            app, keeper = control_app(daemon, control_socket), Keeper(control_socket, bus)
+            async with _web_server(app, keeper.serve, Acceptor("control socket", bus)):
                 path = str(config.path) if config.path else None
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
                 for warning in config.warnings:
@@ -209,6 +230,7 @@ async def _live(
                 if notifier:
                     tasks.start_soon(report, notifier, daemon, config.socket)
                 await _obey(signals, daemon, service, notifier)
+            lives.end()
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -266,11 +288,11 @@ async def _measure_lag(daemon: Daemon) -> None:
 
 
 async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
-    """Write down what was learned, now and then and at the end; what a person has said, at once."""
+    """Write down what was learned now and then and at the end; what a person has said or was started, at once."""
     said = anyio.Event()
 
     def hear(published: Published) -> None:
-        if isinstance(published.event, ModelPinned):
+        if isinstance(published.event, ModelPinned | RouterSpawned):
             said.set()
 
     bus.listen(hear, hears_frequent=False)
@@ -308,23 +330,40 @@ async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
         await anyio.sleep(METRICS_RETRY_S)
     daemon.metrics_error = None
     listeners = [each.extra(SocketAttribute.raw_socket) for each in listening.listeners]  # noqa: S610 (not Django's)
-    async with listening, _web_server(exposition.app(), listeners, Acceptor("metrics", daemon.bus)):
+    serve = partial(_accept_on, listeners)
+    async with listening, _web_server(exposition.app(), serve, Acceptor("metrics", daemon.bus)):
         await anyio.sleep_forever()
+
+
+async def _accept_on(listeners: Sequence[socket.socket], accept: Accept) -> None:
+    async with anyio.create_task_group() as accepting:
+        for listener in listeners:
+            accepting.start_soon(accept, listener)
 
 
 @asynccontextmanager
 async def _web_server(
-    app: web.Application, listeners: Sequence[socket.socket], acceptor: Acceptor
+    app: web.Application,
+    serve: Callable[[Accept], Coroutine[Any, Any, None]],
+    acceptor: Acceptor,
+    *,
+    head_s: float = HEAD_S,
 ) -> AsyncIterator[None]:
-    """A server for `app` on sockets that listen; at the end requests may end, and streams are cut."""
+    """A server for `app` where `serve` has connections taken; at the end requests may end, and streams are cut."""
     app.middlewares.insert(0, acceptor.note)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=REQUEST_END_S)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=REQUEST_END_S,
+        keepalive_timeout=head_s,  # to aiohttp a connection is idle until the head is whole
+        lingering_time=LINGER_S,
+        auto_decompress=False,  # no request needs a body
+    )
     await runner.setup()
     assert runner.server is not None  # noqa: S101 (it is set up)
     try:
         async with anyio.create_task_group() as accepting:
-            for listener in listeners:
-                accepting.start_soon(acceptor.serve, listener, runner.server)
+            accepting.start_soon(serve, partial(acceptor.serve, server=runner.server))
             yield
             accepting.cancel_scope.cancel()
     finally:

@@ -33,6 +33,8 @@ from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
 
 BODY_BYTES = 64 * 1024
+BODY_S = 10.0
+"""How long the body of a request may take, although no command takes one."""
 WAIT_MAX_S = 3600.0
 GLANCE_S = 0.05
 """A command that nobody waits for is given this long, so that what can be refused at once is refused."""
@@ -54,6 +56,7 @@ _STATUS = {
     "router_not_found": HTTPStatus.NOT_FOUND,
     "bad_request": HTTPStatus.BAD_REQUEST,
     "forbidden": HTTPStatus.FORBIDDEN,
+    "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
     "wait_timeout": HTTPStatus.GATEWAY_TIMEOUT,
     "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
     "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
@@ -77,16 +80,22 @@ class BadRequestError(LlamavisorError):
     code = "bad_request"
 
 
+class RequestTimeoutError(LlamavisorError):
+    """Raised when the body of a request does not come."""
+
+    code = "request_timeout"
+
+
 class WaitTimeoutError(LlamavisorError):
     """Raised when a command was not done within the time that its caller was ready to wait; it goes on."""
 
     code = "wait_timeout"
 
 
-def control_app(daemon: Daemon, control_socket: ControlSocket) -> web.Application:
+def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
     """The web application behind the control socket."""
-    api = _Api(daemon)
-    app = web.Application(middlewares=[_problems, _guard(daemon.bus, control_socket)], client_max_size=BODY_BYTES)
+    api, guard = _Api(daemon), _guard(daemon.bus, control_socket, body_s)
+    app = web.Application(middlewares=[_problems, guard], client_max_size=BODY_BYTES)
     base = "/control/v1"
     # A model's name may hold slashes, escaped or not, and newlines.
     app.add_routes(
@@ -460,7 +469,7 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
 
 
-def _guard(bus: Bus, control_socket: ControlSocket) -> Middleware:
+def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
         """Let the right people in, and no request bodies: no command takes one."""
@@ -472,8 +481,22 @@ def _guard(bus: Bus, control_socket: ControlSocket) -> Middleware:
             bus.publish(PeerRefused(uid=peer.uid, pid=peer.pid, request=f"{request.method} {request.path}"))
             detail = f"uid {peer.uid} may not command this daemon"
             return _problem(HTTPStatus.FORBIDDEN, detail, "forbidden", f"join the group of {control_socket.path}")
-        if request.can_read_body and (await request.read()).strip() not in {b"", b"{}"}:
+        if request.can_read_body and await _body(request, body_s) not in {b"", b"{}"}:
             raise BadRequestError(f"{request.method} {request.path} takes no body; give arguments in the query")
         return await handler(request)
 
     return guard
+
+
+async def _body(request: web.Request, within_s: float) -> bytes:
+    """The body of a request, without the space around it.
+
+    Raises:
+        RequestTimeoutError: it did not come in time.
+    """
+    try:
+        with anyio.fail_after(within_s):
+            return (await request.read()).strip()
+    except TimeoutError:
+        text = f"{request.method} {request.path}: its body did not come within {within_s:g} s"
+        raise RequestTimeoutError(text) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import errno
 import fcntl
+import math
 import os
 import socket
 import stat
@@ -13,10 +14,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
+
 from llamavisor.errors import LlamavisorError
+from llamavisor.events import Bus, ControlSocketRebound, Warned
+from llamavisord.acceptor import WARN_EVERY_S, Accept
 
 SOCKET_MODE = 0o660
 FOLDER_MODE = 0o750
+CHECK_S = 60.0
+"""Between two looks whether the socket is still where people look for it."""
 _SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module has no name for it
 _GETSOCKOPT_BYTES = 1024  # the most that socket.getsockopt takes
 
@@ -58,6 +66,11 @@ class Lock:
     def __repr__(self) -> str:
         return f"<Lock {self.path}>"
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether whoever locks that path meets this lock."""
+        return _is_at(self.path, os.fstat(self._fd))
+
     def close(self) -> None:
         """Release it. The file stays: removing it would let two processes hold two files of one name."""
         os.close(self._fd)
@@ -93,35 +106,103 @@ class ControlSocket:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
-            self._lock = Lock(path.with_name(f"{path.name}.lock"))
-        except OSError as error:
-            raise SocketPathError(
-                f"cannot create the control socket {path}: {error.strerror}",
-                hint="choose another place with --socket, or let this user write there",
-            ) from error
+        self._lock = _claim(path)
         try:
             _remove_stale(path)
-            self.listener = _bind(path)
+            self.listener, self._file = _bind(path)
         except BaseException:
             self._lock.close()
             raise
-        self.gid = path.stat().st_gid
 
     def __repr__(self) -> str:
         return f"<ControlSocket {self.path}>"
+
+    @property
+    def gid(self) -> int:
+        """The group whose members may command."""
+        return self._file.st_gid
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether whoever connects to that path comes to us. As long as we listen, nobody gets the same inode."""
+        return _is_at(self.path, self._file)
+
+    def restore(self) -> socket.socket | None:
+        """Bind it anew, as at the start, if its file or that of its lock has gone or is another's.
+
+        Returns:
+            The listener that was replaced, for the caller to close; None if nothing had to be bound.
+
+        Raises:
+            AlreadyRunningError: another daemon has the path now.
+            SocketPathError: it cannot be bound again. We still listen as before.
+        """
+        if not self._lock.is_in_place:
+            lost, self._lock = self._lock, _claim(self.path)
+            lost.close()
+        if self.is_in_place:
+            return None
+        replaced = self.listener
+        _remove_stale(self.path)
+        self.listener, self._file = _bind(self.path)
+        return replaced
 
     def admits(self, peer: Peer) -> bool:
         """Whether `peer` may command: our own user, root, or a member of the socket's group."""
         return peer.uid in {0, os.getuid()} or self.gid in peer.gids
 
     def close(self) -> None:
-        """Stop listening, remove the file, release the lock."""
+        """Remove the file if it is ours, stop listening, release the lock."""
+        if self.is_in_place:
+            with suppress(OSError):
+                self.path.unlink()
         self.listener.close()
-        with suppress(FileNotFoundError):
-            self.path.unlink()
         self._lock.close()
+
+
+class Keeper:
+    """Sees that the control socket stays where people look for it, whoever cleans up there.
+
+    Args:
+        control_socket: what is kept.
+        bus: hears when it was bound anew; and once an hour that it cannot be, while that is tried again and again.
+        every_s: between two looks.
+    """
+
+    def __init__(self, control_socket: ControlSocket, bus: Bus, *, every_s: float = CHECK_S) -> None:
+        self._socket = control_socket
+        self._bus = bus
+        self._every_s = every_s
+        self._warned_at = -math.inf
+
+    def __repr__(self) -> str:
+        return f"<Keeper of {self._socket!r}>"
+
+    async def serve(self, accept: Accept) -> None:
+        """Have connections taken until cancelled; those that are open do not notice when the socket is bound anew."""
+        while True:
+            async with anyio.create_task_group() as accepting:
+                accepting.start_soon(accept, self._socket.listener)
+                replaced = await self._bind_anew()
+                accepting.cancel_scope.cancel()
+            replaced.close()
+
+    async def _bind_anew(self) -> socket.socket:
+        """Wait until the socket has gone and was bound anew; the listener that was replaced."""
+        while True:
+            await anyio.sleep(self._every_s)
+            try:
+                replaced = await anyio.to_thread.run_sync(self._socket.restore, abandon_on_cancel=True)
+            except (AlreadyRunningError, SocketPathError) as error:
+                if anyio.current_time() - self._warned_at >= WARN_EVERY_S:
+                    self._warned_at = anyio.current_time()
+                    text = f"nobody can connect any more: {error}; it is tried again"
+                    self._bus.publish(Warned(subject="control socket", text=text))
+                continue
+            if replaced is not None:
+                self._warned_at = -math.inf
+                self._bus.publish(ControlSocketRebound(socket=str(self._socket.path)))
+                return replaced
 
 
 def peer_of(connection: socket.socket) -> Peer:
@@ -142,6 +223,30 @@ def peer_of(connection: socket.socket) -> Peer:
     return Peer(pid, uid, frozenset({gid, *groups}))
 
 
+def _is_at(path: Path, file: os.stat_result) -> bool:
+    """Whether `path` is that file itself, not a link to it."""
+    try:
+        return os.path.samestat(path.lstat(), file)
+    except OSError:
+        return False
+
+
+def _claim(path: Path) -> Lock:
+    """The lock of the socket at `path`, in a folder that is made if it is missing."""
+    try:
+        path.parent.mkdir(mode=FOLDER_MODE, parents=True, exist_ok=True)
+        return Lock(path.with_name(f"{path.name}.lock"))
+    except OSError as error:
+        raise _cannot_create(path, error) from error
+
+
+def _cannot_create(path: Path, error: OSError) -> SocketPathError:
+    return SocketPathError(
+        f"cannot create the control socket {path}: {error.strerror or error}",
+        hint="choose another place with --socket, or let this user write there",
+    )
+
+
 def _remove_stale(path: Path) -> None:
     """Remove a socket that nobody listens on any more, and nothing else."""
     try:
@@ -158,24 +263,23 @@ def _remove_stale(path: Path) -> None:
             path.unlink()
             return
         except OSError as error:
-            raise SocketPathError(f"{path} cannot be replaced: {error.strerror}", hint="remove it") from error
+            raise SocketPathError(f"{path} cannot be replaced: {error.strerror or error}", hint="remove it") from error
     raise AlreadyRunningError(f"already running: another program serves {path}", hint="use --socket")
 
 
-def _bind(path: Path) -> socket.socket:
+def _bind(path: Path) -> tuple[socket.socket, os.stat_result]:
+    """A listener, and the file by which it is found."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    # The file must never be there with a wider mode, not even for a moment.
-    old = os.umask(0o777 & ~SOCKET_MODE)
     try:
+        # The file must never be there with a wider mode, not even for a moment. Linux makes it with the mode of the
+        # socket less the umask; the umask is not ours to change, the files of other threads would get it as well.
+        os.fchmod(listener.fileno(), SOCKET_MODE)
         listener.bind(str(path))
+        path.chmod(SOCKET_MODE)
+        file = path.lstat()
+        listener.listen(128)
     except OSError as error:
         listener.close()
-        raise SocketPathError(
-            f"cannot create the control socket {path}: {error.strerror or error}",
-            hint="choose another place with --socket, or let this user write there",
-        ) from error
-    finally:
-        os.umask(old)
-    listener.listen(128)
+        raise _cannot_create(path, error) from error
     listener.setblocking(False)
-    return listener
+    return listener, file

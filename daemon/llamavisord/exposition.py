@@ -28,6 +28,7 @@ from llamavisord.control import health_routes
 from llamavisord.daemon import Daemon
 from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges
 from llamavisord.exposition_requests import RequestCounts, traffic_gauges
+from llamavisord.lives import Lives
 from llamavisord.view import unix_time
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -37,7 +38,14 @@ _PROBE_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 10)
 _SCAN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _SERVABLE_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _MODES = ("inotify", "polling")
-_COUNTED_BY_MODEL = (ev.ModelLoaded, ev.ModelLoadFailed, ev.ModelUnloaded, ev.DemandMet, ev.ModelQuarantined)
+_COUNTED_BY_MODEL = (
+    ev.ModelLoaded,
+    ev.ModelLoadFailed,
+    ev.ModelUnloaded,
+    ev.ModelHung,
+    ev.DemandMet,
+    ev.ModelQuarantined,
+)
 
 
 class Exposition:
@@ -45,9 +53,10 @@ class Exposition:
 
     Args:
         daemon: what is exposed.
+        lives: how often it was started.
     """
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, lives: Lives | None = None) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # the library has no types for it
         self._daemon = daemon
         self.registry = CollectorRegistry()
@@ -55,7 +64,7 @@ class Exposition:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        registry.register(_Snapshot(daemon))
+        registry.register(_Snapshot(daemon, lives or Lives()))
         self._restarts = Counter(
             "llamavisor_router_restarts",
             "Processes that replaced another one, by what ended the other.",
@@ -98,9 +107,32 @@ class Exposition:
             ["router", "model", "reason"],
             registry=registry,
         )
+        self._failures = Counter(
+            "llamavisor_model_failures",
+            "Loads that failed and processes of models that were lost, by cause.",
+            ["router", "model", "cause"],
+            registry=registry,
+        )
+        self._router_hangs = Counter(
+            "llamavisor_router_hangs",
+            "Times that a router hung and was restarted for that.",
+            ["router"],
+            registry=registry,
+        )
+        self._model_hangs = Counter(
+            "llamavisor_model_hangs",
+            "Times that the process of a model hung and was ended for that.",
+            ["router", "model"],
+            registry=registry,
+        )
         self._strays = Counter(
             "llamavisor_orphans_reaped",
             "Left-over processes that were killed because the one that started them had ended.",
+            registry=registry,
+        )
+        self._rebinds = Counter(
+            "llamavisor_control_socket_rebinds",
+            "Times that the control socket was bound anew because its file had gone.",
             registry=registry,
         )
         self._scan_seconds = Histogram(
@@ -123,12 +155,20 @@ class Exposition:
         )
         registry.register(self._requests)
         self._memory = MemoryCounts(registry)
-        self._of_models = (self._loads, self._load_seconds, self._unloads, *self._memory.of_models)
+        self._of_models = (
+            self._loads,
+            self._load_seconds,
+            self._unloads,
+            self._failures,
+            self._model_hangs,
+            *self._memory.of_models,
+        )
         self._of_routers = (
             self._restarts,
             self._start_seconds,
             self._probe_seconds,
             self._probe_failures,
+            self._router_hangs,
             self._servable_seconds,
             *self._of_models,
         )
@@ -158,10 +198,17 @@ class Exposition:
                 self._loads.labels(router, model, "loaded").inc()
                 if load_s is not None:
                     self._load_seconds.labels(router, model).observe(load_s)
-            case ev.ModelLoadFailed(router=router, model=model):
+            case ev.ModelLoadFailed(router=router, model=model, cause=cause):
                 self._loads.labels(router, model, "failed").inc()
-            case ev.ModelUnloaded(router=router, model=model, reason=reason):
+                self._failures.labels(router, model, cause.value).inc()
+            case ev.ModelUnloaded(router=router, model=model, reason=reason, cause=cause):
                 self._unloads.labels(router, model, reason.value).inc()
+                if cause is not None:
+                    self._failures.labels(router, model, cause.value).inc()
+            case ev.RouterHung(router=router):
+                self._router_hangs.labels(router).inc()
+            case ev.ModelHung(router=router, model=model):
+                self._model_hangs.labels(router, model).inc()
             case ev.ModelAdded(router=router, wait_s=wait_s) if wait_s is not None:
                 self._servable_seconds.labels(router).observe(wait_s)
             case ev.FolderLooked(folder=folder, duration_s=duration_s):
@@ -169,6 +216,8 @@ class Exposition:
                 self._scan_seconds.labels(_label(folder)).observe(duration_s)
             case ev.StraysKilled(pids=pids):
                 self._strays.inc(len(pids))
+            case ev.ControlSocketRebound():
+                self._rebinds.inc()
 
     def _forget_vanished(self) -> None:
         """Drop the series of routers, models and folders that are not there any more: they would stay for ever."""
@@ -201,8 +250,9 @@ class Exposition:
 class _Snapshot(Collector):
     """What is true at the moment of the scrape; series of what has vanished are not there any more."""
 
-    def __init__(self, daemon: Daemon) -> None:
+    def __init__(self, daemon: Daemon, lives: Lives) -> None:
         self._daemon = daemon
+        self._lives = lives
 
     def collect(self) -> Iterator[Metric]:
         daemon = self._daemon
@@ -217,8 +267,8 @@ class _Snapshot(Collector):
         for router in daemon.fleet:
             for each in RouterState:
                 state.add_metric([router.name, each.value], float(router.state is each))
-            failures.add_metric([router.name], router.history.failures)
-            crash_loop.add_metric([router.name], float(router.history.is_crash_loop))
+            failures.add_metric([router.name], router.comeback.history.failures)
+            crash_loop.add_metric([router.name], float(router.comeback.history.is_crash_loop))
             if router.spawned_at is not None:
                 started.add_metric([router.name], unix_time(router.spawned_at))
         yield from (state, failures, crash_loop, started)
@@ -232,6 +282,11 @@ class _Snapshot(Collector):
         lag.add_metric([], daemon.loop_lag_s)
         good = gauge("config_last_reload_successful", "1 if the last attempt to read the configuration succeeded.")
         good.add_metric([], float(daemon.config_error is None))
+        starts = CounterMetricFamily("llamavisor_daemon_starts", "Times that the daemon was started, ever.")
+        starts.add_metric([], self._lives.starts)
+        deaths = CounterMetricFamily("llamavisor_daemon_deaths", "Times that the daemon had not ended in order, ever.")
+        deaths.add_metric([], self._lives.deaths)
+        yield from (starts, deaths)
         when = gauge("config_last_reload_success_timestamp_seconds", "When the configuration in force was read.")
         when.add_metric([], daemon.config_loaded_at)
         yield from (lag, good, when)

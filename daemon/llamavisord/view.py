@@ -20,7 +20,7 @@ def router_view(router: Router) -> dict[str, Any]:
     now = anyio.current_time()
     # What llama-server printed last explains its own end, not an obstacle that we saw before it was started.
     is_down = router.state in {RouterState.FAILED, RouterState.BACKOFF}
-    explains = is_down and router.verdict is not None and not router.verdict.is_obstacle
+    explains = is_down and router.comeback.verdict is not None and not router.comeback.verdict.is_obstacle
     found = router.launch.found if router.launch is not None else None
     return {
         "name": router.name,
@@ -30,10 +30,10 @@ def router_view(router: Router) -> dict[str, Any]:
         "pid": router.process.pid if router.process is not None else None,
         "reason": router.reason,
         "hint": router.hint,
-        "failures": router.history.failures,
-        "crash_loop": router.history.is_crash_loop,
+        "failures": router.comeback.history.failures,
+        "crash_loop": router.comeback.history.is_crash_loop,
         "restarts": router.restarts,
-        "retry_in_s": max(0.0, router.retry_at - now) if router.retry_at is not None else None,
+        "retry_in_s": max(0.0, router.comeback.retry_at - now) if router.comeback.retry_at is not None else None,
         "models_max": router.settings.models_max,
         "models_dir": str(router.settings.models_dir),
         **counts(router),

@@ -15,10 +15,11 @@ Times are monotonic seconds (FAULTS.md, T1).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+from llamavisor.cause import Consequence
 from llamavisor.demands import Action, Lease, Limits, Order, Refuse, Rejection, Why
 from llamavisor.eviction import Refusal, Resident, relieve
 from llamavisor.orders import Orders
@@ -136,6 +137,10 @@ class Admission:
         """All models that are left alone for now, and why."""
         return self._quarantines.all(now)
 
+    def recall(self, quarantine: Quarantine) -> None:
+        """An earlier daemon has left this model alone."""
+        self._quarantines.recall(quarantine)
+
     def give_up(self, number: int, now: float) -> list[Action]:
         """Who made the demand has left. One that was granted meanwhile is unknown here: its lease is to be released."""
         for order in self._orders:
@@ -154,18 +159,24 @@ class Admission:
         rejection = Rejection(Why.TIMED_OUT, order.model, obstacle, self._orders.retry_after_s(), order.refusal)
         return [Refuse(number, rejection), *self.give_up(number, now)]
 
-    def release(self, lease: Lease, now: float, *, has_answered: bool = False) -> list[Action]:
+    def release(
+        self, lease: Lease, now: float, *, has_answered: bool = False, has_failed: bool = False
+    ) -> list[Action]:
         """A lease has ended. A second time, or after the model's process has ended, it means nothing.
 
         Args:
             lease: which.
             now: monotonic time in seconds.
             has_answered: whether the model has done what it was had for.
+            has_failed: whether it has answered that it could not, for a reason of its own.
         """
         slot = self._slots.get((lease.router, lease.model))
         if slot is None or not slot.end_lease(lease.number, now):
             return []
-        slot.has_answered |= has_answered and slot.stage is not Stage.LEAVING
+        if has_failed:
+            slot.failures += 1
+        elif has_answered and slot.stage is not Stage.LEAVING:
+            slot.has_answered, slot.failures = True, 0
         if slot.stage is Stage.DRAINING:
             self._orders.note_progress(slot.key, now)
         matters = self._orders or slot.stage is Stage.DRAINING  # looked at first: nearly always nobody waits
@@ -237,26 +248,30 @@ class Admission:
         model: str,
         reason: str,
         *,
-        for_memory: bool = False,
-        is_unexplained: bool = False,
+        then: Consequence = Consequence.QUARANTINE,
         now: float,
     ) -> list[Action]:
         """A load did not succeed. Its slot is kept until `gone`: what it had taken may not be back yet.
 
-        The first time that it was for memory, who is idle leaves, and it is tried once more; so it is the first time
-        that nobody knows why. Else the model is not loaded on that router for a while; who waits for it is served by
-        another router, or refused.
+        Args:
+            router: where.
+            model: which.
+            reason: why, for a person.
+            then: EVICT: the first time, who is idle leaves, and it is tried once more. RETRY: the first time, it is
+                tried once more. Else, and the next time, the model is not loaded on that router for a while; who waits
+                for it is served by another router, or refused.
+            now: monotonic time in seconds.
         """
         slot = self._slots.get((router, model))
         if slot is None or slot.stage is not Stage.LOADING:  # a load that was cancelled fails, of course
             return []
         slot.become(Stage.LEAVING)
         order = next(iter(self._orders.of(model, router)), None)
-        if is_unexplained and not for_memory and order is not None:
+        if then is Consequence.RETRY and order is not None:
             suspected = self._quarantines.suspect(slot.key, reason, now)
             order.after = {slot.key}
             return [*([suspected] if suspected is not None else []), *self._orders.settle(now)]
-        if order is None or not for_memory or order.has_failed_for_memory:
+        if order is None or then is not Consequence.EVICT or order.has_failed_for_memory:
             return [self._quarantines.failed(slot.key, reason, now), *self._orders.settle(now)]
         order.has_failed_for_memory = True
         order.progressed_at = now
@@ -364,6 +379,11 @@ class Admission:
         for slot in self._of(router):
             self._orders.remove(slot.key, now)
         return self._orders.settle(now)
+
+    def forget(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers but these; of the others nothing is left."""
+        self._orders.is_up = {name: is_up for name, is_up in self._orders.is_up.items() if name in routers}
+        self._quarantines.forget(routers)
 
     # What people and the configuration want
 

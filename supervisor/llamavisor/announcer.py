@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 
 from llamavisor.catalog import FileId
 from llamavisor.events import Event, ModelAdded, ModelChanged, ModelRemoved, ModelsChanged, ModelWithheld, Warned
@@ -11,6 +12,9 @@ from llamavisor.shelf import Offer
 
 TOLD_MAX = 20
 """How many models of one offer are told one by one: thousands would bury everything else that happens."""
+
+SEEN_MAX = 10_000
+"""Of how many models it is remembered that they were there before."""
 
 
 class Announcer:
@@ -38,7 +42,11 @@ class Announcer:
             is_news = not was_known and 0 <= since <= time.time() - self._began
             wait_s = since if is_news else None
             yield ModelAdded(router=self._router, model=spec.name, path=spec.path, wait_s=wait_s)
-        self._seen.update((spec.name, spec.files) for spec in added)
+        for spec in added:
+            self._seen.pop(spec.name, None)
+            self._seen[spec.name] = spec.files
+        for name in list(islice(self._seen, max(0, len(self._seen) - SEEN_MAX))):  # those that came first
+            del self._seen[name]
         for name, each in after.models.items():
             known_model = before.models.get(name)
             if known_model is not None and known_model.spec is not each.spec and known_model.spec != each.spec:

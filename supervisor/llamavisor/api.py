@@ -30,6 +30,8 @@ LOAD_TIMEOUT_S = 60.0
 """/models/load answers after a model that has to leave has stopped, which takes up to its stop-timeout."""
 RELOAD_TIMEOUT_S = 120.0
 """A reload opens the header of every GGUF in the folder."""
+TRIAL_TIMEOUT_S = 30.0
+"""How long an idle model may take for one token: longer than the slowest, and shorter than anybody's patience."""
 ANSWER_BYTES = 64 * 1024 * 1024
 """A longer answer is no answer; 3,000 models make 2 MB."""
 HEALTH_BYTES = 64 * 1024
@@ -262,6 +264,23 @@ class RouterApi:
         """
         await self._call("POST", "/models/unload", json_body={"model": name})
 
+    async def complete(self) -> None:
+        """Have a model make one token; asked of the process of a model.
+
+        Raises:
+            ApiError: it did not; status 501 when it is a model that makes none.
+        """
+        asked: dict[str, object] = {"prompt": "a", "n_predict": 1, "cache_prompt": False}
+        await self._call("POST", "/completion", json_body=asked, timeout_s=TRIAL_TIMEOUT_S)
+
+    async def embed(self) -> None:
+        """Have an embedding model embed one letter; asked of the process of a model.
+
+        Raises:
+            ApiError: it did not; status 501 when it is a model that does not.
+        """
+        await self._call("POST", "/embedding", json_body={"content": "a"}, timeout_s=TRIAL_TIMEOUT_S)
+
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent | None]]:
         """Follow the router's events; entered once the subscription exists, so nothing after that is missed.
@@ -288,7 +307,7 @@ class RouterApi:
         method: str,
         path: str,
         *,
-        json_body: dict[str, str] | None = None,
+        json_body: Mapping[str, object] | None = None,
         timeout_s: float = ANSWER_TIMEOUT_S,
         limit: int = ANSWER_BYTES,
     ) -> bytes:
@@ -308,6 +327,29 @@ class RouterApi:
         if response.status_code != 200:
             raise ApiError(f"{method} {path}: {_message(bytes(body))}", status=response.status_code)
         return bytes(body)
+
+
+async def try_model(port: int, *, api_key: str | None) -> str | None:
+    """Have the process of a model do the least that it can do: one token, or what an embedding model does instead.
+
+    Args:
+        port: where it listens on 127.0.0.1.
+        api_key: the key that it asks for, if any.
+
+    Returns:
+        What went wrong; None if it works.
+    """
+    async with RouterApi(f"http://127.0.0.1:{port}", api_key=api_key) as api:
+        try:
+            try:
+                await api.complete()
+            except ApiError as error:
+                if error.status != 501:
+                    return str(error)
+                await api.embed()
+        except ApiError as error:
+            return None if error.status == 501 else str(error)  # a reranker does neither
+    return None
 
 
 async def _status_events(response: httpx.Response) -> AsyncIterator[StatusEvent | None]:

@@ -26,6 +26,10 @@ class Arbiter(Protocol):
         """Have a model unloaded as soon as nobody uses it: what it should be has changed."""
         ...
 
+    def lose(self, router: str, model: str) -> None:
+        """Promise the model to nobody any more: its process hangs, and is being ended whomever it answers."""
+        ...
+
     def make_way(self, router: str) -> None:
         """That router loads nothing until it is restarted: have its models leave if somebody has waited for long."""
         ...

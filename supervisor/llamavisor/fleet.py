@@ -27,6 +27,8 @@ from llamavisor.memory import Memory
 from llamavisor.meter import Meter
 from llamavisor.pins import Pins
 from llamavisor.process import TERM_GRACE_S, Spawner
+from llamavisor.quarantine_records import QuarantineRecords
+from llamavisor.residents import Residents
 from llamavisor.router import Router
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
@@ -60,6 +62,8 @@ class Fleet:
         meter: reads how much memory there is.
         footprints: what models took when they were loaded before.
         pins: which models people want to stay in memory.
+        records: which models were left alone.
+        residents: which models were in memory.
         spawner: reaps what is handed to us; None where nothing is spawned.
         bus: where the events go.
         jitter: a source of numbers in [0, 1).
@@ -74,6 +78,8 @@ class Fleet:
         meter: Meter,
         footprints: Footprints | None = None,
         pins: Pins | None = None,
+        records: QuarantineRecords | None = None,
+        residents: Residents | None = None,
         spawner: Spawner | None = None,
         bus: Bus,
         jitter: Callable[[], float] = random.random,
@@ -85,6 +91,7 @@ class Fleet:
         self._make_watch = make_watch
         self._spawner = spawner
         self._jitter = jitter
+        self._residents = residents
         self._routers: dict[str, Router] = {}
         self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
@@ -94,6 +101,7 @@ class Fleet:
             meter=meter,
             footprints=footprints,
             pins=pins,
+            records=records,
             bus=bus,
             resize=self._size_up_all,
             clock=clock,
@@ -146,6 +154,8 @@ class Fleet:
         self._tasks.start_soon(router.run)
         if folder.catalog.has_looked:
             supply.deliver()
+        if self._residents is not None and (before := self._residents.of(settings.name)):
+            router.recall(before)
         router.start()
 
     def _supply(self, folder: Folder, settings: RouterSettings) -> Supply:

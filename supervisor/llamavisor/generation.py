@@ -6,7 +6,6 @@ A generation does and sees; it decides nothing. What it sees it posts as news to
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from typing import Any
 
 import anyio
@@ -16,6 +15,7 @@ from llamavisor.api import ListedModel, Props
 from llamavisor.cause import Cause, Verdict, classify
 from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.gaps import was_missed
+from llamavisor.health import PROBES
 from llamavisor.host import Api, Host, ModelProcess, RouterProcess, UsageGauge
 from llamavisor.launch import Launch
 from llamavisor.news import (
@@ -32,10 +32,12 @@ from llamavisor.news import (
     Probed,
     Replaced,
     Spawned,
+    Tried,
     Used,
     Waiting,
 )
-from llamavisor.process import TERM_GRACE_S, Leftovers
+from llamavisor.options import HANG_AFTER_S, hang_after_s
+from llamavisor.process import TERM_GRACE_S, ExitStatus, Leftovers
 from llamavisor.shelf import Offer
 from llamavisor.shortage import SHORTAGE_HINT, is_shortage
 from llamavisor.states import HAS_CHILD, ModelState
@@ -50,6 +52,8 @@ DEVICE_POLL_S = 2.0
 DEVICE_POLL_LATE_S = 10.0
 PROBE_INTERVAL_S = 5.0
 PROBE_TIMEOUT_S = 10.0
+PROBE_PAUSE_S = 0.5
+"""At least so long lies between a probe that took its time and the next one."""
 BINARY_POLL_S = 5.0
 USAGE_INTERVAL_S = 1.0
 """All models are asked at the same moments: to wake once for 32 of them takes half the CPU of waking for each."""
@@ -94,9 +98,11 @@ class Generation:
         self._running: set[str] = set()  # models that the router says have a child
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
+        self._children: dict[str, ModelProcess] = {}
         self._gauges: dict[str, tuple[UsageGauge, anyio.Lock]] = {}  # of models with a child; one read at a time
         self._awake: set[str] = set()  # models that the router calls loaded
         self._hint = anyio.Event()  # something was told that is not understood
+        self._is_suspect = False  # it has left a question unanswered that is not the one after its health
         self._refusal: Verdict | None = None
         self._stopped = False  # it was asked to end
         self._has_ended = False  # its end was seen and told
@@ -146,6 +152,21 @@ class Generation:
             return False
         self._workers.start_soon(work, *args)
         return True
+
+    def suspect(self) -> None:
+        """It did not answer what it was asked: from now on it is asked more than whether it is well."""
+        self._is_suspect = True
+
+    def kill_child(self, model: str) -> None:
+        """Kill the process of a model that its router does not end."""
+        if (child := self._children.get(model)) is not None:
+            child.kill()
+
+    async def try_model(self, model: str) -> None:
+        """Have a model do something, and post as news whether it works. A worker's task."""
+        child = self._children.get(model)
+        if child is not None and child.port is not None:
+            self._post(Tried(model, child.pid, await self._host.try_model(child.port)))
 
     async def _live(self) -> None:
         launch = await self._host.prepare()
@@ -297,7 +318,8 @@ class Generation:
         try:
             models = await api.models()
         except ApiError:
-            return  # the probe reports a router that does not answer
+            self.suspect()  # the probe reports a router that does not answer
+            return
         self._watch_children(models)
         self._post(Listed(models, asked_at, is_first))
 
@@ -326,9 +348,10 @@ class Generation:
                 child = await self._find_child(model)
                 if child is None:
                     return
+                self._children[model] = child
                 self._post(ChildFound(model, child))
-                await self._until_ended(model, child)
-                self._post(ChildEnded(model, child.pid))
+                status = await self._until_ended(model, child)
+                self._post(ChildEnded(model, child.pid, status))
                 async with anyio.create_task_group() as group:
                     group.start_soon(anyio.sleep, AFTERMATH_S)
                     group.start_soon(self._host.look_again)  # a file that was cut off explains a crash
@@ -336,14 +359,16 @@ class Generation:
                     await self._relist(self._api)
         finally:
             self._watched.discard(model)
+            self._children.pop(model, None)
 
-    async def _until_ended(self, model: str, child: ModelProcess) -> None:
-        """Wait until a model's process has ended, and read how busy it is meanwhile."""
+    async def _until_ended(self, model: str, child: ModelProcess) -> ExitStatus | None:
+        """Wait until a model's process has ended, and how, and read how busy it is meanwhile."""
         async with anyio.create_task_group() as group:
             if child.port is not None:
                 group.start_soon(self._watch_usage, model, child.port)
-            await _wait_for(child)
+            status = await _wait_for(child)
             group.cancel_scope.cancel()
+        return status
 
     async def _watch_usage(self, model: str, port: int) -> None:
         gauge = self._host.usage_of(port)
@@ -363,11 +388,15 @@ class Generation:
         if model not in self._gauges:
             return None
         gauge, reading = self._gauges[model]
-        usage = None
+        usage, has_refused = None, False
         async with reading:
-            with suppress(UsageError):  # then nothing is known of it, and nothing is done to it
+            try:
                 usage = await gauge.read()
-        self._post(Used(model, usage))
+            except UsageError as error:
+                has_refused = error.status is not None
+        # Of one that does not answer, or has something to do, the kernel tells whether it works.
+        child = self._children.get(model) if usage is None or usage.in_flight else None
+        self._post(Used(model, usage, child.vitals() if child is not None else None, has_refused))
         return usage
 
     async def _find_child(self, model: str) -> ModelProcess | None:
@@ -383,15 +412,29 @@ class Generation:
         return child
 
     async def _probe(self, api: Api) -> None:
+        """Ask the router every few seconds whether it is well.
+
+        Released routers have said so for ever while they answered nothing else. One that is suspected of that is asked
+        for its list, which takes the lock that they had hung on.
+        """
+        duration_s = 0.0
+        # Who wants a hang to be found sooner has to be asked more often.
+        share_s = (hang_after_s(self._host.settings.layers) or HANG_AFTER_S) / PROBES
+        interval_s, timeout_s = min(PROBE_INTERVAL_S, share_s), min(PROBE_TIMEOUT_S, share_s)
         while True:
-            await anyio.sleep(PROBE_INTERVAL_S)
+            await anyio.sleep(max(PROBE_PAUSE_S, interval_s - duration_s))
             began = anyio.current_time()
-            error = None
+            error = vitals = None
             try:
-                await api.check_health(timeout_s=PROBE_TIMEOUT_S)
+                await api.check_health(timeout_s=timeout_s)
+                if self._is_suspect:
+                    await api.models()
+                    self._is_suspect = False
             except ApiError as failure:
                 error = str(failure)
-            self._post(Probed(anyio.current_time() - began, error))
+                vitals = self.process.vitals() if self.process is not None else None
+            duration_s = anyio.current_time() - began
+            self._post(Probed(duration_s, error, vitals))
 
     async def _watch_binary(self, launch: Launch) -> None:
         while not await self._host.is_replaced(launch):
@@ -405,7 +448,7 @@ class Generation:
         self._post(DevicesMissing(()))
 
 
-async def _wait_for(child: ModelProcess) -> None:
+async def _wait_for(child: ModelProcess) -> ExitStatus | None:
     """Wait until a model's process has ended; without a descriptor to see it with, until there is one."""
     while True:
         try:

@@ -15,7 +15,7 @@ from typing import Protocol
 import anyio.to_thread
 
 from llamavisor import flags, footprint, gauge, preset
-from llamavisor.api import RouterApi
+from llamavisor.api import RouterApi, try_model
 from llamavisor.appraisal import Appraisal, Appraiser
 from llamavisor.binary import Binary, ProbeCache, find, list_devices
 from llamavisor.cause import Cause, Verdict
@@ -364,6 +364,10 @@ class Launcher:
     def usage_of(self, port: int) -> UsageReader:
         """A reader of how busy the model behind a child's port is."""
         return UsageReader(port, api_key=self.settings.api_key)
+
+    async def try_model(self, port: int) -> str | None:
+        """Have the model behind a child's port do something; what went wrong, None if it works."""
+        return await try_model(port, api_key=self.settings.api_key)
 
     def connect(self, launch: Launch) -> RouterApi:
         """A client of this router, started as `launch` says."""

@@ -42,6 +42,7 @@ class Leases:
         where: where models may be.
         carry_out: does what admission has decided.
         start_soon: begins a worker.
+        forgive: forgets the failures of a model.
         decides: whether admission decides over loads at all.
         clock: monotonic seconds.
     """
@@ -55,6 +56,7 @@ class Leases:
         where: Whereabouts,
         carry_out: Callable[[Sequence[Action]], None],
         start_soon: Callable[..., None],
+        forgive: Callable[[str], None],
         decides: Callable[[], bool],
         clock: Callable[[], float],
     ) -> None:
@@ -64,6 +66,7 @@ class Leases:
         self._where = where
         self._carry_out = carry_out
         self._start_soon = start_soon
+        self._forgive = forgive
         self._decides = decides
         self._now = clock
         self._wishes: dict[str, set[anyio.CancelScope]] = {}  # of people whose models are not there yet, by name
@@ -130,15 +133,17 @@ class Leases:
         load_s = min(slot.resident.reload_cost_s, waited_s) if slot is not None and has_loaded else 0.0
         return replace(endpoint, waited_s=waited_s, load_s=load_s)
 
-    def release(self, endpoint: Endpoint, *, has_answered: bool = False) -> None:
+    def release(self, endpoint: Endpoint, *, has_answered: bool = False, has_failed: bool = False) -> None:
         """What was acquired is not used any more; a second time that means nothing.
 
         Args:
             endpoint: what was acquired.
             has_answered: whether the model has done what it was had for. One that crashes again and again and never
                 does is left alone for a while.
+            has_failed: whether it has answered that it could not, for a reason of its own. One that does nothing else
+                is looked after.
         """
-        self._release(endpoint.lease, has_answered=has_answered)
+        self._release(endpoint.lease, has_answered=has_answered, has_failed=has_failed)
 
     def is_there(self, endpoint: Endpoint) -> bool:
         """Whether the process of an earlier lease still is the one that serves its model, as far as is known."""
@@ -171,7 +176,7 @@ class Leases:
             goes_on: whether it is loaded all the same if this is cancelled.
         """
         name = self._where.name_of(model, only=router)
-        self._carry_out(self._admission.forgive(name, self._now()))
+        self._forgive(name)
         was_there = self._where.is_loaded(name, router)
         if not goes_on:
             self._release(await self._acquire(name, router))
@@ -283,5 +288,6 @@ class Leases:
             return None
         return Endpoint(lease, "127.0.0.1", model.port, router.settings.api_key)
 
-    def _release(self, lease: Lease, *, has_answered: bool = False) -> None:
-        self._carry_out(self._admission.release(lease, self._now(), has_answered=has_answered))
+    def _release(self, lease: Lease, *, has_answered: bool = False, has_failed: bool = False) -> None:
+        now = self._now()
+        self._carry_out(self._admission.release(lease, now, has_answered=has_answered, has_failed=has_failed))

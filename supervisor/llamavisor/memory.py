@@ -22,6 +22,7 @@ from llamavisor.ledger import Footprints
 from llamavisor.meter import Meter
 from llamavisor.occupancy import Forecast, Occupancy
 from llamavisor.pins import Pins
+from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.router import Router
 from llamavisor.scheduler import Scheduler
 from llamavisor.settings import FleetSettings
@@ -40,6 +41,7 @@ class Memory:
         meter: reads how much there is.
         footprints: what models took when they were loaded before.
         pins: which models people want to stay.
+        records: what of quarantines outlives the daemon.
         bus: where events come from and go to.
         resize: called when it is known, or known anew, how much memory there is.
         clock: as for `Scheduler`.
@@ -56,6 +58,7 @@ class Memory:
         meter: Meter,
         footprints: Footprints | None,
         pins: Pins | None,
+        records: QuarantineRecords | None = None,
         bus: Bus,
         resize: Callable[[], None],
         clock: Callable[[], float] = anyio.current_time,
@@ -66,7 +69,9 @@ class Memory:
         self._pins = Pins() if pins is None else pins
         self._specs_changed = anyio.Event()
         self._appraisals = Appraisals(self.capacity.devices_of, footprints=footprints, publish=bus.publish)
-        self.scheduler = Scheduler(routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals, clock=clock)
+        self.scheduler = Scheduler(
+            routers, bus=bus, capacity=self.capacity, appraisals=self._appraisals, records=records, clock=clock
+        )
         self._upkeep = Upkeep(
             routers,
             self.scheduler,
@@ -108,6 +113,7 @@ class Memory:
 
     def forget_all_but(self, routers: Collection[str]) -> None:
         """Keep nothing of routers that are not there any more."""
+        self.scheduler.forget(routers)
         self.capacity.forget(routers)
         self._appraisals.forget(routers)
 

@@ -70,8 +70,28 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Recalled:
+    """An earlier daemon had these models in memory."""
+
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Suspected:
+    """Somebody who uses a model has something against it.
+
+    Attributes:
+        model: its name.
+        deaf_port: where its process takes no connections; None if it answers, but nothing but errors.
+    """
+
+    model: str
+    deaf_port: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """A second has passed."""
 
 
-Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Tick | Ticket
+Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Recalled | Suspected | Tick | Ticket

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.cause import Cause, classify_refusal
 from llamavisor.events import (
     Event,
     ModelChildExited,
@@ -23,13 +24,14 @@ from llamavisor.events import (
     ModelUnloaded,
     UnloadReason,
 )
+from llamavisor.health import Pulse
+from llamavisor.process import ExitStatus
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 from llamavisor.usage import Usage
+from llamavisor.vitals import Vitals
 
 QUIET_S = 2.0
 """A model that did nothing for so long is taken to be idle, and may be unloaded for a change of its file or options."""
-UNEXPLAINED = "its process ended while it was loading, and has not said why"
-"""Why a load failed of which neither the router nor the process has told anything: somebody may have killed it."""
 DEAD_S = 2.0
 """A router that calls a model loaded for so long after its process has ended has lost sight of it."""
 
@@ -58,6 +60,10 @@ class Model:
         quiet_since: monotonic time since when it has been seen to do nothing, None while that is not known.
         dead_since: monotonic time at which its process ended while its router goes on calling it loaded.
         log_mark: size of the router's log in bytes when it began to load: what explains a failure stands behind it.
+        pulse: the health of its process, None before it was asked for the first time.
+        hung_at: monotonic time at which its process was found to be hung, None while it is not.
+        ended: how its last process has ended, None if nobody can say.
+        ended_pid: which one that was.
     """
 
     name: str
@@ -80,6 +86,10 @@ class Model:
     quiet_since: float | None = None
     dead_since: float | None = None
     log_mark: int = 0
+    pulse: Pulse | None = None
+    hung_at: float | None = None
+    ended: ExitStatus | None = None
+    ended_pid: int | None = None
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
     is_heard: bool = True  # the router has spoken of the load that we asked for: an end before that is of a former life
@@ -129,7 +139,10 @@ class ModelTable:
     def is_all_idle(self, *, now: float) -> bool:
         """Whether no model is loading or leaving, and none is answering anybody, as far as is known."""
         return all(
-            model.dead_since is not None or model.is_overdue or self.is_idle(model.name, now=now)
+            model.dead_since is not None
+            or model.hung_at is not None
+            or model.is_overdue
+            or self.is_idle(model.name, now=now)
             for model in self.running()
         )
 
@@ -138,6 +151,7 @@ class ModelTable:
         for model in self:
             model.progressed_at += gap_s
             model.dead_since = None if model.dead_since is None else model.dead_since + gap_s
+            model.pulse = None if model.pulse is None else model.pulse.later(gap_s)
 
     def corpse(self, *, now: float) -> str | None:
         """A model whose process has ended while the router goes on calling it loaded; None without one."""
@@ -224,6 +238,7 @@ class ModelTable:
         """Note which process serves the model."""
         if (model := self._models.get(name)) is not None:
             model.pid, model.port, model.dead_since = pid, port, None
+            model.pulse = model.hung_at = None
             self._processes[name] = pid
 
     def has_process(self, name: str) -> bool:
@@ -236,14 +251,34 @@ class ModelTable:
         was_overdue, model.is_overdue = model.is_overdue, True
         return not was_overdue
 
-    def used(self, name: str, usage: Usage | None, *, now: float) -> None:
-        """Note how busy a model is; None when it did not say: it is not known to be idle then."""
+    def used(
+        self,
+        name: str,
+        usage: Usage | None,
+        *,
+        vitals: Vitals | None = None,
+        has_refused: bool = False,
+        now: float,
+    ) -> None:
+        """Note how busy a model is, and how well.
+
+        Args:
+            name: the model.
+            usage: what it says; None when it did not say: it is not known to be idle then.
+            vitals: what its process has done so far, if that was looked at.
+            has_refused: whether it has answered all the same.
+            now: monotonic seconds.
+        """
         model = self._models.get(name)
         if model is None or model.state is not ModelState.LOADED:
             return
+        pulse = model.pulse or Pulse.begin(now)
         if usage is None:
             model.in_flight = model.quiet_since = None
+            model.pulse = pulse.answered(now) if has_refused else pulse.failed(vitals, now)
             return
+        is_stuck = usage.in_flight > 0 and usage.work == model.work and model.pulse is not None
+        model.pulse = pulse.idle(vitals, now) if is_stuck else pulse.answered(now)
         is_busy = usage.in_flight > 0 or usage.work != model.work
         if is_busy:
             # The first look at a model finds what its warm-up has counted: that is no use of it.
@@ -253,15 +288,27 @@ class ModelTable:
             model.quiet_since = now
         model.in_flight, model.work = usage.in_flight, usage.work
 
-    def child_ended(self, name: str, pid: int, *, now: float) -> list[Event]:
-        """The kernel says that a model's process has ended. The router's word on why follows within milliseconds."""
+    def note_hung(self, name: str, *, now: float) -> None:
+        """The process of a model is beyond hope."""
+        self._models[name].hung_at = now
+
+    def note_works(self, name: str, *, now: float) -> None:
+        """The process of a model was tried, and works."""
+        self._models[name].pulse = Pulse.begin(now)
+
+    def child_ended(self, name: str, pid: int, *, status: ExitStatus | None = None, now: float) -> list[Event]:
+        """The kernel says that a model's process has ended, and how as far as it tells.
+
+        The router's word follows within milliseconds.
+        """
         if self._processes.get(name) == pid:
             del self._processes[name]
         model = self._models.get(name)
         if model is not None and model.pid == pid:
-            model.pid = model.port = None
+            model.pid = model.port = model.pulse = model.hung_at = None
             model.dead_since = now if model.state in HAS_CHILD else None
-        return [ModelChildExited(router=self._router, model=name, pid=pid)]
+            model.ended, model.ended_pid = status, pid
+        return [ModelChildExited(router=self._router, model=name, pid=pid, status=str(status or ""))]
 
     def begin_load(self, name: str, *, now: float, is_again: bool = False) -> list[Event]:
         """We are asking the router to load the model; the call is under way.
@@ -288,7 +335,8 @@ class ModelTable:
             return []
         model.error, model.is_wanted = refusal, False
         self._enter(model, ModelState.FAILED, now)
-        return [ModelLoadFailed(router=self._router, model=name, reason=refusal)]
+        cause = classify_refusal(refusal)
+        return [ModelLoadFailed(router=self._router, model=name, reason=refusal, cause=cause)]
 
     def unloading(self, name: str, *, now: float, reason: UnloadReason = UnloadReason.REQUESTED) -> None:
         """We are asking the router to unload the model; until it has gone the router goes on calling it loaded."""
@@ -332,7 +380,9 @@ class ModelTable:
             if model.state is ModelState.LOADING:
                 model.error = "its router ended while it was loading"
                 self._enter(model, ModelState.FAILED, now)
-                happened.append(ModelLoadFailed(router=self._router, model=model.name, reason=model.error))
+                happened.append(
+                    ModelLoadFailed(router=self._router, model=model.name, reason=model.error, cause=Cause.UNSOUND)
+                )
             elif model.state in HAS_CHILD:
                 self._enter(model, ModelState.UNLOADED, now)
                 happened.append(ModelUnloaded(router=self._router, model=model.name, reason=UnloadReason.ROUTER))
@@ -378,7 +428,7 @@ class ModelTable:
             self._enter(model, state, now)
             return [ModelSleeping(router=router, model=name)]
         if state is ModelState.UNLOADED and old is ModelState.LOADING:
-            model.error, model.is_wanted = UNEXPLAINED, False
+            model.error, model.is_wanted = "its process ended while it was loading", False
             self._enter(model, ModelState.FAILED, now)
             return [ModelLoadFailed(router=router, model=name, reason=model.error)]
         if state is ModelState.UNLOADED and old in HAS_CHILD:
@@ -398,9 +448,13 @@ class ModelTable:
     def _enter(self, model: Model, state: ModelState, now: float) -> None:
         self.revision += 1
         model.revision = self.revision
+        if ModelState.UNLOADING not in {model.state, state}:  # what hangs is not healed by being told to leave
+            model.pulse = model.hung_at = None
         model.state, model.since, model.is_overdue = state, now, False
         if state is not ModelState.LOADING:
             model.stage = model.progress = None
+        if state is ModelState.LOADING:
+            model.ended = model.ended_pid = None
         if state not in {ModelState.LOADED, ModelState.UNLOADING}:  # from the latter it may come back
             model.in_flight, model.work = None, 0.0
             model.quiet_since = now if state is ModelState.SLEEPING else None

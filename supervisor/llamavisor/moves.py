@@ -10,7 +10,7 @@ import anyio
 
 from llamavisor import events as ev
 from llamavisor.admission import Admission
-from llamavisor.cause import is_for_memory
+from llamavisor.cause import Subject, classify_refusal, consequence
 from llamavisor.demands import Action
 from llamavisor.errors import ApiError, LlamavisorError
 from llamavisor.gauge import RAM_ID
@@ -113,7 +113,8 @@ class Moves:
             # Of a router that has ended it is told besides when nothing of it is left.
             if router is not None and router.is_serving and self._is_there(slot):
                 now, text = anyio.current_time(), str(error)
-                self._tell(self._admission.load_failed(name, model, text, for_memory=is_for_memory(text), now=now))
+                then = consequence(classify_refusal(text), Subject.LOADING)
+                self._tell(self._admission.load_failed(name, model, text, then=then, now=now))
                 self.see_off(slot.key)
         finally:
             if self._loading.get(slot.key) is slot:

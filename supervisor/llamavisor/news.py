@@ -8,9 +8,10 @@ from llamavisor.api import ListedModel, Props, StatusEvent
 from llamavisor.cause import Verdict
 from llamavisor.host import Api, ModelProcess, RouterProcess
 from llamavisor.launch import Launch
-from llamavisor.process import Leftovers
+from llamavisor.process import ExitStatus, Leftovers
 from llamavisor.shelf import Offer
 from llamavisor.usage import Usage
+from llamavisor.vitals import Vitals
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,25 @@ class AllIdle:
 
 @dataclass(frozen=True, slots=True)
 class Used:
-    """How busy a model is; None when it did not say."""
+    """How busy a model is; None when it did not say.
+
+    `vitals` are what its process has done so far, None if that was not looked at or cannot be told; `has_refused` tells
+    that it has answered, and not what it was asked.
+    """
 
     model: str
     usage: Usage | None
+    vitals: Vitals | None = None
+    has_refused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """A model that is under suspicion was asked to do something; `error` is what went wrong, None if it works."""
+
+    model: str
+    pid: int
+    error: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +113,23 @@ class ChildFound:
 
 @dataclass(frozen=True, slots=True)
 class ChildEnded:
-    """The process that served a model has ended."""
+    """The process that served a model has ended; how, None if nobody can say."""
 
     model: str
     pid: int
+    status: ExitStatus | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Probed:
-    """The router was asked whether it answers; None means that it did."""
+    """The router was asked whether it answers; None means that it did.
+
+    If it did not, `vitals` are what its process has done so far, as far as that can be told.
+    """
 
     duration_s: float
     error: str | None
+    vitals: Vitals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +167,17 @@ class Gone:
     leftovers: Leftovers
 
 
+ModelNews = StatusEvent | Listed | Told | Used | Tried | ChildFound | ChildEnded
+"""What is told of models."""
+
 News = (
-    Waiting
+    ModelNews
+    | Waiting
     | Spawned
     | CameUp
     | Overdue
-    | Listed
-    | Told
     | Unsound
     | AllIdle
-    | Used
-    | StatusEvent
-    | ChildFound
-    | ChildEnded
     | Probed
     | DevicesMissing
     | Polling

@@ -20,6 +20,8 @@ from llamavisor.meter import Meter
 from llamavisor.output import CAP_BYTES
 from llamavisor.pins import Pins
 from llamavisor.process import INSTANCE_VARIABLE, Spawner
+from llamavisor.quarantine_records import QuarantineRecords
+from llamavisor.residents import Residents
 from llamavisor.settings import RouterSettings
 from llamavisor.sight import Sights
 from llamavisor.watch import FolderWatch
@@ -36,6 +38,8 @@ def open_fleet(
     llama_server: str | None = None,
     footprints: Footprints | None = None,
     pins: Pins | None = None,
+    records: QuarantineRecords | None = None,
+    residents: Residents | None = None,
 ) -> Fleet:
     """A fleet of real routers.
 
@@ -49,6 +53,8 @@ def open_fleet(
         llama_server: as configured; asked for devices that nobody else tells of.
         footprints: what models took when they were loaded before; what is learned is added.
         pins: which models people want to stay in memory.
+        records: which models were left alone.
+        residents: which models were in memory.
     """
     probes, sights = ProbeCache(), Sights()
     footprints = Footprints() if footprints is None else footprints
@@ -83,6 +89,8 @@ def open_fleet(
         meter=meter,
         footprints=footprints,
         pins=pins,
+        records=records,
+        residents=residents,
         spawner=spawner,
         bus=bus,
         clock=time.monotonic,

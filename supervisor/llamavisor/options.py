@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from llamavisor.quantities import parse_duration
+from llamavisor.quantities import parse_duration, parse_size
 
-RESIDENCY = frozenset({"ttl", "pin"})
-"""What tables say of how long a model stays in memory: it is ours to heed, and llama-server is never told."""
+OURS = frozenset({"ttl", "pin", "hang_after", "recycle_above"})
+"""What tables say of how models are looked after: it is ours to heed, and llama-server is never told."""
+HANG_AFTER_S = 60.0
+"""How long a process may be silent and do nothing, if nobody has said."""
+
+
+_HANG_AFTER_MIN_S = 5.0
+_SIZE_MIN = 1024 * 1024
 
 
 def _no_bool(value: object) -> object:
@@ -53,6 +60,23 @@ def _ttl(value: object) -> float:
         return parse_duration(value)
     except ValueError as error:
         raise ValueError(f"{error}; 0 for never") from None
+
+
+def _hang_after(value: object) -> float:
+    seconds = _ttl(value)
+    if 0 < seconds < _HANG_AFTER_MIN_S:
+        raise ValueError(f"must be at least {_HANG_AFTER_MIN_S:.0f} s: slow is not dead; 0 for never")
+    return seconds
+
+
+def _size(value: object) -> int:
+    try:
+        size_bytes = parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; 0 for never") from None
+    if 0 < size_bytes < _SIZE_MIN:
+        raise ValueError('less than any model takes: write the unit too, as in "12GiB"')
+    return size_bytes
 
 
 def _words(value: object) -> object:
@@ -130,6 +154,10 @@ class ModelOptions(BaseModel):
     """Seconds (or a duration such as "5m") without requests until a model frees its memory, not its slot."""
     ttl: Annotated[float, BeforeValidator(_ttl)] | None = None
     """Seconds (or a duration such as "1h30m") without requests until a model is unloaded; 0 = never."""
+    hang_after: Annotated[float, BeforeValidator(_hang_after)] | None = None
+    """Seconds (or a duration) in which a process neither answers nor does anything until it is ended; 0 = never."""
+    recycle_above: Annotated[int, BeforeValidator(_size)] | None = None
+    """Bytes (or a size such as "12GiB") of anonymous memory and swap above which a model is loaded anew; 0 = never."""
     args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
     """Anything else that llama-server takes, one string per word: ["--top-k", "40"]."""
 
@@ -148,17 +176,23 @@ class OptionLayer:
 
 
 @functools.lru_cache(maxsize=512)
-def without_residency(layers: tuple[OptionLayer, ...]) -> tuple[OptionLayer, ...]:
-    """The same tables without what they say of `RESIDENCY`; those that say nothing else are left out. Pure.
+def without_ours(layers: tuple[OptionLayer, ...]) -> tuple[OptionLayer, ...]:
+    """The same tables without what they say of `OURS`; those that say nothing else are left out. Pure.
 
     Most models of a folder have the same tables: it is worked out once, and they share the outcome.
     """
     kept = []
     for layer in layers:
         options = layer.options
-        said = options.model_fields_set & RESIDENCY
+        said = options.model_fields_set & OURS
         if said:
             layer = OptionLayer(layer.source, options.model_copy(update=dict.fromkeys(said)))  # noqa: PLW2901
         if options.model_fields_set > said:
             kept.append(layer)
     return tuple(kept)
+
+
+def hang_after_s(layers: Sequence[OptionLayer]) -> float | None:
+    """After how many silent seconds without progress a process hangs, by the last table that says; None for never."""
+    said = next((each for layer in reversed(layers) if (each := layer.options.hang_after) is not None), HANG_AFTER_S)
+    return said or None

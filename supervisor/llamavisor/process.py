@@ -15,9 +15,10 @@ import signal
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,6 +27,8 @@ import anyio.to_thread
 
 from llamavisor import procfs
 from llamavisor.errors import SpawnError
+from llamavisor.started import Started
+from llamavisor.vitals import Vitals, read_vitals
 
 TERM_GRACE_S = 10.0
 """How long a process may take to end after SIGTERM before it is killed."""
@@ -48,6 +51,13 @@ class ExitStatus:
 
     code: int | None = None
     signal: int | None = None
+
+    @classmethod
+    def of_wait(cls, status: int) -> ExitStatus:
+        """From a wait status, see wait(2)."""
+        if os.WIFSIGNALED(status):
+            return cls(signal=os.WTERMSIG(status))
+        return cls(code=os.waitstatus_to_exitcode(status))
 
     def __str__(self) -> str:
         """As a person reads it."""
@@ -76,6 +86,7 @@ class Process:
     _popen: subprocess.Popen[bytes] = field(repr=False, kw_only=True)
     _pidfd: int = field(repr=False, kw_only=True)
     _own: set[int] = field(repr=False, kw_only=True)
+    _reaped: Callable[[], None] = field(repr=False, kw_only=True)
 
     @property
     def pid(self) -> int:
@@ -100,6 +111,10 @@ class Process:
                 self.status = ExitStatus(code=info.si_status) if exited else ExitStatus(signal=info.si_status)
                 self.ended.set()
         return self.status
+
+    def vitals(self) -> Vitals | None:
+        """What the process has done so far, None once it has ended."""
+        return read_vitals(self.pid) if self.status is None else None
 
     def signal(self, number: int) -> None:
         """Send a signal to this process alone; no effect once it has ended."""
@@ -183,7 +198,7 @@ class Process:
         """Collect the exit status of the process itself, which frees its pid and its group's number."""
         if self._popen.returncode is None and self.poll() is not None:
             self._popen.wait()
-            self._own.discard(self.pid)
+            self._reaped()
             os.close(self._pidfd)
 
 
@@ -208,10 +223,12 @@ class Spawner:
 
     Args:
         instance: id of this installation of the daemon; what carries it was started by it.
+        started: what is known of processes beyond the daemon's own life.
     """
 
-    def __init__(self, instance: str) -> None:
+    def __init__(self, instance: str, started: Started | None = None) -> None:
         self.instance = instance
+        self.started = Started() if started is None else started
         self._own: set[int] = set()
         self._zombies: set[procfs.Identity] = set()
 
@@ -259,7 +276,13 @@ class Spawner:
         finally:
             os.close(error_read)
         self._own.add(popen.pid)
-        return Process(identity, marker, anyio.Event(), _popen=popen, _pidfd=pidfd, _own=self._own)
+        self.started.add(identity)
+        reaped = partial(self._reaped, identity)
+        return Process(identity, marker, anyio.Event(), _popen=popen, _pidfd=pidfd, _own=self._own, _reaped=reaped)
+
+    def _reaped(self, identity: procfs.Identity) -> None:
+        self._own.discard(identity.pid)
+        self.started.remove(identity)
 
     def reap_orphans(self) -> list[int]:
         """Reap the ended processes that were handed to us because their parent died before them.
@@ -280,10 +303,12 @@ class Spawner:
         """Kill what an earlier daemon of this installation left running, and wait until it has gone.
 
         Called once, before any port is bound, by a daemon that holds the lock of its installation: whoever started what
-        carries our marker is dead then.
+        carries our marker is dead then. So it is with what the ledger names, if it is still that very process.
         """
         marker = f"{INSTANCE_VARIABLE}={self.instance}"
         found = await anyio.to_thread.run_sync(_marked, marker)
+        known = [identity for identity in self.started.before if _is_alive(identity) and identity.pid != os.getpid()]
+        found = list(dict.fromkeys([*found, *known]))
         for identity in found:
             if identity.is_current:
                 with suppress(ProcessLookupError, PermissionError):
@@ -312,7 +337,8 @@ def _marked(marker: str) -> list[procfs.Identity]:
 
 def _is_alive(identity: procfs.Identity) -> bool:
     known = procfs.stat(identity.pid)
-    return known is not None and known.start_ticks == identity.start_ticks and not known.is_zombie
+    is_it = known is not None and known.start_ticks == identity.start_ticks and identity.boot_id == procfs.boot_id()
+    return is_it and known is not None and not known.is_zombie
 
 
 def _reap_adopted(pid: int, own: set[int]) -> bool:

@@ -39,6 +39,8 @@ class Stat:
     state: str
     parent: int
     session: int
+    major_faults: int
+    cpu_ticks: int  # of all its threads, in user mode and in the kernel
     start_ticks: int
 
     @property
@@ -60,7 +62,34 @@ def stat(pid: int) -> Stat | None:
     fields = raw.rpartition(b")")[2].split()
     if len(fields) < 20:
         return None
-    return Stat(fields[0].decode("ascii"), int(fields[1]), int(fields[3]), int(fields[19]))
+    return Stat(
+        fields[0].decode("ascii"),
+        int(fields[1]),
+        int(fields[3]),
+        int(fields[9]),
+        int(fields[11]) + int(fields[12]),
+        int(fields[19]),
+    )
+
+
+def moved_bytes(pid: int) -> int:
+    """How many bytes `pid` has read and written, without those of sockets; 0 where that cannot be read."""
+    moved = 0
+    for line in _read(pid, "io").splitlines():
+        name, _, count = line.partition(b": ")
+        if name in {b"rchar", b"wchar"}:
+            moved += int(count)
+    return moved
+
+
+def wait_status(pid: int, start_ticks: int) -> int | None:
+    """How a process has ended that nobody has reaped yet, as wait(2) tells it; None for any other.
+
+    Field 52 of /proc/PID/stat, for processes of our own user; see proc(5).
+    """
+    fields = _read(pid, "stat").rpartition(b")")[2].split()
+    is_its_own = len(fields) >= 50 and fields[0] == b"Z" and int(fields[19]) == start_ticks
+    return int(fields[49]) if is_its_own else None
 
 
 def identify(pid: int) -> Identity | None:

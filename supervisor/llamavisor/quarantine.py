@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from llamavisor.slots import Key
@@ -78,6 +79,16 @@ class Quarantines:
             self._loaded_at[key] = now
             if now < failed.until:  # what can be loaded need not be left alone
                 self._failed[key] = Quarantine(*key, until=now, failures=failed.failures, reason=failed.reason)
+
+    def recall(self, quarantine: Quarantine) -> None:
+        """An earlier daemon knew this; what is known better stays."""
+        self._failed.setdefault((quarantine.router, quarantine.model), quarantine)
+
+    def forget(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers but these."""
+        for known in (self._failed, self._loaded_at, self._suspected_at):
+            for key in [key for key in known if key[0] not in routers]:
+                del known[key]
 
     def forgive(self, model: str) -> None:
         """Its file or options have changed, or a person says so: whatever was, was of another model."""

@@ -6,26 +6,34 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from llamavisor.arbiter import Arbiter
-from llamavisor.cause import Cause
+from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
+from llamavisor.events import Event, RouterHung
+from llamavisor.health import ROUTER_MAX_S, describe
+from llamavisor.options import hang_after_s
 from llamavisor.residency import Residency
 from llamavisor.states import HAS_CHILD
 from llamavisor.troubles import Troubles
+
+HUNG_DRAIN_S = 30.0
+"""How long a hung router is left alone for those who are answered by its models, which they do without it."""
 
 
 class Renewal:
     """Has a router restarted that cannot go on as it is, at a moment when that costs nobody an answer.
 
-    There are five reasons: llama-server was replaced on disk, the router's settings have changed, it cannot be brought
-    up to date, it has lost sight of a model's process, or a device has come late. Until then nothing is loaded. Used by
-    the router's owner alone.
+    There are six reasons: llama-server was replaced on disk, the router's settings have changed, it cannot be brought
+    up to date, it has lost sight of a model's process, a device has come late, or it hangs. Until then nothing is
+    loaded. Used by the router's owner alone.
 
     Args:
         name: of the router.
         residency: its models.
         troubles: where a reason is noted.
         arbiter: who sees all routers, if anybody does.
+        publish: where events go.
         restart: has it restarted, for this cause.
+        end: has it ended because it hangs, and started again after a backoff.
         begin: begins a task that ends with the process; False if there is none.
     """
 
@@ -36,15 +44,20 @@ class Renewal:
         troubles: Troubles,
         arbiter: Arbiter | None,
         *,
+        publish: Callable[[Event], None],
         restart: Callable[[Cause], None],
+        end: Callable[[Verdict], None],
         begin: Callable[[Callable[[], Coroutine[Any, Any, None]]], bool],
     ) -> None:
         self._name = name
         self._residency = residency
         self._troubles = troubles
         self._arbiter = arbiter
+        self._publish = publish
         self._restart = restart
+        self._end = end
         self._begin = begin
+        self._hung_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Renewal of {self._name}{', due' if self._is_unsound else ''}>"
@@ -86,8 +99,33 @@ class Renewal:
             # It was started without autoload, so that no request could load a model onto the CPU.
             self._restart(Cause.DEVICE)
 
+    def _ends_hung(self, now: float) -> bool:
+        """End a router that does not answer, at the latest when those have had their time whom its models answer.
+
+        One that answers again before that goes on.
+        """
+        pulse = self._troubles.pulse
+        after_s = hang_after_s(self._residency.settings.layers)
+        if not pulse.is_hung(now, after_s=after_s, max_s=ROUTER_MAX_S):
+            if "hung" in self._troubles:
+                self._residency.closed = None
+                self._troubles.end("hung")
+            return False
+        reason = describe(pulse, now)
+        if "hung" not in self._troubles:
+            self._hung_at = now
+            self._publish(RouterHung(router=self._name, silent_s=pulse.silent_s(now), reason=reason))
+            self.unsound(f"it hangs, {reason}", subject="hung")
+        is_used = self._arbiter is not None and self._arbiter.is_used(self._name)
+        if is_used and now - self._hung_at < HUNG_DRAIN_S:
+            return False
+        self._end(Verdict(Cause.HUNG, reason, "see `llamavisor logs`"))
+        return True
+
     def advance(self, *, now: float) -> None:
         """Restart the router if the moment has come; called every second while it serves."""
+        if self._ends_hung(now):
+            return
         table = self._residency.table
         corpse = table.corpse(now=now)
         if corpse is not None and "corpse" not in self._troubles:

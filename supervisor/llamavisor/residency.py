@@ -7,7 +7,7 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import anyio
@@ -17,7 +17,6 @@ from llamavisor import generation as gen
 from llamavisor.announcer import Announcer
 from llamavisor.api import ListedModel, StatusEvent
 from llamavisor.arbiter import Arbiter
-from llamavisor.cause import load_failure, was_told_to_stop
 from llamavisor.errors import (
     ApiError,
     LlamavisorError,
@@ -27,11 +26,13 @@ from llamavisor.errors import (
     OptionError,
     RouterNotReadyError,
 )
+from llamavisor.explanations import Explanations
+from llamavisor.healing import Healing
 from llamavisor.host import Api, Host
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded, Wanted
-from llamavisor.models import ModelTable
-from llamavisor.news import AllIdle, ChildEnded, ChildFound, Listed, News, Told, Unsound, Used
+from llamavisor.messages import CallEnded, Suspected, Wanted
+from llamavisor.models import Model, ModelTable
+from llamavisor.news import AllIdle, ChildEnded, ChildFound, Listed, ModelNews, News, Told, Tried, Unsound, Used
 from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.refresh import Refresh
@@ -48,8 +49,7 @@ LOAD_DEADLINE_MAX_S = 1800.0
 LOOK_AGAIN_S = 30.0
 """How often what did not work is tried again: a reload that was refused, a model that is withheld."""
 WARN_EVERY_S = 3600.0
-_LOG_LINES = 1000
-_LOG_BEFORE_NEWS_BYTES = 8192
+_COMES_BACK = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.UNRESPONSIVE, ev.UnloadReason.RECYCLED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Residency:
         self.table = ModelTable(settings.name)
         self.shelf = Shelf()
         self.closed: LlamavisorError | None = None  # why no model may be loaded now
-        self._log = log
+        self._explanations = Explanations(log, self.table, self.shelf, arbiter)
         self._publish_one = publish
         self._post = post
         self._arbiter = arbiter
@@ -105,7 +105,17 @@ class Residency:
             want=self._want,
             is_full=self._is_full,
         )
+        self._healing = Healing(
+            settings.name,
+            self.table,
+            self.shelf,
+            self._operations,
+            publish=publish,
+            renew=self._renew,
+            arbiter=arbiter,
+        )
         self._announcer = Announcer(settings.name)
+        self._is_first = False  # what is restored is of an earlier daemon
         self._look_again_at = 0.0
         self._refused = "", -math.inf  # the last reload that was refused: why, and when that was told
 
@@ -120,8 +130,14 @@ class Residency:
         self._restoration.came_up()
         now = anyio.current_time()
         self._publish(self.table.apply_list(models, asked_at=self.table.revision, now=now))
-        if not self._restoration.is_under_way:
+        if self._is_first or not self._restoration.is_under_way:
             self._load_first()
+        self._is_first = False
+
+    def recall(self, models: Sequence[str]) -> None:
+        """An earlier daemon had these in memory; what is to be loaded on start is loaded beside."""
+        self._restoration.recall(models)
+        self._is_first = True
 
     def _load_first(self) -> None:
         """Load what is to be loaded on start, as much as there is room for."""
@@ -213,7 +229,7 @@ class Residency:
         """Ask every loaded model once more, now, and say so if none is answering anybody. A worker's task."""
         line = self._line
         if line is not None:
-            loaded = [model for model in self.table if model.state is ModelState.LOADED and model.dead_since is None]
+            loaded = [model for model in self.table.running() if _can_answer(model)]
             if all([await self._answers_nobody(line, model.name) for model in loaded]):
                 self._post(line.generation, AllIdle())
 
@@ -228,32 +244,34 @@ class Residency:
 
     # --- what is heard --------------------------------------------------------------------------------------------
 
-    def hear(self, news: StatusEvent | Listed | Told | Used | ChildFound | ChildEnded) -> None:
+    def hear(self, news: ModelNews) -> None:
         """The router or the kernel says something of the models."""
         now = anyio.current_time()
         match news:
             case StatusEvent():
-                self._load_crashed_again(self._publish(self.table.apply_event(news, now=now)), now)
+                self._load_again(self._publish(self.table.apply_event(news, now=now)), now)
             case Listed(models, asked_at, is_first):
                 happened = self.table.apply_list(models, asked_at=asked_at, now=now, is_first=is_first)
-                self._load_crashed_again(self._publish(happened), now)
+                self._load_again(self._publish(happened), now)
             case Told(offer):
                 self._refused = "", -math.inf
                 self.told(offer)
-            case Used(model, usage):
-                self.table.used(model, usage, now=now)
+            case Used(model, usage, vitals, has_refused):
+                self.table.used(model, usage, vitals=vitals, has_refused=has_refused, now=now)
+            case Tried():
+                self._healing.tried(news, now)
             case ChildFound(model, child):
                 self.table.child_found(model, child.pid, child.port)
-            case ChildEnded(model, pid):
-                self._publish(self.table.child_ended(model, pid, now=now))
+            case ChildEnded(model, pid, status):
+                self._publish(self.table.child_ended(model, pid, status=status, now=now))
 
-    def _load_crashed_again(self, happened: Iterable[ev.Event], now: float) -> None:
-        """A model that had served for a while and crashed is loaded again at once, before most people notice.
+    def _load_again(self, happened: Iterable[ev.Event], now: float) -> None:
+        """A model that had served for a while and was lost is loaded again at once, before most people notice.
 
-        One that crashed soon after its load stays away until somebody asks for it: it would only crash again.
+        One that was lost soon after its load stays away until somebody asks for it: it would only happen again.
         """
         for event in happened:
-            if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
+            if isinstance(event, ev.ModelUnloaded) and event.reason in _COMES_BACK:
                 model = self.table.get(event.model)
                 if model is not None and model.loaded_at is not None and now - model.loaded_at >= STABLE_AFTER_S:
                     self._want(Ticket(Operation(Kind.LOAD, event.model)))
@@ -295,6 +313,7 @@ class Residency:
         if now >= self._look_again_at:
             self._look_again_at = now + LOOK_AGAIN_S
             self.shelf.look_again()
+        self._healing.advance(self._line, now)
         for model in self.table.running():
             if model.state is not ModelState.LOADING:
                 continue
@@ -307,6 +326,18 @@ class Residency:
                     text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
                     self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
                 self._operations.ask(Ticket(unload), self.table)
+
+    def suspect(self, suspected: Suspected) -> None:
+        """Somebody who uses a model has something against it: see whether it works at all."""
+        now = anyio.current_time()
+        if suspected.deaf_port is not None:
+            self._healing.give_up_deaf(suspected.model, suspected.deaf_port, now)
+        elif self._line is not None:
+            self._healing.suspect(suspected.model, self._line, now)
+
+    def _renew(self, reason: str) -> None:
+        if self._line is not None:
+            self._post(self._line.generation, Unsound(reason))
 
     # --- one call at a time ---------------------------------------------------------------------------------------
 
@@ -416,6 +447,8 @@ class Residency:
                     await self._reload(line, kept)
         except ApiError as failure:
             error = failure
+            if failure.status is None:  # it said nothing
+                line.generation.suspect()
         self._post(line.generation, CallEnded(line.generation, operation, error))
 
     def call_ended(self, operation: Operation, error: ApiError | None) -> None:
@@ -463,36 +496,14 @@ class Residency:
         return ModelNotFoundError(f"no model {name!r} on router {self.settings.name}", hint="see `llamavisor models`")
 
     def _publish(self, events: Iterable[ev.Event]) -> list[ev.Event]:
-        explained = [self._explained(event) for event in events]
+        explained = [self._explanations.add_to(event) for event in events]
         for event in explained:
             self._publish_one(event)
         return explained
 
-    def _explained(self, event: ev.Event) -> ev.Event:
-        """Add to an event what only the log knows."""
-        if isinstance(event, ev.ModelLoading):
-            size = self._log.size()
-            # Of a load that a client began we hear after the router has logged the beginning of it.
-            mark = size if event.is_requested else max(0, size - _LOG_BEFORE_NEWS_BYTES)
-            self.table.mark_log(event.model, mark)
-        if isinstance(event, ev.ModelLoadFailed):
-            model = self.table.get(event.model)
-            lines = self._log.tail(_LOG_LINES, since=model.log_mark if model else 0)
-            if reason := load_failure(event.model, lines):
-                self.table.explain(event.model, reason)
-                return replace(event, reason=reason)
-        if isinstance(event, ev.ModelUnloaded) and event.reason is ev.UnloadReason.CRASHED:
-            # A busy model that does not end in time is killed by its router, which looks like a crash from here.
-            if was_told_to_stop(event.model, self._log.tail(_LOG_LINES)):
-                self.table.forgive(event.model)
-                return replace(event, reason=ev.UnloadReason.EVICTED)
-            if self.shelf.was_overwritten(event.model):
-                self.table.explain(event.model, "its file was overwritten or cut off while it was in use")
-                return replace(event, reason=ev.UnloadReason.FILE_CHANGED)
-            if self._arbiter is not None and self._arbiter.was_killed_for_memory():
-                self.table.explain(event.model, "the kernel killed its process for want of memory")
-                return replace(event, reason=ev.UnloadReason.OOM)
-        return event
+
+def _can_answer(model: Model) -> bool:
+    return model.state is ModelState.LOADED and model.dead_since is None and model.hung_at is None
 
 
 def _deadline_s(size_bytes: int | None) -> float:

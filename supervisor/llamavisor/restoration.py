@@ -56,6 +56,11 @@ class Restoration:
         """The router serves."""
         self._has_served = True
 
+    def recall(self, models: Iterable[str]) -> None:
+        """An earlier daemon had these in memory, the next process is to have them too."""
+        self._names = list(dict.fromkeys(models))
+        self._ended_at, self._has_served = anyio.current_time(), True
+
     def went_down(self, residents: Iterable[str], *, keeps: bool) -> None:
         """The process has ended.
 

@@ -7,7 +7,7 @@ workers; it never waits for the outside itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,22 +16,34 @@ import anyio.abc
 
 from llamavisor import events as ev
 from llamavisor import generation as gen
-from llamavisor import news, restart
-from llamavisor.api import Props, StatusEvent
+from llamavisor import news
+from llamavisor.api import Props
 from llamavisor.appraisal import Appraisal
 from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
+from llamavisor.comeback import Comeback
 from llamavisor.errors import RouterNotReadyError
 from llamavisor.footprint import Device
 from llamavisor.gaps import Gaps
 from llamavisor.host import Host, RouterProcess
 from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded, Heard, Message, Reconfigured, RetryDue, Tick, Wanted, Wish
+from llamavisor.messages import (
+    CallEnded,
+    Heard,
+    Message,
+    Recalled,
+    Reconfigured,
+    RetryDue,
+    Suspected,
+    Tick,
+    Wanted,
+    Wish,
+)
 from llamavisor.models import ModelTable
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
-from llamavisor.pause import Pause, await_change
+from llamavisor.pause import Pause
 from llamavisor.process import TERM_GRACE_S
 from llamavisor.renewal import Renewal
 from llamavisor.residency import Line, Residency
@@ -59,18 +71,14 @@ class Router:
     def __init__(self, host: Host, *, bus: ev.Bus, random: Callable[[], float], arbiter: Arbiter | None = None) -> None:
         self.life = Life()
         self.since = 0.0
-        self.history = restart.RestartHistory()
         self.starts = 0  # generations that were begun
         self.restarts = 0  # of these, the ones that replaced another
-        self.verdict: Verdict | None = None  # why it is not serving, or was not the last time
-        self.retry_at: float | None = None  # monotonic time of the next try, in BACKOFF
         self.process: RouterProcess | None = None
         self.spawned_at: float | None = None  # monotonic time of the start of its process
         self.launch: Launch | None = None
         self.props: Props | None = None  # what its process said of itself when it came up; the last one's while none is
         self._host = host
         self._publish = bus.publish
-        self._random = random
         self._inbox = Inbox[Message]()
         self._post = self._inbox.post
         self._is_over = False  # it was shut down
@@ -80,7 +88,6 @@ class Router:
         )
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
-        self._why: Cause | None = None  # why the next generation is begun, None for the first
         self._waiting: str | None = None  # what a start waits for
         self._troubles = Troubles(self.name, publish=self._publish, signal=self._signal)
         self._gaps = Gaps(TICK_S)
@@ -92,10 +99,13 @@ class Router:
             self._residency,
             self._troubles,
             arbiter,
+            publish=self._publish,
             restart=self._restart_for,
+            end=self._end_hung,
             begin=lambda work: self._generation is not None and self._generation.start_soon(work),
         )
-        self._pause = Pause(start_soon=self._start_soon, post=self._post)
+        pause = Pause(start_soon=self._start_soon, post=self._post)
+        self.comeback = Comeback(self.name, publish=self._publish, random=random, pause=pause)
 
     def __repr__(self) -> str:
         return f"<Router {self.name} {self.state.value} pid={self.process.pid if self.process else None}>"
@@ -154,13 +164,13 @@ class Router:
         if self.state is RouterState.STARTING and self._waiting:
             return self._waiting
         is_well = self.state in {RouterState.READY, RouterState.STOPPED}
-        return None if is_well or self.verdict is None else self.verdict.reason
+        return None if is_well or self.comeback.verdict is None else self.comeback.verdict.reason
 
     @property
     def hint(self) -> str | None:
         """What a person can do about the reason."""
-        if self.state in {RouterState.FAILED, RouterState.BACKOFF} and self.verdict is not None:
-            return self.verdict.hint or None
+        if self.state in {RouterState.FAILED, RouterState.BACKOFF} and self.comeback.verdict is not None:
+            return self.comeback.verdict.hint or None
         if self.state is RouterState.DEGRADED:
             closed = self._residency.closed
             return closed.hint if closed is not None else f"llamavisor restart {self.name}"
@@ -234,6 +244,14 @@ class Router:
         """
         return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model), if_idle=if_idle, reason=reason))
 
+    def recall(self, models: Sequence[str]) -> None:
+        """Have these loaded when it is up for the first time: an earlier daemon had them in memory, in that order."""
+        self._post(Recalled(tuple(models)))
+
+    def suspect(self, model: str, *, deaf_port: int | None = None) -> None:
+        """Have a model looked after that answers nothing but errors, or takes no connections at `deaf_port`."""
+        self._post(Suspected(model, deaf_port))
+
     async def rescan(self) -> None:
         """Have the router read what it may serve again, changed or not. Nothing that runs is stopped.
 
@@ -295,7 +313,7 @@ class Router:
 
     def _handle(self, message: Message) -> None:
         if gap_s := self._gaps.pass_s(anyio.current_time()):
-            self._troubles.forget_probes()
+            self._troubles.was_away(gap_s)
             self.table.was_away(gap_s)
         match message:
             case Heard(generation, heard):
@@ -311,7 +329,7 @@ class Router:
             case RetryDue(generation) if generation is self._generation:
                 self._signal(RouterInput.RETRY_DUE)
             case Wish(wish):
-                self._why = Cause.REQUESTED if wish is RouterInput.RESTART else None
+                self.comeback.why = Cause.REQUESTED if wish is RouterInput.RESTART else None
                 self._signal(wish)
             case Reconfigured(host, restart):
                 self._host = host
@@ -325,6 +343,10 @@ class Router:
                     message.finish(self._not_ready())
             case Wanted():
                 self._residency.want(message)
+            case Recalled(models):
+                self._residency.recall(models)
+            case Suspected():
+                self._residency.suspect(message)
             case Tick():
                 self._tick()
 
@@ -333,8 +355,7 @@ class Router:
         self.life, action = step(self.life, signal)
         if self.state is not old:
             self.since = anyio.current_time()
-            self.retry_at = None
-            self._pause.end()
+            self.comeback.end_wait()
             self._publish(ev.RouterStateChanged(router=self.name, old=old, new=self.state))
             if self.state is RouterState.STOPPING:
                 self._residency.pause()
@@ -349,7 +370,7 @@ class Router:
             case RouterAction.BACK_OFF:
                 self._back_off()
             case RouterAction.LATCH:
-                self._latch()
+                self.comeback.latch(self._generation, self._host, self.launch)
             case RouterAction.NONE:
                 pass
 
@@ -368,38 +389,26 @@ class Router:
         self._start_soon(generation.run, before.gone if before else None)
 
     def _back_off(self) -> None:
-        now = anyio.current_time()
-        verdict = self.verdict or Verdict(Cause.EXIT, "ended")
-        ready_for = None if self._ready_since is None else now - self._ready_since
-        was_loop = self.history.is_crash_loop
-        self.history, delay = restart.after_end(self.history, now=now, ready_for_s=ready_for, jitter=self._random())
-        self._why = verdict.cause
-        self.retry_at = now + delay
-        count = self.history.failures
-        self._publish(ev.RouterRestartScheduled(router=self.name, cause=verdict.cause, delay_s=delay, failures=count))
-        if self.history.is_crash_loop and not was_loop:
-            self._publish(ev.RouterCrashLoop(router=self.name, failures=count))
-        self._pause.begin(self._generation, anyio.sleep, delay)
-
-    def _latch(self) -> None:
-        verdict = self.verdict or Verdict(Cause.EXIT, "ended")
-        self._why = verdict.cause
-        self._publish(ev.RouterFailed(router=self.name, cause=verdict.cause, reason=verdict.reason, hint=verdict.hint))
-        self._pause.begin(self._generation, await_change, self._host, verdict, self.launch)
+        # One that hangs has been of no use since it last answered.
+        is_hung = self.comeback.verdict is not None and self.comeback.verdict.cause is Cause.HUNG
+        until = self._troubles.pulse.answered_at if is_hung else anyio.current_time()
+        served_for_s = None if self._ready_since is None else until - self._ready_since
+        self.comeback.back_off(self._generation, served_for_s=served_for_s)
 
     def _hear(self, heard: news.News) -> None:
+        if isinstance(heard, news.ModelNews):
+            self._residency.hear(heard)
+            return
         now = anyio.current_time()
         match heard:
-            case StatusEvent() | news.Listed() | news.Told() | news.Used() | news.ChildFound() | news.ChildEnded():
-                self._residency.hear(heard)
             case news.Unsound(reason):
                 self._renewal.unsound(reason)
             case news.AllIdle() if self.is_serving and not (self._arbiter and self._arbiter.is_used(self.name)):
                 self._renewal.confirmed()
-            case news.Probed(duration_s, error) if self.is_serving:
+            case news.Probed(duration_s, error, vitals) if self.is_serving:
                 self._publish(ev.RouterProbed(router=self.name, duration_s=duration_s, error=error))
                 disturbed = self._gaps.has_disturbed(now - duration_s, within_s=gen.PROBE_INTERVAL_S)
-                self._troubles.probed(error, counts=not disturbed)
+                self._troubles.probed(error, vitals, counts=not disturbed, now=now)
             case news.DevicesMissing(devices) if self.is_serving:  # one that is being stopped is not renewed
                 self._renewal.devices_missing(devices)
             case news.Polling(reason):
@@ -414,14 +423,14 @@ class Router:
             case news.Spawned(process, launch, offer):
                 self.process, self.launch, self.spawned_at = process, launch, now
                 self._residency.told(offer)
-                self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self._why))
-                self.restarts += self._why is not None
+                self._publish(ev.RouterSpawned(router=self.name, pid=process.pid, cause=self.comeback.why))
+                self.restarts += self.comeback.why is not None
                 for warning in launch.warnings:
                     self._warn(warning)
             case news.CameUp() if self.state is RouterState.STARTING:  # not while it is being stopped
                 self._come_up(heard)
             case news.Overdue(reason):
-                self.verdict = Verdict(Cause.START_TIMEOUT, reason, "see `llamavisor logs`")
+                self.comeback.verdict = Verdict(Cause.START_TIMEOUT, reason, "see `llamavisor logs`")
                 self._signal(RouterInput.OVERDUE)
             case news.Ended():
                 self._end(heard)
@@ -431,7 +440,8 @@ class Router:
     def _come_up(self, up: news.CameUp) -> None:
         assert self.process is not None and self._generation is not None and self.launch is not None  # noqa: S101, PT018
         self._ready_since = anyio.current_time()
-        self.verdict, self.props = None, up.props
+        self._troubles.came_up(self._ready_since)
+        self.comeback.verdict, self.props = None, up.props
         self._residency.came_up(Line(up.api, self._generation, self._host, self.launch), up.models)
         self._signal(RouterInput.READY)
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=self.url or "", start_s=up.start_s))
@@ -453,24 +463,30 @@ class Router:
                     detail=ended.verdict.reason,
                 )
             )
-        self._residency.went_down(keeps=self.life.then is not RouterState.STOPPED, is_requested=is_requested)
+        is_orderly = is_requested and self.life.then is not RouterState.BACKOFF
+        self._residency.went_down(keeps=self.life.then is not RouterState.STOPPED, is_requested=is_orderly)
         if not is_requested:
-            self.verdict = ended.verdict
+            self.comeback.verdict = ended.verdict
             self._signal(RouterInput.REFUSED if ended.verdict.is_permanent else RouterInput.CRASHED)
 
     def _warn(self, text: str) -> None:
         self._publish(ev.Warned(subject=f"router {self.name}", text=text))
 
     def _restart_for(self, cause: Cause) -> None:
-        self._why = cause
+        self.comeback.why = cause
         self._signal(RouterInput.RESTART)
+
+    def _end_hung(self, verdict: Verdict) -> None:
+        self.comeback.verdict = verdict
+        self._signal(RouterInput.HUNG)
 
     @property
     def _is_wanted(self) -> bool:
         return RouterState.STOPPED not in {self.state, self.life.then}
 
     def _not_ready(self) -> RouterNotReadyError:
-        reason = f": {self.verdict.reason}" if self.verdict and self.state is RouterState.FAILED else ""
+        verdict = self.comeback.verdict if self.state is RouterState.FAILED else None
+        reason = f": {verdict.reason}" if verdict is not None else ""
         return RouterNotReadyError(
             f"router {self.name} is {self.state.value}{reason}", hint=self.hint or f"llamavisor start {self.name}"
         )
@@ -487,7 +503,7 @@ class Router:
     def _tick(self) -> None:
         now = anyio.current_time()
         if self.is_serving and self._ready_since is not None:
-            self.history = restart.while_ready(self.history, ready_for_s=now - self._ready_since)
+            self.comeback.note_ready(ready_for_s=now - self._ready_since)
         self._residency.check_deadlines()
         if self.is_serving:
             self._renewal.advance(now=now)

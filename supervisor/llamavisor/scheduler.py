@@ -8,7 +8,7 @@ No method here waits, but for those that are said to.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -18,18 +18,19 @@ from llamavisor import events as ev
 from llamavisor.admission import Admission
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
-from llamavisor.cause import is_for_memory
+from llamavisor.cause import Cause, Consequence, Subject, consequence
 from llamavisor.demands import Action, CancelLoad, Grant, Lease, Limits, Load, Order, Refuse, Rejection, Unload
 from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError
 from llamavisor.inbox import Inbox
 from llamavisor.leases import Leases
-from llamavisor.models import UNEXPLAINED
 from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
 from llamavisor.placement import Candidate
 from llamavisor.quarantine import Quarantine
+from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.router import Router
+from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings
 from llamavisor.slots import Key, Stage
 from llamavisor.states import RouterState
@@ -41,10 +42,14 @@ CLOSED_S = 5.0
 CRASHES = 3
 CRASHES_WITHIN_S = 300.0
 """A model that has crashed so often within so long, and answered nobody, is left alone for a while (FAULTS.md, P6)."""
+HANGS = 2
+HANGS_WITHIN_S = 900.0
+"""One that has hung so often within so long is, whomever it has answered: to find that out takes a minute each time."""
+FAILURES = 3
+"""A model is suspected that has answered so many requests in a row with a server error, and none well."""
 OOM_NEWS_S = 2.0
 """How long after a kill by the kernel the end of a process is put down to it."""
-
-_CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED, ev.UnloadReason.UNRESPONSIVE})
+_CRASHED = frozenset({ev.UnloadReason.CRASHED, ev.UnloadReason.FILE_CHANGED})
 
 
 class Scheduler:
@@ -55,6 +60,7 @@ class Scheduler:
         bus: where events come from and go to.
         capacity: what routers may take.
         appraisals: what models take.
+        records: what of quarantines outlives the daemon.
         clock: monotonic seconds; anyio's is the same and costs a microsecond.
 
     Attributes:
@@ -70,6 +76,7 @@ class Scheduler:
         bus: ev.Bus,
         capacity: Capacity,
         appraisals: Appraisals,
+        records: QuarantineRecords | None = None,
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.admission = Admission()
@@ -77,6 +84,7 @@ class Scheduler:
         self._bus = bus
         self._capacity = capacity
         self._appraisals = appraisals
+        self._records = QuarantineRecords() if records is None else records
         self._decides = False
         self._pinned: frozenset[str] = frozenset()
         self._waiters = Waiters(bus.publish)
@@ -89,6 +97,7 @@ class Scheduler:
             where=self.where,
             carry_out=self.carry_out,
             start_soon=self._start_soon,
+            forgive=self.forgive,
             decides=lambda: self._decides,
             clock=clock,
         )
@@ -102,6 +111,7 @@ class Scheduler:
         )
         self._ended: set[str] = set()  # routers whose process has ended, or is being ended
         self._crashes: dict[Key, deque[float]] = {}
+        self._hangs: dict[Key, deque[float]] = {}
         self._work = Inbox[tuple[Callable[..., Coroutine[Any, Any, None]], tuple[object, ...]]]()
         bus.listen(self._hear, hears_frequent=False)
 
@@ -161,6 +171,10 @@ class Scheduler:
             self._moves.note_reason((router, model), reason)
         self.carry_out(actions)
 
+    def lose(self, router: str, model: str) -> None:
+        """Promise the model to nobody any more: its process hangs, and is being ended whomever it answers."""
+        self.carry_out(self.admission.leaving(router, model, anyio.current_time()))
+
     def make_way(self, router: str) -> None:
         """That router loads nothing until it is restarted: have its models leave if somebody has waited for long.
 
@@ -178,9 +192,12 @@ class Scheduler:
         return model in self._pinned
 
     def is_used(self, router: str, model: str | None = None) -> bool:
-        """Whether somebody has a lease on that model, or, of None, on any of that router."""
+        """Whether somebody has a lease on that model, or, of None, on any of that router, but for one that hangs."""
         slots = self.admission.slots() if model is None else [self.admission.slot(router, model)]
-        return any(slot is not None and slot.resident.router == router and slot.leases for slot in slots)
+        return any(
+            slot is not None and slot.resident.router == router and slot.leases and slot.stage is not Stage.LEAVING
+            for slot in slots
+        )
 
     def was_killed_for_memory(self) -> bool:
         """Whether the kernel has, a moment ago, killed a process of our cgroup for want of memory (P7)."""
@@ -224,15 +241,10 @@ class Scheduler:
             self.carry_out(self.admission.pin(models, anyio.current_time()))
 
     def end_unresponsive(self, endpoint: Endpoint) -> None:
-        """The process of a model lives and takes no connection: have it ended, so that it can be loaded anew.
-
-        A child that somebody has sent SIGTERM is such a one, for ever (ROUTER.md, D6).
-        """
-        key = endpoint.router, endpoint.model
+        """The process of a model lives and takes no connection: have it ended, so that it can be loaded anew."""
         if self.leases.is_kept(endpoint):
-            self._moves.note_reason(key, ev.UnloadReason.UNRESPONSIVE)
-            self._moves.unload(key, if_idle=False)
-            self.carry_out(self.admission.leaving(*key, anyio.current_time()))
+            self.lose(endpoint.router, endpoint.model)
+            self._routers[endpoint.router].suspect(endpoint.model, deaf_port=endpoint.port)
 
     # --- what is decided ------------------------------------------------------------------------------------------
 
@@ -266,7 +278,25 @@ class Scheduler:
                 case Quarantine() if self._decides:  # else its router tries again whenever it is asked
                     self._tell_quarantine(action)
 
+    def _spec_of(self, key: Key) -> ModelSpec | None:
+        router = self._routers.get(key[0])
+        return router.shelf.wanted.get(key[1]) if router is not None else None
+
+    def _recall(self) -> None:
+        """Models are known that were not: an earlier daemon may have left some of them alone."""
+        for quarantine in self._records.recall(self._spec_of):
+            self.admission.recall(quarantine)
+
+    def forgive(self, model: str) -> None:
+        """The model's file or options have changed, or a person says so: its failures are forgotten."""
+        self._records.forget(model)
+        for known in (self._crashes, self._hangs):
+            for key in [key for key in known if key[1] == model]:
+                del known[key]
+        self.carry_out(self.admission.forgive(model, anyio.current_time()))
+
     def _tell_quarantine(self, quarantine: Quarantine) -> None:
+        self._records.note(quarantine, self._spec_of((quarantine.router, quarantine.model)))
         self._bus.publish(
             ev.ModelQuarantined(
                 router=quarantine.router,
@@ -291,14 +321,16 @@ class Scheduler:
                     self.carry_out(admission.router_gone(router, now))
             case ev.RouterReady(router=router):
                 self._ended.discard(router)
+                self._recall()
                 self.carry_out(admission.router_up(router, now))
                 self.refresh()
             case ev.ModelAdded() | ev.ModelRemoved() | ev.ModelsChanged() | ev.ModelWithheld():
+                self._recall()
                 self.refresh()
             case ev.MemoryKill(kills=kills):
                 self._capacity.note_kills(kills, now)
             case ev.ModelChanged(model=model):
-                self.carry_out(admission.forgive(model, now))
+                self.forgive(model)
             case ev.ModelLoading(router=router, model=model):
                 if not self._moves.is_loading((router, model)):
                     size = self._appraisals.expected((router, model))
@@ -308,60 +340,65 @@ class Scheduler:
                 admission.progressed(router, model, progress, now)
             case ev.ModelLoaded(router=router, model=model):
                 self._loaded((router, model), now)
-            case ev.ModelLoadFailed(router=router, model=model, reason=reason) if router not in self._ended:
-                lacks_memory = is_for_memory(reason) or self.was_killed_for_memory()
-                self.carry_out(
-                    admission.load_failed(
-                        router,
-                        model,
-                        reason,
-                        for_memory=lacks_memory,
-                        is_unexplained=reason == UNEXPLAINED,
-                        now=now,
-                    )
-                )
+            case ev.ModelLoadFailed(router=router, model=model, reason=reason, cause=cause) if (
+                router not in self._ended
+            ):
+                then = consequence(cause, Subject.LOADING)
+                self.carry_out(admission.load_failed(router, model, reason, then=then, now=now))
                 self._moves.see_off((router, model))
-            case ev.ModelUnloaded(router=router, model=model, reason=why) if router not in self._ended:
-                self._unloaded((router, model), why, now)
+            case ev.ModelUnloaded(router=router, model=model) if router not in self._ended:
+                self._unloaded((router, model), published.event, now)
             case ev.ModelChildExited(router=router, model=model):
                 slot = admission.slot(router, model)
                 if slot is not None and slot.stage in {Stage.LOADED, Stage.DRAINING}:
                     self.carry_out(admission.leaving(router, model, now))  # whatever its router goes on saying
+
+    def forget(self, routers: Collection[str]) -> None:
+        """Keep nothing of routers but these."""
+        self._ended.intersection_update(routers)
+        for known in (self._crashes, self._hangs):
+            for key in [key for key in known if key[0] not in routers]:
+                del known[key]
+        self.admission.forget(routers)
 
     def _router_ended(self, router: str, *, has_crashed: bool, now: float) -> None:
         self._ended.add(router)
         self.carry_out(self.admission.router_ended(router, has_crashed=has_crashed, now=now))
 
     def _loaded(self, key: Key, now: float) -> None:
+        self._records.forget(key[1], key[0])
         router = self._routers.get(key[0])
         model = router.table.get(key[1]) if router is not None else None
         used_at = model.used_at if model is not None else None
         self.carry_out(self.admission.loaded(*key, None, now, last_used=used_at))
 
-    def _unloaded(self, key: Key, why: ev.UnloadReason, now: float) -> None:
+    def _unloaded(self, key: Key, event: ev.ModelUnloaded, now: float) -> None:
         self._appraisals.unloaded(key)
-        if why is ev.UnloadReason.STALLED:
-            self.carry_out(self.admission.load_failed(*key, "its load made no progress", now=now))
-        if why is ev.UnloadReason.OOM:
-            reason = "the kernel killed its process for want of memory"
-            self.carry_out(self.admission.crashed(*key, reason, now))
-        elif why in _CRASHED and self._crashes_too_often(key, now):
-            reason = (
-                f"its process has crashed {CRASHES} times within {CRASHES_WITHIN_S / 60:.0f} min and answered nobody"
-            )
+        if event.reason is ev.UnloadReason.STALLED:
+            then = consequence(Cause.STALLED, Subject.LOADING)
+            self.carry_out(self.admission.load_failed(*key, "its load made no progress", then=then, now=now))
+        if (reason := self._why_left_alone(key, event, now)) is not None:
             self.carry_out(self.admission.crashed(*key, reason, now))
         else:
             self.carry_out(self.admission.leaving(*key, now))
         self._moves.see_off(key)
 
-    def _crashes_too_often(self, key: Key, now: float) -> bool:
+    def _why_left_alone(self, key: Key, event: ev.ModelUnloaded, now: float) -> str | None:
+        """Why a model that has served and was lost is not loaded again at once; None if it may be."""
+        if event.cause is not None and consequence(event.cause, Subject.SERVING) is Consequence.QUARANTINE:
+            return event.detail
+        if event.reason is ev.UnloadReason.UNRESPONSIVE:
+            if _is_too_often(self._hangs.setdefault(key, deque(maxlen=HANGS)), now, HANGS_WITHIN_S):
+                return f"its process has hung {HANGS} times within {HANGS_WITHIN_S / 60:.0f} min"
+        elif event.reason not in _CRASHED:
+            return None
         slot = self.admission.slot(*key)
         if slot is not None and slot.has_answered:  # it is of use: whatever ends it is not its own fault each time
             self._crashes.pop(key, None)
-            return False
-        times = self._crashes.setdefault(key, deque(maxlen=CRASHES))
-        times.append(now)
-        return len(times) == CRASHES and now - times[0] <= CRASHES_WITHIN_S
+            return None
+        if _is_too_often(self._crashes.setdefault(key, deque(maxlen=CRASHES)), now, CRASHES_WITHIN_S):
+            return f"its process has crashed {CRASHES} times within {CRASHES_WITHIN_S / 60:.0f} min and answered nobody"
+        return None
 
     async def _size_up(self, key: Key) -> None:
         """Somebody had a model loaded: find out what it takes."""
@@ -383,6 +420,8 @@ class Scheduler:
                     if model.loaded_at is not None and model.port is not None:
                         self._loaded(key, now)
                 elif slot is not None:
+                    if slot.failures >= FAILURES:
+                        router.suspect(model.name)
                     used = model.in_flight or 0
                     self.carry_out(self.admission.observed(*key, used, now, used_at=model.used_at))
         for slot in self.admission.slots():
@@ -394,3 +433,9 @@ class Scheduler:
 
     def _start_soon(self, work: Callable[..., Coroutine[Any, Any, None]], *args: object) -> None:
         self._work.post((work, args))
+
+
+def _is_too_often(times: deque[float], now: float, within_s: float) -> bool:
+    """Take note that it has happened once more: whether that fills `times` within so many seconds."""
+    times.append(now)
+    return len(times) == times.maxlen and now - times[0] <= within_s

@@ -16,7 +16,7 @@ from llamavisor.errors import OptionError
 from llamavisor.flags import OptionLayer, find_typed, resolve
 from llamavisor.gguf import Header, Kind
 from llamavisor.helptext import FlagSet
-from llamavisor.options import without_residency
+from llamavisor.options import HANG_AFTER_S, hang_after_s, without_ours
 from llamavisor.rules import ModelRule, alias_problem, is_template_file, matching, split_scale
 
 _DRAFT_TYPES = {
@@ -53,6 +53,8 @@ class ModelSpec:
         changed_at: Unix seconds at which the last of its files was last changed.
         ttl_s: seconds without requests after which it is unloaded, None for never.
         is_pinned: whether it is unloaded neither to make room nor for being idle.
+        hang_after_s: silent seconds without progress after which its process hangs, None for never.
+        recycle_bytes: anonymous memory and swap above which it is loaded anew, None for no bound.
         header: of its first file, None when it could not be read.
         parameter_count: of all its parts; 0 when that is not known.
         allowance: what the memory budgets of its router come to, None when they are not known (yet).
@@ -73,6 +75,8 @@ class ModelSpec:
     changed_at: float = field(default=0.0, compare=False)
     ttl_s: float | None = field(default=None, compare=False)
     is_pinned: bool = field(default=False, compare=False)
+    hang_after_s: float | None = field(default=HANG_AFTER_S, compare=False)
+    recycle_bytes: int | None = field(default=None, compare=False)
     header: Header | None = field(default=None, compare=False, repr=False)
     senses: tuple[str, ...] = field(default=(), compare=False)  # of the projector's content, which is compared
     parameter_count: int = field(default=0, compare=False)
@@ -85,7 +89,11 @@ class ModelSpec:
 
     def is_same(self, other: ModelSpec) -> bool:
         """Whether `other` says the same, be it something that needs no load; when a file was changed does not count."""
-        return self == other and (self.ttl_s, self.is_pinned) == (other.ttl_s, other.is_pinned)
+        return self == other and self._is_looked_after_as(other)
+
+    def _is_looked_after_as(self, other: ModelSpec) -> bool:
+        mine, others = ((each.ttl_s, each.is_pinned, each.hang_after_s, each.recycle_bytes) for each in (self, other))
+        return mine == others
 
 
 def specify(
@@ -115,6 +123,7 @@ def specify(
     wishes = [key for key in ("mmproj", "draft") if _last(own, key, default=None) is True]
     layers = tuple(_without(rule.layer, wishes) for rule in own)
     header = entry.header
+    said = (*base, *(rule.layer for rule in own))
     used = (*entry.files, *((projector,) if projector else ()), *((draft,) if draft else ()))
     return ModelSpec(
         name=entry.name,
@@ -122,16 +131,18 @@ def specify(
         files=tuple(file.id for file in used),
         projector=projector.path if projector else None,
         draft=draft.path if draft else None,
-        base=without_residency(base),
-        layers=without_residency((beside, *layers) if beside else layers),
+        base=without_ours(base),
+        layers=without_ours((beside, *layers) if beside else layers),
         aliases=tuple(dict.fromkeys((*entry.aliases, *_last_written(own, "aliases")))),
         tags=tuple(dict.fromkeys(_last_written(own, "tags"))),
         load_on_start=bool(_last(own, "load_on_start", default=False)),
         n_ctx_train=header.context_length if header else None,
         kind=header.kind if header else Kind.MODEL,
         changed_at=entry.changed_at,
-        ttl_s=_ttl_s((*base, *(rule.layer for rule in own))),
+        ttl_s=_ttl_s(said),
         is_pinned=_last(own, "pin", default=False) is True,
+        hang_after_s=hang_after_s(said),
+        recycle_bytes=_recycle_bytes(said),
         header=header,
         senses=entry.senses if projector else (),
         parameter_count=entry.parameter_count,
@@ -288,6 +299,12 @@ def _ttl_s(layers: Sequence[OptionLayer]) -> float | None:
     """What the last table that speaks of it says; None if that is never, or none does."""
     said = (layer.options.ttl for layer in reversed(layers))
     return next((ttl for ttl in said if ttl is not None), None) or None
+
+
+def _recycle_bytes(layers: Sequence[OptionLayer]) -> int | None:
+    """Likewise."""
+    said = (layer.options.recycle_above for layer in reversed(layers))
+    return next((size for size in said if size is not None), None) or None
 
 
 def _last_written(rules: Sequence[ModelRule], key: str) -> tuple[str, ...]:

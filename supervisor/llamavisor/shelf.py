@@ -93,6 +93,13 @@ class Shelf:
         """The name of the model that a person calls `word`: an alias leads to its model, all else is a name itself."""
         return word if word in self.offer.models else self._aliases.get(word, word)
 
+    def spec(self, name: str) -> ModelSpec | None:
+        """What a model should be, or was when the router was told of it; None of one that it never was."""
+        if (wanted := self.wanted.get(name)) is not None:
+            return wanted
+        offered = self.offer.models.get(name)
+        return offered.spec if offered is not None else None
+
     def look_again(self) -> None:
         """Try again what did not work: a file that a table names may have come meanwhile."""
         self.is_blocked = False

@@ -43,6 +43,7 @@ class Slot:
         stuck_until: until when it is not asked again to leave, after its router would not let it.
         leases: the numbers of the leases on it.
         has_answered: whether it has done for anybody what it was had for.
+        failures: how often in a row it has answered that it could not.
     """
 
     def __init__(self, resident: Resident, stage: Stage, since: float, *, is_ours: bool = False) -> None:
@@ -55,6 +56,7 @@ class Slot:
         self.stuck_until = 0.0
         self.leases: set[int] = set()
         self.has_answered = False
+        self.failures = 0
         self._resident = resident
         self._leased_at: float | None = None  # when a lease last began or ended, until `resident` tells of it
 

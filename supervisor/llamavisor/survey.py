@@ -56,12 +56,7 @@ def survey(
 
 def ttl_of(router: Router | None, model: str) -> float | None:
     """After how many idle seconds a model is unloaded, None for never."""
-    if router is None:
-        return None
-    spec = router.shelf.wanted.get(model)
-    if spec is None:
-        offered = router.shelf.offer.models.get(model)
-        spec = offered.spec if offered is not None else None
+    spec = router.shelf.spec(model) if router is not None else None
     return spec.ttl_s if spec is not None else None
 
 

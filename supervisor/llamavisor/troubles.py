@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llamavisor.events import Event, RouterDegraded
+from llamavisor.health import Pulse
 from llamavisor.states import RouterInput
+from llamavisor.vitals import Vitals
 
 PROBES_TO_DEGRADE = 2
 """So many failures in a row are a trouble."""
@@ -18,6 +20,9 @@ class Troubles:
         router: name of the router, for the events.
         publish: where events go.
         signal: told of every trouble, and when the last one has gone.
+
+    Attributes:
+        pulse: the health of its process.
     """
 
     def __init__(self, router: str, *, publish: Callable[[Event], None], signal: Callable[[RouterInput], None]) -> None:
@@ -25,6 +30,7 @@ class Troubles:
         self._publish = publish
         self._signal = signal
         self._reasons: dict[str, str] = {}
+        self.pulse = Pulse.begin(0.0)
         self._failed_probes = 0  # in a row
 
     def __repr__(self) -> str:
@@ -55,21 +61,30 @@ class Troubles:
         self._reasons.clear()
         self._failed_probes = 0
 
-    def probed(self, error: str | None, *, counts: bool) -> None:
+    def came_up(self, now: float) -> None:
+        """The process answers for the first time."""
+        self.pulse = Pulse.begin(now)
+
+    def probed(self, error: str | None, vitals: Vitals | None, *, counts: bool, now: float) -> None:
         """The router was asked whether it answers; `error` says how it failed to.
 
         Args:
             error: None if it answers.
+            vitals: what its process has done so far, as far as that can be told.
             counts: whether a failure says something of the router: after a time in which we did not run it does not.
+            now: monotonic seconds.
         """
         if error is None:
             self._failed_probes = 0
+            self.pulse = self.pulse.answered(now)
             self.end("probe")
         elif counts:
             self._failed_probes += 1
+            self.pulse = self.pulse.failed(vitals, now)
         if self._failed_probes >= PROBES_TO_DEGRADE:
             self.note("probe", f"it does not answer: {error}")
 
-    def forget_probes(self) -> None:
-        """The next failure is the first one again."""
+    def was_away(self, gap_s: float) -> None:
+        """We did not run for so long: the next failure is the first one again."""
         self._failed_probes = 0
+        self.pulse = self.pulse.later(gap_s)

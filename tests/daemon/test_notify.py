@@ -139,6 +139,7 @@ def test_a_service_manager_that_does_not_read(manager: Manager) -> None:
     manager.hear_until("READY=1")
 
 
+@pytest.mark.parametrize("manager", ["abstract"], indirect=True)
 def test_a_daemon_from_its_start_to_its_end(
     tmp_path: Path, models_dir: Path, fake_llama_server: Fake, manager: Manager
 ) -> None:

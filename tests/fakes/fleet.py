@@ -20,6 +20,7 @@ from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus
 from llamavisor.fleet import Fleet
 from llamavisor.launch import ModelSource
+from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.router import Router
 from llamavisor.settings import FleetSettings, MemoryBudget, RouterSettings
 from llamavisor.states import ModelState
@@ -91,13 +92,20 @@ class GatewayStage:
         models: what there is on every router, by name.
         ram: bytes of RAM that there are.
         gauge: reads memory, one of RAM alone unless said otherwise.
+        records: what of quarantines outlives it.
 
     Attributes:
         watches: what looks at each folder of models.
     """
 
     def __init__(
-        self, folder: Path, models: Mapping[str, FakeModel], *, ram: int = 64 * GIB, gauge: FakeGauge | None = None
+        self,
+        folder: Path,
+        models: Mapping[str, FakeModel],
+        *,
+        ram: int = 64 * GIB,
+        gauge: FakeGauge | None = None,
+        records: QuarantineRecords | None = None,
     ) -> None:
         self.machine = FakeMachine()
         self.hosts: dict[str, FakeHost] = {}
@@ -112,6 +120,7 @@ class GatewayStage:
             make_host=self._make_host,
             make_watch=self._make_watch,
             meter=self.meter,
+            records=records,
             bus=self.bus,
             jitter=lambda: 0.0,
         )
@@ -142,11 +151,14 @@ class GatewayStage:
 
     def _make_watch(self, path: Path, link_dirs: Sequence[Path]) -> FakeWatch:
         watch = FakeWatch(path, link_dirs=link_dirs)
-        for name in self.models:
-            file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, 1))
-            watch.entries[name] = Entry(name=name, state=EntryState.READY, files=(file,))
+        watch.entries = {name: _entry(name) for name in self.models}
         self.watches.append(watch)
         return watch
+
+    def put(self, name: str) -> None:
+        """A model more is in the folders."""
+        for watch in self.watches:
+            watch.put(_entry(name))
 
     def replace(self, name: str) -> None:
         """Another file has the name of a model."""
@@ -197,6 +209,11 @@ class GatewayStage:
             yield
             self._group.cancel_scope.cancel()
         assert self.machine.left == []
+
+
+def _entry(name: str) -> Entry:
+    file = ModelFile(f"/models/{name}.gguf", FileId(1, hash(name), 1000, 1))
+    return Entry(name=name, state=EntryState.READY, files=(file,))
 
 
 def models(names: Sequence[str], *, gib: float = 4, **how: object) -> dict[str, FakeModel]:

@@ -20,7 +20,7 @@ import anyio.abc
 
 from fakes.machine import ANSWER_S, KILLED, FakeChild, FakeMachine, FakeModel, FakeProcess, FakeStart
 from llamavisor import footprint, gauge
-from llamavisor.api import ListedModel, Props, StatusEvent
+from llamavisor.api import TRIAL_TIMEOUT_S, ListedModel, Props, StatusEvent
 from llamavisor.appraisal import Appraisal
 from llamavisor.binary import Binary, Fingerprint
 from llamavisor.cause import Cause, Verdict
@@ -34,7 +34,7 @@ from llamavisor.rules import ModelRule
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offer, Offered, Withheld
-from llamavisor.usage import Usage, UsageError
+from llamavisor.usage import READ_TIMEOUT_S, Usage, UsageError
 
 _PATH = Path("/opt/llama-server")
 
@@ -224,6 +224,16 @@ class FakeHost:
         key = FootprintKey(offered.spec.name, ",".join(device.id for device in devices), str(self.build))
         return Appraisal(expected, key, n_ctx, is_ctx_ours=model.n_ctx_asked is None)
 
+    async def try_model(self, port: int) -> str | None:
+        """Have a model do something; what goes wrong."""
+        process = self.machine.at(self.settings.port)
+        child = next((each for each in process.children.values() if each.port == port), None) if process else None
+        if child is None or child.ended.is_set():
+            return "nobody answers"
+        child.trials += 1
+        await anyio.sleep(TRIAL_TIMEOUT_S if child.is_hung else ANSWER_S)
+        return "no answer" if child.is_hung else child.error
+
     def usage_of(self, port: int) -> FakeUsage:
         """A gauge of the model behind a child's port."""
         return FakeUsage(self, port)
@@ -274,6 +284,9 @@ class FakeUsage:
         process = self._host.machine.at(self._host.settings.port)
         for name, child in process.children.items() if process is not None else ():
             if child.port == self._port and not child.ended.is_set():
+                if child.is_hung:
+                    await anyio.sleep(READ_TIMEOUT_S)
+                    break
                 return Usage(in_flight=int(name in process.busy), work=process.work.get(name, 0.0))
         raise UsageError(self._port, "nobody answers")
 
@@ -310,6 +323,7 @@ class FakeApi:
     async def models(self, *, reload: bool = False) -> list[ListedModel]:
         """GET /models."""
         process = await self._reach()
+        await self._wait_for_lock(process)
         if reload:
             await process.reload()
         listed = process.models()
@@ -318,11 +332,15 @@ class FakeApi:
 
     async def load(self, name: str) -> None:
         """POST /models/load."""
-        await (await self._reach()).load(name)
+        process = await self._reach()
+        await self._wait_for_lock(process)
+        await process.load(name)
 
     async def unload(self, name: str) -> None:
         """POST /models/unload."""
-        await (await self._reach()).unload(name)
+        process = await self._reach()
+        await self._wait_for_lock(process)
+        await process.unload(name)
 
     @asynccontextmanager
     async def events(self) -> AsyncIterator[AsyncIterator[StatusEvent | None]]:
@@ -338,6 +356,11 @@ class FakeApi:
         finally:
             process.listeners.discard(send)
             send.close()
+
+    async def _wait_for_lock(self, process: FakeProcess) -> None:
+        if process.is_locked:
+            await anyio.sleep(10.0)
+            raise ApiError("no answer within 10 s")
 
     async def _reach(self, *, timeout_s: float = 10.0) -> FakeProcess:
         await anyio.sleep(ANSWER_S)

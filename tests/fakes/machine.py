@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from llamavisor.process import KILL_GRACE_S, ExitStatus, Leftovers
 from llamavisor.sections import ModelSpec
 from llamavisor.shelf import Offer
 from llamavisor.states import HAS_CHILD, ModelState
+from llamavisor.vitals import Vitals
 
 if TYPE_CHECKING:
     from fakes.host import FakeHost
@@ -153,19 +154,50 @@ class FakeMachine:
 
 
 class FakeChild:
-    """The process that serves a model."""
+    """The process that serves a model.
+
+    Attributes:
+        status: how the kernel says that it has ended.
+        is_hung: whether it lives and says nothing.
+        is_working: whether it takes all of a processor.
+        is_unkillable: whether the kernel holds it, even against SIGKILL.
+        error: what it answers to everything, None while it does well.
+        trials: how often it was asked to show that it works.
+    """
 
     def __init__(self, pid: int, port: int) -> None:
         self.pid = pid
         self.port: int | None = port
         self.ended = anyio.Event()
+        self.status: ExitStatus | None = None
+        self.is_hung = self.is_working = self.is_unkillable = False
+        self.error: str | None = None
+        self.trials = 0
+        self.when_killed: Callable[[], None] = lambda: None
 
     def __repr__(self) -> str:
         return f"<FakeChild {self.pid} {'ended' if self.ended.is_set() else 'runs'}>"
 
-    async def wait(self) -> None:
+    async def wait(self) -> ExitStatus | None:
         """Wait until it has ended."""
         await self.ended.wait()
+        return self.status
+
+    def vitals(self) -> Vitals | None:
+        """What it has done so far."""
+        return None if self.ended.is_set() else working(self.is_working)
+
+    def kill(self) -> None:
+        """Be killed."""
+        if not self.is_unkillable and not self.ended.is_set():
+            self.status = KILLED
+            self.ended.set()
+            self.when_killed()
+
+
+def working(is_working: bool) -> Vitals:
+    """What a process has done that works all the time, or never."""
+    return Vitals(cpu_s=anyio.current_time() if is_working else 1.0, major_faults=0, moved_bytes=0)
 
 
 class FakeProcess:
@@ -185,6 +217,9 @@ class FakeProcess:
         self.status: ExitStatus | None = None
         self.is_cleared = False
         self.is_silent = False  # accepts, and says nothing
+        self.is_locked = False  # says that it is well, and answers nothing else
+        self.is_working = False  # takes all of a processor
+        self.obeys_unloads = True
         self.terminated_at: float | None = None
         self.loads: list[str] = []  # every /models/load that reached it, in order
         self.unloads: list[str] = []
@@ -230,6 +265,10 @@ class FakeProcess:
     def poll(self) -> ExitStatus | None:
         """How it ended, None while it lives."""
         return self.status
+
+    def vitals(self) -> Vitals | None:
+        """What it has done so far."""
+        return working(self.is_working) if self.status is None else None
 
     async def terminate(self, *, grace_s: float) -> bool:
         """Be asked to end, and be killed."""
@@ -284,8 +323,9 @@ class FakeProcess:
             listener.close()
         self.listeners.clear()
 
-    def crash(self, model: str, exit_code: int = 1) -> None:
-        """End the process of a loaded model."""
+    def crash(self, model: str, exit_code: int = 1, status: ExitStatus | None = None) -> None:
+        """End the process of a loaded model; `status` is what the kernel tells of it."""
+        self.children[model].status = status
         self.children[model].ended.set()
         self._has_ended(model, exit_code)
 
@@ -328,7 +368,8 @@ class FakeProcess:
             raise _refusal("POST /models/unload", *model.unload_refusal)
         if self.state(name) not in HAS_CHILD:
             raise _refusal("POST /models/unload", 400, "model is not running")
-        self._start_soon(self._unload, name, model)
+        if self.obeys_unloads:
+            self._start_soon(self._unload, name, model)
 
     async def reload(self) -> None:
         """Answer GET /models?reload=1, but for the list."""
@@ -383,6 +424,7 @@ class FakeProcess:
 
     def _begin(self, name: str) -> None:
         child = FakeChild(next(self.host.machine.pids), 40_000 + len(self.loads))
+        child.when_killed = lambda: self._has_ended(name, 1)
         self.children[name] = child
         self.failed.discard(name)
         self.print(f"0.01.0 I srv          load: spawning server instance with name={name} on port {child.port}")

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from llamavisor.admission import STUCK_S, Admission
+from llamavisor.cause import Consequence
 from llamavisor.claims import Lane
 from llamavisor.demands import (
     CANCEL_BELOW,
@@ -81,10 +82,10 @@ class Desk:
         """A process has ended."""
         return self.note(self.admission.gone(router, model, self.now))
 
-    def failed(self, model: str, router: str = "r", *, for_memory: bool = False) -> list[Action]:
+    def failed(self, model: str, router: str = "r", *, then: Consequence = Consequence.QUARANTINE) -> list[Action]:
         """A load has not succeeded."""
         admission = self.admission
-        return self.note(admission.load_failed(router, model, "broken", for_memory=for_memory, now=self.now))
+        return self.note(admission.load_failed(router, model, "broken", then=then, now=self.now))
 
     def release(self, number: int) -> list[Action]:
         """A client has its answer."""
@@ -568,10 +569,10 @@ def test_a_load_that_fails_for_memory_is_tried_once_more_after_others_have_gone(
     desk.has_idle("a")
     number, actions = desk.ask("b")
     assert actions == [Load("r", "b")]
-    assert desk.failed("b", for_memory=True) == [Unload("r", "a")]
+    assert desk.failed("b", then=Consequence.EVICT) == [Unload("r", "a")]
     assert desk.gone("b") == []
     assert desk.gone("a") == [Load("r", "b")]
-    assert desk.failed("b", for_memory=True) == [Quarantine("r", "b", desk.now + FIRST_S, 1, "broken")]
+    assert desk.failed("b", then=Consequence.EVICT) == [Quarantine("r", "b", desk.now + FIRST_S, 1, "broken")]
     assert desk.rejections[number].why is Why.QUARANTINED
     assert desk.rejections[number].retry_after_s == FIRST_S
 
@@ -579,7 +580,7 @@ def test_a_load_that_fails_for_memory_is_tried_once_more_after_others_have_gone(
 def test_the_second_try_can_succeed(desk: Desk) -> None:
     """Then nobody learns of the first."""
     number, _ = desk.ask("b")
-    assert desk.failed("b", for_memory=True) == []
+    assert desk.failed("b", then=Consequence.EVICT) == []
     assert desk.gone("b") == [Load("r", "b")]
     assert desk.loaded("b") == []
     assert number in desk.leases
@@ -1026,12 +1027,12 @@ class Fleet(RuleBasedStateMachine):
         self.processes[key].state = "loaded"
         self.carry(self.admission.loaded(*key, None, self.now))
 
-    @rule(data=st.data(), for_memory=st.booleans())
-    def fail(self, data: st.DataObject, for_memory: bool) -> None:
+    @rule(data=st.data(), then=st.sampled_from(Consequence))
+    def fail(self, data: st.DataObject, then: Consequence) -> None:
         """A load fails."""
         key = self.pick(data, "loading")
         self.processes[key].state = "leaving"
-        self.carry(self.admission.load_failed(*key, "broken", for_memory=for_memory, now=self.now))
+        self.carry(self.admission.load_failed(*key, "broken", then=then, now=self.now))
 
     @rule(data=st.data())
     def leave(self, data: st.DataObject) -> None:

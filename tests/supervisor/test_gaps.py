@@ -24,7 +24,7 @@ from llamavisor.errors import ModelLoadError
 from llamavisor.events import Event, RouterDegraded, RouterProbed, Warned
 from llamavisor.eviction import Budget
 from llamavisor.gaps import GAP_S, Gaps, was_missed
-from llamavisor.generation import PROBE_INTERVAL_S, PROBE_TIMEOUT_S, START_DEADLINE_S
+from llamavisor.generation import PROBE_INTERVAL_S, PROBE_PAUSE_S, PROBE_TIMEOUT_S, START_DEADLINE_S
 from llamavisor.placement import Candidate
 from llamavisor.residency import LOAD_DEADLINE_S
 from llamavisor.states import ModelState, RouterState
@@ -115,13 +115,13 @@ async def test_a_probe_beside_a_gap_does_not_count(host: FakeHost, virtual_time:
     async with supervised(host) as it:
         await it.comes_up()
         it.process.is_silent = True
-        await anyio.sleep(PROBE_INTERVAL_S + PROBE_TIMEOUT_S + PROBE_INTERVAL_S + 1.0)  # the second one is under way
+        await anyio.sleep(PROBE_INTERVAL_S + PROBE_TIMEOUT_S + PROBE_PAUSE_S + 1.0)  # the second one is under way
         await _through(it, virtual_time)
-        await anyio.sleep(PROBE_INTERVAL_S + PROBE_TIMEOUT_S + 1.0)  # the first that counts again, for one
+        await anyio.sleep(2 * PROBE_PAUSE_S + PROBE_TIMEOUT_S + 1.0)  # one that is too soon, and one that counts
         it.process.is_silent = False
         await anyio.sleep(120.0)
         assert it.story.of(RouterDegraded) == []
-        assert len([probed for probed in it.story.of(RouterProbed) if probed.error]) == 3
+        assert len([probed for probed in it.story.of(RouterProbed) if probed.error]) == 4
         it.process.is_silent = True
         await it.reaches(RouterState.DEGRADED)
 
@@ -134,7 +134,7 @@ async def test_a_probe_right_after_a_gap_does_not_count(host: FakeHost, virtual_
         await anyio.sleep(PROBE_INTERVAL_S - 2.0)
         it.process.is_silent = True
         await _through(it, virtual_time)
-        slow_s = PROBE_TIMEOUT_S + PROBE_INTERVAL_S + PROBE_TIMEOUT_S + 1.0  # this and the next probe
+        slow_s = PROBE_TIMEOUT_S + PROBE_PAUSE_S + PROBE_TIMEOUT_S + 0.1  # this and the next probe
         await anyio.sleep(slow_s)
         it.process.is_silent = False
         await anyio.sleep(60.0)

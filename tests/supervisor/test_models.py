@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamavisor.api import ListedModel, StatusEvent
+from llamavisor.cause import Cause
 from llamavisor.events import (
     Event,
     ModelChildExited,
@@ -128,7 +129,9 @@ def test_a_load_whose_beginning_was_missed(it: Table) -> None:
 def test_a_refused_load(it: Table) -> None:
     """A call that is refused means a failed load with the reason of the refusal."""
     it.asks("a")
-    assert it.answers("a", "no room") == [ModelLoadFailed(router="main", model="a", reason="no room")]
+    assert it.answers("a", "no room") == [
+        ModelLoadFailed(router="main", model="a", reason="no room", cause=Cause.UNSOUND)
+    ]
     assert (it["a"].state, it["a"].error) == (S.FAILED, "no room")
     assert it.says("a", S.UNLOADED) == []
     assert it["a"].state is S.FAILED
@@ -355,7 +358,7 @@ def test_the_end_of_the_router(it: Table) -> None:
     it.answers("c", "bad magic")
     assert it.dies() == [
         ModelUnloaded(router="main", model="a", reason=UnloadReason.ROUTER),
-        ModelLoadFailed(router="main", model="b", reason="its router ended while it was loading"),
+        ModelLoadFailed(router="main", model="b", reason="its router ended while it was loading", cause=Cause.UNSOUND),
     ]
     assert [it[name].state for name in "abcd"] == [S.UNLOADED, S.FAILED, S.FAILED, S.UNLOADED]
     assert it["c"].error == "bad magic"

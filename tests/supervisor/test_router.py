@@ -155,10 +155,10 @@ async def test_a_stop_during_the_backoff(host: FakeHost) -> None:
     async with supervised(host) as it:
         it.router.start()
         await it.reaches(RouterState.BACKOFF)
-        assert it.router.retry_at == pytest.approx(anyio.current_time() + 1.0)
+        assert it.router.comeback.retry_at == pytest.approx(anyio.current_time() + 1.0)
         it.router.stop()
         await it.reaches(RouterState.STOPPED, within_s=0.5)
-        assert it.router.retry_at is None
+        assert it.router.comeback.retry_at is None
         await anyio.sleep(HOUR_S)
         assert it.spawns == 1
 
@@ -225,7 +225,7 @@ async def test_a_killed_router_is_back_at_once(host: FakeHost) -> None:
         exited = it.story.of(RouterExited)[0]
         assert (exited.cause, exited.status) == (Cause.SIGNAL, "SIGKILL")
         assert "possibly out of memory" in exited.message()
-        assert it.router.history.failures == 0
+        assert it.router.comeback.history.failures == 0
         assert it.router.reason is None
 
 
@@ -243,7 +243,7 @@ async def test_twenty_crashes_before_ready(host: FakeHost) -> None:
         pauses = [spawn - end for end, spawn in zip(ended, host.machine.spawned_at[1:], strict=True)]
         assert pauses == pytest.approx(delays, abs=0.05)
         assert all(pause >= delay for pause, delay in zip(pauses, delays, strict=True))
-        assert it.router.history.is_crash_loop
+        assert it.router.comeback.history.is_crash_loop
         assert (it.router.restarts, it.router.state) == (20, RouterState.STARTING)
 
 
@@ -275,9 +275,9 @@ async def test_failures_are_forgiven_after_five_minutes_ready(host: FakeHost) ->
         it.router.start()
         await it.reaches(RouterState.READY)
         await anyio.sleep(299.0)
-        assert it.router.history.failures == 3
+        assert it.router.comeback.history.failures == 3
         await anyio.sleep(3.0)
-        assert it.router.history.failures == 0
+        assert it.router.comeback.history.failures == 0
 
 
 async def test_a_manual_restart_leaves_the_budget_alone(host: FakeHost) -> None:
@@ -285,11 +285,11 @@ async def test_a_manual_restart_leaves_the_budget_alone(host: FakeHost) -> None:
     host.starts.extend([_crash() for _ in range(5)])
     async with supervised(host) as it:
         it.router.start()
-        await it.until(lambda: it.router.history.failures == 5)
+        await it.until(lambda: it.router.comeback.history.failures == 5)
         assert it.router.state is RouterState.BACKOFF
         it.router.restart()
         await it.reaches(RouterState.READY, within_s=0.5)
-        assert it.router.history.failures == 5
+        assert it.router.comeback.history.failures == 5
         await anyio.sleep(HOUR_S)
         assert it.spawns == 6
 
@@ -308,7 +308,7 @@ async def test_a_router_that_never_answers_is_overdue(host: FakeHost) -> None:
         assert it.story.of(RouterReady) == []
         await it.reaches(RouterState.BACKOFF)
         assert it.router.reason == "not ready within 60 s"
-        assert it.router.history.failures == 1
+        assert it.router.comeback.history.failures == 1
         await it.reaches(RouterState.READY)
         assert [spawned.cause for spawned in it.story.of(RouterSpawned)] == [None, Cause.START_TIMEOUT]
 
@@ -455,7 +455,7 @@ async def test_a_new_configuration_clears_a_failure(host: FakeHost, make_host: C
         it.router.start()
         await it.reaches(RouterState.FAILED)
         it.router.reconfigure(bad)
-        await it.until(lambda: it.router.history.failures == 6)
+        await it.until(lambda: it.router.comeback.history.failures == 6)
         assert it.router.state is RouterState.BACKOFF
         it.router.reconfigure(good)
         await it.reaches(RouterState.READY, within_s=0.5)

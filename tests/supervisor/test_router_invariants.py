@@ -75,7 +75,7 @@ def test_the_last_wish_wins(
                 assert (it.router.state, host.machine.left) == (RouterState.STOPPED, [])
             else:
                 assert (it.router.state, len(host.machine.alive)) == (RouterState.READY, 1)
-            assert (it.router.life.then, it.router.retry_at) == (None, None)
+            assert (it.router.life.then, it.router.comeback.retry_at) == (None, None)
 
     _on_virtual_time(main)
 

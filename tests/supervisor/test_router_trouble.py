@@ -19,7 +19,7 @@ from llamavisor.events import (
     RouterRestartScheduled,
     RouterSpawned,
 )
-from llamavisor.generation import DEVICE_DEADLINE_S
+from llamavisor.generation import DEVICE_DEADLINE_S, PROBE_INTERVAL_S, PROBE_TIMEOUT_S
 from llamavisor.states import ModelState, RouterState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
@@ -177,10 +177,10 @@ async def test_a_stranger_on_the_port_is_not_taken_for_ours(host: FakeHost) -> N
 
 
 async def test_a_silent_router_is_degraded_and_not_killed(host: FakeHost) -> None:
-    """Two probes in a row without an answer make it DEGRADED; one answer makes it READY again."""
+    """Two probes in a row without an answer make it DEGRADED; one answer makes it READY again. It works meanwhile."""
     async with supervised(host) as it:
         await it.comes_up()
-        it.process.is_silent = True
+        it.process.is_silent = it.process.is_working = True
         await it.reaches(RouterState.DEGRADED)
         assert "does not answer" in (it.router.reason or "")
         await anyio.sleep(120.0)
@@ -196,7 +196,7 @@ async def test_one_slow_probe_is_no_trouble(host: FakeHost) -> None:
     async with supervised(host) as it:
         await it.comes_up()
         it.process.is_silent = True
-        await anyio.sleep(16.0)
+        await anyio.sleep(PROBE_INTERVAL_S + PROBE_TIMEOUT_S + 0.1)
         it.process.is_silent = False
         await anyio.sleep(60.0)
         assert it.story.of(RouterDegraded) == []
@@ -208,7 +208,7 @@ async def test_slow_probes_are_not_counted_across_a_crash(host: FakeHost) -> Non
         await it.comes_up()
         for _ in range(2):
             it.process.is_silent = True
-            await anyio.sleep(16.0)
+            await anyio.sleep(PROBE_INTERVAL_S + PROBE_TIMEOUT_S + 0.1)
             it.process.end(KILLED)
             await it.settle()
             await it.reaches(RouterState.READY)
@@ -224,7 +224,7 @@ async def test_a_degraded_router_can_crash_and_be_stopped(host: FakeHost) -> Non
         it.process.end(KILLED)
         await it.until(lambda: it.router.starts == 2, within_s=0.1)
         await it.reaches(RouterState.READY)
-        assert it.router.history.failures == 0
+        assert it.router.comeback.history.failures == 0
         it.process.is_silent = True
         await it.reaches(RouterState.DEGRADED)
         assert len(it.story.of(RouterDegraded)) == 2
@@ -284,7 +284,7 @@ async def test_a_device_that_appears_after_all(host: FakeHost) -> None:
         await it.reaches(RouterState.READY, within_s=15.0)
         assert it.process.autoload
         assert [spawned.cause for spawned in it.story.of(RouterSpawned)] == [None, Cause.DEVICE]
-        assert it.router.history.failures == 0
+        assert it.router.comeback.history.failures == 0
         assert await it.router.load("alpha")
 
 

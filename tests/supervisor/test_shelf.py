@@ -215,6 +215,7 @@ async def test_a_model_that_says_nothing_any_more_is_not_idle(host: FakeHost) ->
         await up_with(it, "alpha")
         await anyio.sleep(10)
         it.process.children["alpha"].port = 1  # nobody answers where it is asked
+        it.process.children["alpha"].is_working = True
         await anyio.sleep(3)
         host.models["alpha"].inode = 2
         host.look()

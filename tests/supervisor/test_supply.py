@@ -185,7 +185,7 @@ async def test_a_folder_that_is_missing(stage: Stage) -> None:
     async with stage.running(stage.settings(("main", 8081, "a"))):
         watch.look(problem="does not exist")
         await stage.until("main", lambda: stage.fleet["main"].state is RouterState.FAILED)
-        verdict = stage.fleet["main"].verdict
+        verdict = stage.fleet["main"].comeback.verdict
         assert verdict is not None
         assert verdict.cause is Cause.MODELS_DIR
         assert verdict.reason.endswith("a does not exist")

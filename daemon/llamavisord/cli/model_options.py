@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.flags import OptionLayer, typed_name
-from llamavisor.options import RESIDENCY
+from llamavisor.options import OURS
 from llamavisor.rules import matching
 from llamavisor.sections import ModelSpec, layers_in_force, specify
 from llamavisor.settings import RouterSettings
@@ -90,7 +90,7 @@ def _settings(config: Config, router: RouterSettings, spec: ModelSpec, entry: En
     effective = _effective(layers_in_force(spec))
     # What the spec makes of these stands in none of its tables.
     said = _effective((*router.layers, *(rule.layer for rule in matching(config.rules, spec.name))))
-    effective |= {key: said[key] for key in RESIDENCY & said.keys()}
+    effective |= {key: said[key] for key in OURS & said.keys()}
     if entry.aliases:
         written = effective.pop("aliases", None)
         place = Origin("its place in the folder")

@@ -28,6 +28,8 @@ ROUTER_S = 30.0
 """How long a request that only a router can answer waits for one that does."""
 ROUTER_POLL_S = 0.05
 
+_FAILED = frozenset({500, 502, 503, 504})
+"""With these a process says that the fault is its own; 501 is what it was not made for."""
 _DOWN = frozenset({RouterState.STOPPED, RouterState.FAILED})
 
 
@@ -63,8 +65,9 @@ class Forwarder:
         Raises:
             TroubleError: it did not, or not in full.
         """
-        leases, is_fresh, has_answered = self._fleet.leases, False, False
+        leases, is_fresh = self._fleet.leases, False
         while True:
+            has_answered = has_failed = False
             endpoint = leases.acquire_loaded(model) or await self._await_model(visit, model, heartbeat_s)
             visit.sends_to(endpoint)
             try:
@@ -79,11 +82,12 @@ class Forwarder:
                     await self._look_after(visit, endpoint, error)
                     is_fresh = False
             else:
-                has_answered = visit.route.kind is Kind.BODY  # a look at its metrics takes no model
+                has_failed = visit.answer.status in _FAILED
+                has_answered = not has_failed and visit.route.kind is Kind.BODY  # a look at its metrics takes no model
                 return
             finally:
                 visit.waits_again()
-                leases.release(endpoint, has_answered=has_answered)
+                leases.release(endpoint, has_answered=has_answered, has_failed=has_failed)
 
     async def _look_after(self, visit: Visit, endpoint: Endpoint, error: UpstreamError) -> None:
         """A process did not answer, or not in full: returns if the request is to be sent again.

@@ -83,6 +83,18 @@ class PeerRefused(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ControlSocketRebound(Event):
+    """The file of the control socket had gone, or was another's, and commands are taken there again."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    socket: str
+
+    def message(self) -> str:
+        return f"the control socket {self.socket} had gone and was bound anew"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Warned(Event):
     """Something is not as it should be, and work goes on."""
 

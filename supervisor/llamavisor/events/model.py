@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
+from llamavisor.cause import Cause
 from llamavisor.events.base import Event
 from llamavisor.states import Change
 
@@ -22,7 +23,8 @@ class UnloadReason(Enum):
     CANCELLED = "cancelled"  # nobody waited for its load any more
     STALLED = "stalled"  # its load made no progress for too long
     CRASHED = "crashed"  # its child ended unasked
-    UNRESPONSIVE = "unresponsive"  # its child lived and took no connection
+    UNRESPONSIVE = "unresponsive"  # its child lived and did not answer
+    RECYCLED = "recycled"  # its child had grown beyond the bound that is set for it
     OOM = "oom"  # the kernel killed its child for want of memory
     FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
     ROUTER = "router"  # its router ended
@@ -78,6 +80,7 @@ class ModelLoadFailed(Event):
     router: str
     model: str
     reason: str
+    cause: Cause = Cause.UNKNOWN
 
     def message(self) -> str:
         return f"model {self.model}: load failed on {self.router}: {self.reason}"
@@ -96,11 +99,13 @@ class ModelSleeping(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelUnloaded(Event):
-    """A model left memory."""
+    """A model left memory. If nobody had asked for that, `cause` and `detail` tell why its process has ended."""
 
     router: str
     model: str
     reason: UnloadReason
+    cause: Cause | None = None
+    detail: str = ""
 
     @property
     def log_level(self) -> int:
@@ -109,22 +114,57 @@ class ModelUnloaded(Event):
 
     def message(self) -> str:
         if self.reason in _CRASHES:
-            return f"model {self.model}: {_CRASHES[self.reason].format(router=self.router)}"
+            detail = f": {self.detail}" if self.detail else ""
+            return f"model {self.model}: {_CRASHES[self.reason].format(router=self.router)}{detail}"
         return f"model {self.model}: unloaded from {self.router} ({self.reason.value})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelChildExited(Event):
-    """The child process of a model ended; why follows when the router has said it."""
+    """The child process of a model ended, with `status` if that is known; why follows when the router has said it."""
 
     level: ClassVar[int] = logging.DEBUG
 
     router: str
     model: str
     pid: int
+    status: str = ""
 
     def message(self) -> str:
-        return f"model {self.model}: its process {self.pid} on {self.router} ended"
+        how = f" ({self.status})" if self.status else ""
+        return f"model {self.model}: its process {self.pid} on {self.router} ended{how}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelHung(Event):
+    """The process of a model has not answered for `silent_s` seconds and does nothing, or fails at all; it is ended."""
+
+    level: ClassVar[int] = logging.ERROR
+
+    router: str
+    model: str
+    pid: int
+    silent_s: float
+    reason: str
+
+    def message(self) -> str:
+        return f"model {self.model}: its process {self.pid} on {self.router} hangs: {self.reason}; it is ended"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelGrown(Event):
+    """The process of a model has grown beyond the bound that is set for it; it is loaded anew when it is idle."""
+
+    level: ClassVar[int] = logging.WARNING
+
+    router: str
+    model: str
+    bytes: int
+    limit_bytes: int
+
+    def message(self) -> str:
+        size, limit = (f"{each / 1024**2:.0f} MiB" for each in (self.bytes, self.limit_bytes))
+        return f"model {self.model}: its process on {self.router} has grown to {size} of {limit}; it is loaded anew"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,8 +252,8 @@ class ModelStale(Event):
 
 _CRASHES = {
     UnloadReason.CRASHED: "crashed on {router}",
-    UnloadReason.OOM: "was killed on {router} by the kernel for want of memory",
-    UnloadReason.FILE_CHANGED: "crashed on {router} because its file was overwritten or cut off",
+    UnloadReason.OOM: "crashed on {router}",
+    UnloadReason.FILE_CHANGED: "crashed on {router}",
 }
 CHANGES = {
     Change.OPTIONS: "its options have changed",

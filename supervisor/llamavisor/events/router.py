@@ -80,6 +80,20 @@ class RouterDegraded(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterHung(Event):
+    """A router has not answered for `silent_s` seconds and does nothing; it makes way for a fresh process."""
+
+    level: ClassVar[int] = logging.ERROR
+
+    router: str
+    silent_s: float
+    reason: str
+
+    def message(self) -> str:
+        return f"router {self.router}: hangs: {self.reason}; it is restarted"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterExited(Event):
     """The process of a router ended. `is_requested` tells whether we asked it to."""
 
