@@ -17,6 +17,7 @@ LEFT_OUT = ("SIGSTOP", "pipe held", "disk of the state")
 """What takes half a minute or more to be well again; other tests have each of them."""
 
 
+@pytest.mark.timeout(120)
 def test_soak(llama_server: Path) -> None:
     """Twenty seconds of faults, one every second: no invariant is broken, and what was measured is told."""
     argv = [sys.executable, str(SOAK), "--minutes", "0.33", "--every", "1", "--seed", str(SEED)]

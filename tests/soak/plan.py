@@ -138,6 +138,8 @@ class Plan:
             self.records.append(record)
             print(f"  {self._stage.findings.at(time.time())} {fault.label}: {fault.target}", flush=True)
             await fault.run(record)
+        except (OSError, HTTPException, AssertionError) as error:
+            self._stage.findings.broken("the control socket answers", f"{fault!r}: {error!r}")
         finally:
             self._held.remove(fault.claims)
             self._stage.ready_since.clear()  # of before the fault
