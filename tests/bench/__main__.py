@@ -45,7 +45,9 @@ def main() -> None:
     """Measure everything, or the parts that are named, and print one table."""
     parser = argparse.ArgumentParser(prog="python tests/bench", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"only this: {', '.join(PARTS)}")
-    parts = parser.parse_args().parts or PARTS
+    parts = parser.parse_args().parts or list(PARTS)
+    if unknown := sorted(set(parts) - set(PARTS)):
+        parser.error(f"no part of it: {', '.join(unknown)}")
     llama_server = find_llama_server()
     if llama_server is None:
         sys.exit("no llama-server: run `make bench`, which builds one")
