@@ -17,6 +17,8 @@ from stage import CHAT_MODELS, EMBEDS, Stage, router_of
 from asking import LONG, SHORT, Ask, End, Ended, refused
 
 CLIENTS = 6
+AT_ONCE = 2
+"""So many ask one model at a time: one that hangs would hold them all."""
 REQUEST_S = 120.0
 """Whatever happens to a request: longer is a hang."""
 PAUSE_S = 0.3
@@ -59,6 +61,7 @@ class Traffic:
         self._records = records
         self._seed = seed
         self._is_over = False
+        self._asked: Counter[str] = Counter()  # requests under way
 
     def __repr__(self) -> str:
         return f"<Traffic {self.tally.ended}>"
@@ -84,7 +87,8 @@ class Traffic:
                 await self._send(client, None, choose)
             else:
                 tokens = choose.choice((SHORT, SHORT, LONG))
-                models = [model for model in CHAT_MODELS if model not in self._stage.quiet]
+                models = [model for model in CHAT_MODELS if self._asked[model] < AT_ONCE]
+                models = [model for model in models if model not in self._stage.quiet]
                 ask = Ask(choose.choice(models), tokens, is_stream=choose.random() < 0.5)
                 await self._send(client, ask, choose)
             await anyio.sleep(choose.expovariate(1 / PAUSE_S))
@@ -95,11 +99,13 @@ class Traffic:
         patience_s = choose.uniform(0.0, LEAVE_S) if leaves else REQUEST_S
         model = EMBEDS if ask is None else ask.model
         began, ended = time.time(), None
+        self._asked[model] += 1
         with anyio.move_on_after(patience_s):
             try:
                 ended = await (_embed(client) if ask is None else ask.send(client))
             except httpx.HTTPError as error:
                 ended = Ended(End.WRONG, why=repr(error), status=0)
+        self._asked[model] -= 1
         now = time.time()
         self.tally.slowest_s = max(self.tally.slowest_s, now - began)
         if ended is None and leaves:
