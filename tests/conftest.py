@@ -16,9 +16,14 @@ import leaks
 from cgroups import NOT_HERE
 from fakes import FakeLlamaServer
 from fakes.bare_router import free_port as find_free_port
+from fakes.host import FakeHost
+from fakes.machine import fake_models
+from llamavisor.settings import RouterSettings
 from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
 
 _R = TypeVar("_R", pytest.TestReport, pytest.CollectReport)
+Start = Callable[..., RunningDaemon]
 MODELS = ("alpha", "beta", "gamma")
 
 hypothesis.settings.register_profile("shared machine", deadline=None)  # a busy one is slow at times
@@ -112,6 +117,38 @@ def fake_llama_server(tmp_path: Path) -> Callable[..., FakeLlamaServer]:
         return made[-1]
 
     return make
+
+
+@pytest.fixture
+def start(tmp_path: Path, models_dir: Path, fake_llama_server: Callable[..., FakeLlamaServer]) -> Start:
+    """Makes a daemon on a fake llama-server with this behaviour."""
+
+    def make(
+        *, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), serve: str = "gateway", **behaviour: object
+    ) -> RunningDaemon:
+        binary = fake_llama_server(**behaviour)
+        return RunningDaemon(tmp_path, models_dir, binary, flags=flags, options=options, serve=serve)
+
+    return make
+
+
+@pytest.fixture
+def make_host(tmp_path: Path) -> Callable[..., FakeHost]:
+    """Makes fake hosts with three models: `make_host("gpu0", port=8081)`."""
+
+    def make(name: str = "main", *, port: int = 8080, **how: object) -> FakeHost:
+        settings = RouterSettings(name=name, port=port, models_dir=tmp_path)
+        host = FakeHost(settings, folder=tmp_path, **how)
+        host.models = fake_models(["alpha", "beta", "gamma"])
+        return host
+
+    return make
+
+
+@pytest.fixture
+def host(make_host: Callable[..., FakeHost]) -> FakeHost:
+    """A fake host of one router, "main", with the models alpha, beta and gamma."""
+    return make_host()
 
 
 @pytest.fixture(scope="session")

@@ -167,6 +167,20 @@ class RunningDaemon:
             except psutil.Error:
                 continue
 
+    @property
+    def spawns(self) -> int:
+        """How many routers it has started so far."""
+        return len(self.events("RouterSpawned"))
+
+    def zombies(self) -> set[int]:
+        """Its ended children that nobody has waited for."""
+        found = set()
+        for child in psutil.Process(self.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                if child.status() == psutil.STATUS_ZOMBIE:
+                    found.add(child.pid)
+        return found
+
     def is_live(self) -> bool:
         """Whether it answers on its socket; fails when it has ended."""
         assert self._popen is not None
@@ -266,3 +280,46 @@ def _reap_orphans() -> None:
         with suppress(psutil.NoSuchProcess, ChildProcessError):
             if process.status() == psutil.STATUS_ZOMBIE:
                 os.waitpid(process.pid, 0)
+
+
+def config_of(models_dir: Path, port: int, extra: str = "") -> str:
+    """A configuration with one router."""
+    return f'models_dir = "{models_dir}"\nport = {port}\n{extra}\n[metrics]\nenabled = false\n'
+
+
+def run_serve(daemon: RunningDaemon) -> tuple[int, str]:
+    """Exit code and words of a daemon that cannot start."""
+    daemon.start()
+    code = daemon.wait()
+    return code, daemon.log.read_text()
+
+
+def start_with(daemon: RunningDaemon, patch: str) -> None:
+    """Have a daemon run these lines before it serves; `app` is its main module."""
+    code = (
+        f"import os, signal, sys, llamavisord.app as app; from llamavisord.cli import main\n{patch}\nsys.exit(main())"
+    )
+    daemon.program = [sys.executable, "-c", code]
+
+
+def wrapped(folder: Path, llama_server: Path, command: str) -> Path:
+    """The true llama-server behind a script, which runs this command before it becomes a router."""
+    script = folder / "llama-server"
+    script.write_text(
+        f'#!/bin/sh\ncase "$*" in *--models-preset*) {command};; esac\nexec {llama_server} "$@"\n', encoding="utf-8"
+    )
+    script.chmod(0o755)
+    return script
+
+
+USER = 54321
+"""Nobody's: what is counted against its limits is ours alone."""
+
+
+def as_user() -> list[str]:
+    """What makes a program of root, put before it, that of a user who may read and write what root may, and no more."""
+    if os.geteuid() != 0:
+        return []
+    capabilities = "-all,+dac_override,+dac_read_search"
+    options = (f"--reuid={USER}", f"--regid={USER}", "--clear-groups")
+    return ["setpriv", *options, f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"]

@@ -20,7 +20,6 @@ from typing import Any
 
 import anyio
 import anyio.abc
-import anyio.to_thread
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
@@ -43,6 +42,7 @@ from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subre
 from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.residents import Residents
 from llamavisor.started import Started
+from llamavisor.threads import run_in_thread
 from llamavisord import __version__
 from llamavisord.acceptor import Accept, Acceptor
 from llamavisord.config import Config
@@ -309,7 +309,7 @@ async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
 
 
 async def _flush(ledger: Ledger, bus: Bus) -> None:
-    flushed = await anyio.to_thread.run_sync(ledger.flush, abandon_on_cancel=True)
+    flushed = await run_in_thread(ledger.flush, abandon_on_cancel=True)
     if flushed.message:
         bus.publish(Warned(subject="ledger", text=flushed.message))
 
@@ -374,10 +374,14 @@ async def _web_server(
 def _instance(state_dir: Path) -> str:
     """The id of this installation: what carries it in its environment was started by it, now or before."""
     path = state_dir / "instance"
+    fresh = str(uuid.uuid4())
     try:
         return str(uuid.UUID(path.read_text(encoding="ascii").strip()))
-    except (OSError, ValueError):
-        fresh = str(uuid.uuid4())
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no id of an installation"
+        _log.warning("cannot use %s (%s): left-overs of an earlier daemon will not be recognised", path, why)
     try:
         path.write_text(f"{fresh}\n", encoding="ascii")
     except OSError as error:

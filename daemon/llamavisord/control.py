@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -432,9 +432,15 @@ def _json(body: dict[str, Any], *, status: int = HTTPStatus.OK) -> web.Response:
 
 
 def _problem(
-    status: int, detail: str, code: str, hint: str = "", *, headers: Mapping[str, str] | None = None
+    status: int,
+    detail: str,
+    code: str,
+    hint: str = "",
+    *,
+    log_tail: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None,
 ) -> web.Response:
-    body = {
+    body: dict[str, object] = {
         "type": "about:blank",
         "title": HTTPStatus(status).phrase,
         "status": int(status),
@@ -443,6 +449,8 @@ def _problem(
     }
     if hint:
         body["hint"] = plain(hint)
+    if log_tail:
+        body["log_tail"] = list(map(plain, log_tail))
     return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
 
 
@@ -458,7 +466,7 @@ async def _problems(request: web.Request, handler: Handler) -> web.StreamRespons
         if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
             status = HTTPStatus.SERVICE_UNAVAILABLE
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-        return _problem(status, detail, error.code, error.hint, headers=headers)
+        return _problem(status, detail, error.code, error.hint, log_tail=error.log_tail, headers=headers)
     except web.HTTPException as error:
         code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
         return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ControlSocketRebound, Warned
+from llamavisor.threads import run_in_thread
 from llamavisord.acceptor import WARN_EVERY_S, Accept
 
 SOCKET_MODE = 0o660
@@ -192,7 +192,7 @@ class Keeper:
         while True:
             await anyio.sleep(self._every_s)
             try:
-                replaced = await anyio.to_thread.run_sync(self._socket.restore, abandon_on_cancel=True)
+                replaced = await run_in_thread(self._socket.restore, abandon_on_cancel=True)
             except (AlreadyRunningError, SocketPathError) as error:
                 if anyio.current_time() - self._warned_at >= WARN_EVERY_S:
                     self._warned_at = anyio.current_time()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
@@ -20,6 +19,7 @@ from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
 from llamavisor.fleet import Applied, Fleet
 from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
+from llamavisor.threads import run_in_thread
 from llamavisord import __version__
 from llamavisord.config import Config, gateway_changes
 from llamavisord.inventory import Inventory
@@ -92,7 +92,7 @@ class Daemon:
 
     async def _reload(self) -> tuple[tuple[str, ...], Applied]:
         try:
-            config = await anyio.to_thread.run_sync(self._load_config)
+            config = await run_in_thread(self._load_config)
             self._refuse_fixed(config)
             settings = config.fleet_settings(router_key=self._router_key)
             if problems := await self.fleet.check(settings):

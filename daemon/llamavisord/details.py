@@ -10,7 +10,6 @@ from enum import Enum
 from typing import Any
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import flags, preset
 from llamavisor.api import RouterApi
@@ -21,6 +20,7 @@ from llamavisor.options import OptionLayer
 from llamavisor.router import Router
 from llamavisor.sections import layers_in_force
 from llamavisor.shelf import Offered
+from llamavisor.threads import run_in_thread
 from llamavisord.inventory import Inventory, Known
 from llamavisord.redaction import HIDDEN, is_secret, without_secrets
 
@@ -102,7 +102,7 @@ async def _not_there(inventory: Inventory, name: str, router: str | None) -> Mod
     if router is not None:
         known = [each for each in known if each.router is not None and each.router.name == router]
     # Ten thousand names are compared for a quarter of a second.
-    near = await anyio.to_thread.run_sync(_near, name, list(dict.fromkeys(each.name for each in known)))
+    near = await run_in_thread(_near, name, list(dict.fromkeys(each.name for each in known)))
     hint = f"did you mean {' or '.join(near)}?" if near else "see `llamavisor models`"
     on = f" on router {router}" if router is not None else ""
     return ModelNotFoundError(f"no model {name!r}{on}", hint=hint)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import gguf, preset, sections
 from llamavisor.binary import Binary
@@ -33,6 +32,7 @@ from llamavisor.gguf import GgufError, Header
 from llamavisor.ledger import FootprintKey, Footprints
 from llamavisor.sections import ModelSpec
 from llamavisor.shelf import Offered
+from llamavisor.threads import run_in_thread
 
 KEPT_S = 300.0
 """How long it is believed that files which only options name, and what the build says, are as they were."""
@@ -211,7 +211,7 @@ class Appraiser:
         async with self._reading:  # one at a time: whoever is still there before the next is stuck
             if spec.path not in self._stuck and len(self._stuck) < STUCK_MAX:
                 with anyio.move_on_after(FILES_TIMEOUT_S):
-                    looks = await anyio.to_thread.run_sync(self._look, spec.path, wanted, abandon_on_cancel=True)
+                    looks = await run_in_thread(self._look, spec.path, wanted, abandon_on_cancel=True)
                     for look in looks.values():
                         if look.id is not None and look.header is not None:
                             self._headers[look.id] = look.header
@@ -248,7 +248,7 @@ class Appraiser:
             with anyio.move_on_after(QUIET_S):
                 while plan.devices and self.is_loading():
                     await anyio.sleep(QUIET_POLL_S)
-            return await anyio.to_thread.run_sync(work, abandon_on_cancel=True)
+            return await run_in_thread(work, abandon_on_cancel=True)
 
 
 def _appraise(basis: _Basis, measured: Sequence[Mapping[str, int]]) -> Appraisal | None:

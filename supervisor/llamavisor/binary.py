@@ -23,6 +23,7 @@ from pathlib import Path
 from llamavisor.capture import Captured, capture
 from llamavisor.errors import BinaryError
 from llamavisor.helptext import FlagSet, parse_help
+from llamavisor.shortage import is_shortage
 
 NAME = "llama-server"
 VARIABLE = "LLAMAVISOR_LLAMA_SERVER"
@@ -130,7 +131,8 @@ class ProbeCache:
         try:
             self._known[key] = probe(path, env)
         except BinaryError as error:
-            self._failed[key] = fingerprint, time.monotonic(), error
+            if not is_shortage(error.__cause__):
+                self._failed[key] = fingerprint, time.monotonic(), error
             raise
         return self._known[key]
 

@@ -125,7 +125,7 @@ _LAST_WORDS: Sequence[tuple[re.Pattern[str], Cause, str]] = (
     (re.compile(r"error while loading shared libraries: .*"), Cause.BAD_BINARY, "install the library or llama-server"),
     (
         re.compile(
-            r"(?i:.*(?:out of memory|(?:failed|unable) to allocate|cannot allocate memory|bad_alloc"
+            r"(?i:.*(?:(?:out of|insufficient) memory|(?:failed|unable) to allocate|cannot allocate memory|bad_alloc"
             r"|cudaMalloc failed|OutOf(?:Device|Host)Memory).*)"
         ),
         Cause.NO_MEMORY,
@@ -182,13 +182,13 @@ class Traces:
 
     Attributes:
         status: how it ended, None if nobody can say.
-        words: what it has printed of the reason, None if nothing.
+        words: the errors that it has printed, the first of which is the reason.
         was_overwritten: whether its file is not what it was when it was loaded.
         was_oom: whether the kernel has just killed a process of ours for want of memory.
     """
 
     status: ExitStatus | None = None
-    words: str | None = None
+    words: Sequence[str] = ()
     was_overwritten: bool = False
     was_oom: bool = False
 
@@ -210,9 +210,9 @@ def classify_model(traces: Traces, subject: Subject) -> tuple[Cause, str]:
         return Cause.FILE_CHANGED, f"its file cannot be read any more: it was cut off, or its disk fails{how}"
     if traces.was_oom and number in {None, signal.SIGKILL}:
         return Cause.OOM, "the kernel killed its process for want of memory"
-    if words is not None:
-        found = _in_words(words)
-        return (Cause.EXIT if found is None else found[0]), words
+    if words:
+        named = (found[0] for line in words if (found := _in_words(line)) is not None)
+        return next(named, Cause.EXIT), words[0]
     when = " while it was loading" if subject is Subject.LOADING else ""
     if number is not None:
         return Cause.SIGNAL, f"its process was ended by {status}{when}"
@@ -223,8 +223,8 @@ def classify_model(traces: Traces, subject: Subject) -> tuple[Cause, str]:
 
 _SPAWNING = re.compile(r"spawning server instance with name=(?P<name>.+) on port (?P<port>\d+)$")
 _STOPPING = re.compile(r"(?:stopping|force-killing) model instance name=(?P<name>.+?)(?: after timeout)?$")
-_CHILD_LINE = re.compile(
-    r"^\[(?P<port>\d+)\] (?:(?:[\d.]+ )?E "
+_ERROR = re.compile(
+    r"^(?:(?:[\d.]+ )?E "
     r"|.*(?=GGML_ASSERT\(|error while loading shared libraries)"
     r"|(?=error while handling argument|(?:CUDA|ROCm|MUSA) error: |terminate called after throwing))(?P<text>.*)$"
 )
@@ -232,8 +232,8 @@ _LAST = 30
 """So many lines before the end of a process that served are about that end."""
 
 
-def load_failure(model: str, lines: Sequence[str]) -> str | None:
-    """Why a model could not be loaded: the first error that its child printed, None if it printed none.
+def load_failure(model: str, lines: Sequence[str]) -> tuple[str, ...]:
+    """Why a model could not be loaded: the errors that its child printed.
 
     llama-server's API only says that a load failed; the reason is in the lines `[port] time E text` of the router's
     output, or in that of a failed assertion. The first error is the cause, the later ones are its consequences.
@@ -242,11 +242,11 @@ def load_failure(model: str, lines: Sequence[str]) -> str | None:
         model: its name.
         lines: what the router has printed since the load began.
     """
-    return next(_errors(model, lines), None)
+    return tuple(_errors(model, lines))
 
 
-def last_error(model: str, lines: Sequence[str]) -> str | None:
-    """What a model that served has printed of its end, None if nothing: the first error among its last lines.
+def last_errors(model: str, lines: Sequence[str]) -> tuple[str, ...]:
+    """What a model that served has printed of its end: the errors among its last lines.
 
     Args:
         model: its name.
@@ -254,19 +254,28 @@ def last_error(model: str, lines: Sequence[str]) -> str | None:
     """
     spawned = max((at for at, line in enumerate(lines) if _is_of(_SPAWNING, model, line)), default=None)
     if spawned is None:
-        return None
-    return next(_errors(model, [lines[spawned], *lines[spawned + 1 :][-_LAST:]]), None)
+        return ()
+    return tuple(_errors(model, [lines[spawned], *lines[spawned + 1 :][-_LAST:]]))
+
+
+def last_words(model: str, lines: Sequence[str], count: int) -> tuple[str, ...]:
+    """The last lines that the last process of a model has printed, as it printed them."""
+    return tuple(_printed(model, lines)[-count:])
+
+
+def _printed(model: str, lines: Sequence[str]) -> list[str]:
+    last = max((at for at, line in enumerate(lines) if _is_of(_SPAWNING, model, line)), default=None)
+    spawning = None if last is None else _SPAWNING.search(lines[last])
+    if last is None or spawning is None:
+        return []
+    mark = f"[{spawning['port']}] "
+    return [line.removeprefix(mark) for line in lines[last + 1 :] if line.startswith(mark)]
 
 
 def _errors(model: str, lines: Sequence[str]) -> Iterator[str]:
     """The errors that the last process of a model has printed."""
-    last = max((at for at, line in enumerate(lines) if _is_of(_SPAWNING, model, line)), default=None)
-    if last is None:
-        return
-    spawning = _SPAWNING.search(lines[last])
-    port = spawning["port"] if spawning else ""
-    for line in lines[last + 1 :]:
-        if (error := _CHILD_LINE.match(line)) and error["port"] == port:
+    for line in _printed(model, lines):
+        if error := _ERROR.match(line):
             yield error["text"].strip()
 
 

@@ -7,7 +7,8 @@ class LlamavisorError(Exception):
     """Raised when something failed in a way that a person or a program is told about.
 
     `str(error)` is one line: what failed, on which object, and why. `hint` says what to do next, and may be empty.
-    `code` is stable: programs match on it, and it becomes the `code` of a problem document.
+    `code` is stable: programs match on it, and it becomes the `code` of a problem document. `log_tail` is the end of
+    what the process in question had printed; it is for those who look after the machine, and not for clients.
     """
 
     code = "internal"
@@ -15,6 +16,7 @@ class LlamavisorError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        self.log_tail: tuple[str, ...] = ()
 
 
 class OptionError(LlamavisorError):

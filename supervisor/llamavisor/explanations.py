@@ -6,12 +6,23 @@ from dataclasses import replace
 
 from llamavisor import events as ev
 from llamavisor.arbiter import Arbiter
-from llamavisor.cause import Cause, Subject, Traces, classify_model, last_error, load_failure, was_told_to_stop
+from llamavisor.cause import (
+    Cause,
+    Subject,
+    Traces,
+    classify_model,
+    last_errors,
+    last_words,
+    load_failure,
+    was_told_to_stop,
+)
 from llamavisor.models import ModelTable
 from llamavisor.output import OutputFile
 from llamavisor.shelf import Shelf
 
 _LOG_LINES = 1000
+_TAIL_LINES = 5
+"""So many lines of a process that has failed are shown."""
 _LOG_BEFORE_NEWS_BYTES = 8192
 _REASONS = {
     Cause.FILE_CHANGED: ev.UnloadReason.FILE_CHANGED,
@@ -60,11 +71,12 @@ class Explanations:
 
     def _failed_load(self, event: ev.ModelLoadFailed) -> ev.Event:
         model = self._table.get(event.model)
-        words = load_failure(event.model, self._log.tail(_LOG_LINES, since=model.log_mark if model else 0))
-        if words is None and event.cause is not Cause.UNKNOWN:
+        lines = self._log.tail(_LOG_LINES, since=model.log_mark if model else 0)
+        words = load_failure(event.model, lines)
+        if not words and event.cause is not Cause.UNKNOWN:
             return event
         cause, reason = classify_model(self._traces(event.model, words), Subject.LOADING)
-        self._table.explain(event.model, reason)
+        self._table.explain(event.model, reason, last_words(event.model, lines, _TAIL_LINES))
         return replace(event, cause=cause, reason=reason)
 
     def _crash(self, event: ev.ModelUnloaded) -> ev.Event:
@@ -73,11 +85,11 @@ class Explanations:
         if was_told_to_stop(event.model, lines):
             self._table.forgive(event.model)
             return replace(event, reason=ev.UnloadReason.EVICTED)
-        cause, detail = classify_model(self._traces(event.model, last_error(event.model, lines)), Subject.SERVING)
-        self._table.explain(event.model, detail)
+        cause, detail = classify_model(self._traces(event.model, last_errors(event.model, lines)), Subject.SERVING)
+        self._table.explain(event.model, detail, last_words(event.model, lines, _TAIL_LINES))
         return replace(event, reason=_REASONS.get(cause, event.reason), cause=cause, detail=detail)
 
-    def _traces(self, name: str, words: str | None) -> Traces:
+    def _traces(self, name: str, words: tuple[str, ...]) -> Traces:
         model = self._table.get(name)
         was_oom = self._arbiter is not None and self._arbiter.was_killed_for_memory()
         return Traces(model.ended if model else None, words, self._shelf.was_overwritten(name), was_oom)

@@ -130,12 +130,14 @@ class LaunchOptions:
         listener_args: words for the router's own command line.
         required_devices: devices by name that must be visible before a model can load.
         needs_gpu: whether a model is to be put onto a GPU, be it a named one or any.
+        may_use_gpus: whether it is left to llama-server to put models onto whatever GPU there is.
     """
 
     preset: Mapping[str, str]
     listener_args: tuple[str, ...] = ()
     required_devices: tuple[str, ...] = ()
     needs_gpu: bool = False
+    may_use_gpus: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,7 @@ def resolve(layers: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> La
         listener_args=tuple(listener_args),
         required_devices=devices,
         needs_gpu=bool(devices) or _offloads(preset, flags),
+        may_use_gpus=not _keeps_off_gpus(preset, flags),
     )
 
 
@@ -431,9 +434,15 @@ def _required_devices(preset: Mapping[str, str], flags: FlagSet) -> tuple[str, .
     return tuple(dict.fromkeys(name for name in names if name and not _NOT_AWAITED.match(name)))
 
 
-def _offloads(preset: Mapping[str, str], flags: FlagSet) -> bool:
+def _keeps_off_gpus(preset: Mapping[str, str], flags: FlagSet) -> bool:
     device, layers = flags.find("--device"), flags.find("--n-gpu-layers")
-    if layers is None or (device is not None and preset.get(device.key) == "none"):
+    is_none = device is not None and preset.get(device.key) == "none"
+    return is_none or (layers is not None and preset.get(layers.key) == "0")
+
+
+def _offloads(preset: Mapping[str, str], flags: FlagSet) -> bool:
+    layers = flags.find("--n-gpu-layers")
+    if layers is None or _keeps_off_gpus(preset, flags):
         return False
     text = preset.get(layers.key, "")
     return text == "all" or (text.isdecimal() and int(text) > 0)

@@ -24,6 +24,7 @@ from llamavisor.launch import ModelSource
 from llamavisor.leases import Leases
 from llamavisor.ledger import Footprints
 from llamavisor.memory import Memory
+from llamavisor.messages import Recalled
 from llamavisor.meter import Meter
 from llamavisor.pins import Pins
 from llamavisor.process import TERM_GRACE_S, Spawner
@@ -92,6 +93,7 @@ class Fleet:
         self._spawner = spawner
         self._jitter = jitter
         self._residents = residents
+        self._pins = Pins() if pins is None else pins
         self._routers: dict[str, Router] = {}
         self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
@@ -100,7 +102,7 @@ class Fleet:
             self._routers,
             meter=meter,
             footprints=footprints,
-            pins=pins,
+            pins=self._pins,
             records=records,
             bus=bus,
             resize=self._size_up_all,
@@ -154,9 +156,14 @@ class Fleet:
         self._tasks.start_soon(router.run)
         if folder.catalog.has_looked:
             supply.deliver()
-        if self._residents is not None and (before := self._residents.of(settings.name)):
-            router.recall(before)
+        if before := self._residents_of(settings.name):
+            router.tell(Recalled(before))
         router.start()
+
+    def _residents_of(self, router: str) -> tuple[str, ...]:
+        """What an earlier daemon had in the memory of a router: who is pinned first, then the most recently loaded."""
+        before = self._residents.of(router) if self._residents is not None else ()
+        return tuple(sorted(before, key=lambda name: not self._pins.expected(name, self._settings.rules)))
 
     def _supply(self, folder: Folder, settings: RouterSettings) -> Supply:
         """What a router with these settings is to serve from now on, out of this folder."""
@@ -393,11 +400,17 @@ class Fleet:
         """Have a model loaded on that router because a person wants it; returns whether it was not yet.
 
         Raises:
-            LlamavisorError: as `Router.load` does; where admission decides, as `lease` does.
+            LlamavisorError: as `Router.load` does; where admission decides, as `lease` does. It carries the end of what
+                the model's process had printed.
         """
-        if self.memory.scheduler.decides:
-            return await self.memory.scheduler.leases.have(model, router=router.name)
-        return await router.load(model)
+        try:
+            if self.memory.scheduler.decides:
+                return await self.memory.scheduler.leases.have(model, router=router.name)
+            return await router.load(model)
+        except LlamavisorError as error:
+            known = router.table.get(router.shelf.name_of(model))
+            error.log_tail = known.log_tail if known is not None else ()
+            raise
 
     async def unload(self, router: Router, model: str) -> bool:
         """Have a model unloaded from that router because a person wants it; returns whether it was loaded.

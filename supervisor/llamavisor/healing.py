@@ -87,16 +87,27 @@ class Healing:
                 elif model.pulse.is_stalled(now, after_s=self._hang_after_s(model)):
                     self.suspect(model.name, line, now)
 
-    def suspect(self, name: str, line: Line, now: float) -> None:
+    def suspect(self, name: str, line: Line | None, now: float, *, deaf_port: int | None = None) -> None:
         """Something speaks against a model: have it do something, unless it has just been tried, or works for others.
 
-        One that sleeps, is being loaded or leaves is never tried, nor is one that is busy and gets on.
+        One that sleeps, is being loaded or leaves is never tried, nor is one that is busy and gets on. One that takes
+        no connections need not be tried: somebody may have sent it SIGTERM, which makes it so for ever (ROUTER.md, D6).
+
+        Args:
+            name: the model.
+            line: the connection to its router, None while that does not serve.
+            now: monotonic seconds.
+            deaf_port: where its process takes no connections; None if it answers, but nothing but errors.
         """
         model = self._table.get(name)
         if model is None or model.pid is None or model.state is not ModelState.LOADED or model.hung_at is not None:
             return
+        if deaf_port is not None:
+            if model.port == deaf_port:
+                self._give_up(model, 0.0, "it takes no connections", now)
+            return
         is_stalled = model.pulse is not None and model.pulse.is_stalled(now, after_s=self._hang_after_s(model))
-        if model.in_flight and not is_stalled:
+        if line is None or (model.in_flight and not is_stalled):
             return
         before = self._trials.get(name)
         if before is None or before.pid != model.pid:
@@ -122,15 +133,6 @@ class Healing:
     def _hang_after_s(self, model: Model) -> float | None:
         spec = self._shelf.spec(model.name)
         return HANG_AFTER_S if spec is None else spec.hang_after_s
-
-    def give_up_deaf(self, name: str, port: int, now: float) -> None:
-        """The process of a model lives and takes no connection.
-
-        One that somebody has sent SIGTERM is such a one, for ever (ROUTER.md, D6).
-        """
-        model = self._table.get(name)
-        if model is not None and model.port == port and model.state is ModelState.LOADED and model.hung_at is None:
-            self._give_up(model, 0.0, "it takes no connections", now)
 
     def _give_up(self, model: Model, silent_s: float, reason: str, now: float) -> None:
         """The process of a model is beyond hope."""

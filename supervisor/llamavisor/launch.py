@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import anyio.to_thread
+import anyio
 
 from llamavisor import flags, footprint, gauge, preset
 from llamavisor.api import RouterApi, try_model
@@ -32,6 +32,7 @@ from llamavisor.settings import RouterSettings, base_url
 from llamavisor.shelf import Offer, Offered
 from llamavisor.shortage import SHORTAGE_HINT, is_shortage
 from llamavisor.sight import Sights
+from llamavisor.threads import run_in_thread
 from llamavisor.usage import UsageReader
 
 REQUEST_TIMEOUT_S = 3600
@@ -136,7 +137,7 @@ class Launcher:
         specs = await self._source.take()
         if isinstance(specs, Verdict):
             return specs
-        return await anyio.to_thread.run_sync(self._prepare, specs)
+        return await run_in_thread(self._prepare, specs)
 
     def _prepare(self, specs: Mapping[str, ModelSpec]) -> Launch | Verdict:
         env = self._env()
@@ -157,17 +158,22 @@ class Launcher:
             warnings.append(f"{_SYSTEM_CONFIG} is read by llama-server too and may change what it does")
         return Launch(found, options, env, port, specs, tuple(warnings))
 
-    async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
+    async def sight(
+        self, devices: Sequence[gauge.Device], *, is_fresh: bool = False
+    ) -> tuple[footprint.Device, ...] | None:
         """The GPUs that the router sees, in its order; None when its llama-server cannot be asked.
 
         Args:
             devices: all that the gauge has found.
+            is_fresh: whether it is asked in any case; else what it said lately will do.
         """
         env = self._env()
         try:
-            found = await anyio.to_thread.run_sync(self._find, env, abandon_on_cancel=True)
+            found = await run_in_thread(self._find, env, abandon_on_cancel=True)
         except BinaryError:
             return None
+        if is_fresh:
+            self._sights.forget(found, env)
         return await self._sights.look(found, env, devices, router=self.settings.name)
 
     async def appraise(
@@ -193,7 +199,7 @@ class Launcher:
         if not launch.options.needs_gpu:
             return ()
         try:
-            visible = await anyio.to_thread.run_sync(list_devices, launch.found.path, launch.env)
+            visible = await run_in_thread(list_devices, launch.found.path, launch.env)
         except BinaryError:
             visible = ()
         missing = tuple(device for device in launch.options.required_devices if device not in visible)
@@ -209,7 +215,7 @@ class Launcher:
         A router starts every model from its own path: the models of a replaced one would be of another build, and
         those of a removed one fail in an endless loop.
         """
-        return await anyio.to_thread.run_sync(_is_replaced, launch.found)
+        return await run_in_thread(_is_replaced, launch.found)
 
     async def write_offer(
         self, launch: Launch, specs: Mapping[str, ModelSpec], *, kept: Mapping[str, Offered], before: Offer
@@ -251,7 +257,7 @@ class Launcher:
                 return standing
             return offer
 
-        return await anyio.to_thread.run_sync(work)
+        return await run_in_thread(work)
 
     async def _missing(self, specs: Mapping[str, ModelSpec]) -> dict[str, str]:
         """Which models cannot be served because of files that their tables name, and why."""
@@ -273,7 +279,7 @@ class Launcher:
                 return
             self._looked_at.add(file.path)
             with anyio.move_on_after(FILES_TIMEOUT_S):
-                problems[file] = await anyio.to_thread.run_sync(work, file, abandon_on_cancel=True)
+                problems[file] = await run_in_thread(work, file, abandon_on_cancel=True)
 
         def work(file: NamedFile) -> str | None:
             try:
@@ -304,7 +310,7 @@ class Launcher:
         Raises:
             OSError: it cannot be written.
         """
-        await anyio.to_thread.run_sync(self._write, launch, offer)
+        await run_in_thread(self._write, launch, offer)
 
     def _write(self, launch: Launch, offer: Offer) -> None:
         for folder in (self._dir, self._dir / "config", self._dir / "cache", self.output.path.parent):
@@ -326,7 +332,7 @@ class Launcher:
 
         It is looked at with the llama-server that is found, and whether the files are there that they name.
         """
-        problems = await anyio.to_thread.run_sync(self._refusals, rules)
+        problems = await run_in_thread(self._refusals, rules)
         missing = await self._look_at({file for rule in rules for file in named_files((rule.layer,))})
         return [*problems, *(problem for problem in missing.values() if problem)]
 
@@ -375,7 +381,7 @@ class Launcher:
 
     async def find_child(self, router_pid: int, model: str) -> Child | None:
         """The process that serves `model` under this router's process, None when there is none yet."""
-        return await anyio.to_thread.run_sync(find_child, router_pid, model)
+        return await run_in_thread(find_child, router_pid, model)
 
     async def is_listening(self, router_pid: int, launch: Launch, *, log_mark: int) -> bool:
         """Whether this very process holds the router's port, and not somebody else who answers there.
@@ -388,7 +394,7 @@ class Launcher:
         """
         if any("listening on" in line for line in self.output.tail(_START_LINES, since=log_mark)):
             return True
-        return await anyio.to_thread.run_sync(is_listener, router_pid, launch.port)
+        return await run_in_thread(is_listener, router_pid, launch.port)
 
     def _argv(self, launch: Launch, *, autoload: bool) -> list[str]:
         settings = self.settings

@@ -8,6 +8,7 @@ import anyio
 
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
+from llamavisor.devices import DeviceWatch
 from llamavisor.errors import ModelNotFoundError
 from llamavisor.events import (
     Bus,
@@ -49,6 +50,7 @@ class Memory:
     Attributes:
         capacity: what routers may take.
         scheduler: who decides.
+        devices: notices which vanish.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Memory:
             publish=bus.publish,
             resize=resize,
         )
+        self.devices = DeviceWatch(routers, self.capacity, publish=bus.publish)
         bus.listen(self._hear, hears_frequent=False)
 
     def __repr__(self) -> str:
@@ -88,8 +91,9 @@ class Memory:
     async def run(self) -> None:
         """Look after it until cancelled."""
         async with anyio.create_task_group() as group:
-            for work in (self.capacity.meter.run, self.scheduler.run, self._upkeep.run, self._keep_pins):
-                group.start_soon(work)
+            for part in (self.capacity.meter, self.scheduler, self._upkeep, self.devices):
+                group.start_soon(part.run)
+            group.start_soon(self._keep_pins)
 
     async def pulse(self) -> None:
         """Returns when it has been looked after once more."""

@@ -77,6 +77,14 @@ class Recalled:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesLost:
+    """These devices have vanished; none when all are there again. `is_news`: the process that runs had one of them."""
+
+    devices: tuple[str, ...]
+    is_news: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Suspected:
     """Somebody who uses a model has something against it.
 
@@ -94,4 +102,6 @@ class Tick:
     """A second has passed."""
 
 
-Message = Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Recalled | Suspected | Tick | Ticket
+Message = (
+    Heard | CallEnded | RetryDue | Wish | Reconfigured | Wanted | Recalled | DevicesLost | Suspected | Tick | Ticket
+)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import events as ev
 from llamavisor.gauge import (
@@ -29,6 +28,7 @@ from llamavisor.gauge import (
 )
 from llamavisor.gauge.device import unknown
 from llamavisor.gauge.ram import parse_meminfo
+from llamavisor.threads import run_in_thread
 
 READ_EVERY_S = 5.0
 """A reading takes a millisecond of a processor where there is RAM only: 0.02 % of it."""
@@ -77,7 +77,7 @@ class Aside:
         async with self._turn:
             while not self._free.is_set():
                 await anyio.sleep(_STUCK_POLL_S)
-            return await anyio.to_thread.run_sync(run, abandon_on_cancel=True)
+            return await run_in_thread(run, abandon_on_cancel=True)
 
 
 _STUCK_POLL_S = 0.1
@@ -200,6 +200,18 @@ class Meter:
         except OSError:
             text = ""
         return self._of(pid, parse_meminfo(text).get("RssAnon"))
+
+    def anonymous(self, pid: int) -> int | None:
+        """Bytes that a process has for itself alone, in RAM and in swap; mapped files are not among them.
+
+        None if nobody can say. Quick: the kernel keeps these numbers.
+        """
+        try:
+            text = (self._root / "proc" / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        told = parse_meminfo(text)
+        return told["RssAnon"] + told.get("VmSwap", 0) if "RssAnon" in told else None
 
     def _of(self, pid: int, ram: int | None) -> dict[str, int]:
         found = {} if ram is None else {RAM_ID: ram}

@@ -53,6 +53,7 @@ class Model:
         progress: fraction of the stage, 0 to 1.
         progressed_at: monotonic time of the last sign of a load's progress.
         error: why its last load failed or its child ended.
+        log_tail: the end of what its process had printed then.
         loaded_at: monotonic time at which it was last loaded.
         recency: grows with every load, but not when we load again what was resident; orders what we load again.
         in_flight: requests that it is answering or that wait for it, None when that is not known.
@@ -78,6 +79,7 @@ class Model:
     progress: float | None = None
     progressed_at: float = 0.0
     error: str | None = None
+    log_tail: tuple[str, ...] = ()
     loaded_at: float | None = None
     recency: int = 0
     in_flight: int | None = None
@@ -365,10 +367,10 @@ class ModelTable:
         if model is not None and model.state is ModelState.FAILED:
             model.state, model.error = ModelState.UNLOADED, None
 
-    def explain(self, name: str, reason: str) -> None:
-        """Put a better reason in the place of a failed model's error."""
+    def explain(self, name: str, reason: str, log_tail: tuple[str, ...] = ()) -> None:
+        """Put a better reason in the place of a failed model's error, and the end of what its process printed."""
         if (model := self._models.get(name)) is not None:
-            model.error = reason
+            model.error, model.log_tail = reason, log_tail
 
     def router_ended(self, *, now: float) -> list[Event]:
         """The router's process has ended, and with it every child."""
@@ -412,7 +414,7 @@ class ModelTable:
         if state is ModelState.LOADING:
             wanted = model.is_wanted
             self._enter(model, state, now)
-            model.error, model.progressed_at = None, now
+            model.error, model.progressed_at, model.log_tail = None, now, ()
             return [ModelLoading(router=router, model=name, is_requested=wanted)]
         if state is ModelState.LOADED:
             load_s = now - model.since if old is ModelState.LOADING else None

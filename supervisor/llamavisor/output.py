@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
+
+from llamavisor.threads import run_in_thread
 
 CAP_BYTES = 64 * 1024 * 1024
 """A log file is rotated when it grows beyond this size."""
@@ -81,7 +82,7 @@ class OutputFile:
         size = self.size()
         if size <= self._cap_bytes:
             return 0
-        await anyio.to_thread.run_sync(self._copy_and_truncate)
+        await run_in_thread(self._copy_and_truncate)
         return size
 
     def _copy_and_truncate(self) -> None:

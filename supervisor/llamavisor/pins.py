@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from llamavisor.rules import ModelRule, matching
 from llamavisor.sections import ModelSpec
 
 MAX_WISHES = 10_000
@@ -39,6 +40,11 @@ class Pins:
         """Nobody wants anything else of the model than what is written."""
         if self._wishes.pop(model, None) is not None:
             self._changes += 1
+
+    def expected(self, model: str, rules: Sequence[ModelRule]) -> bool:
+        """Whether a model is to stay that is not known yet, by what was said and what is written."""
+        written = [rule.settings.pin for rule in matching(rules, model) if rule.settings.pin is not None]
+        return self._wishes.get(model, bool(written) and written[-1])
 
     def among(self, specs: Iterable[ModelSpec]) -> frozenset[str]:
         """The names of the models that are to stay: all that were pinned by name, and of these what is written."""

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import procfs
 from llamavisor.errors import SpawnError
 from llamavisor.started import Started
+from llamavisor.threads import run_in_thread
 from llamavisor.vitals import Vitals, read_vitals
 
 TERM_GRACE_S = 10.0
@@ -306,7 +306,7 @@ class Spawner:
         carries our marker is dead then. So it is with what the ledger names, if it is still that very process.
         """
         marker = f"{INSTANCE_VARIABLE}={self.instance}"
-        found = await anyio.to_thread.run_sync(_marked, marker)
+        found = await run_in_thread(_marked, marker)
         known = [identity for identity in self.started.before if _is_alive(identity) and identity.pid != os.getpid()]
         found = list(dict.fromkeys([*found, *known]))
         for identity in found:

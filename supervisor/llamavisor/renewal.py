@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import anyio
+
 from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
@@ -15,16 +17,16 @@ from llamavisor.residency import Residency
 from llamavisor.states import HAS_CHILD
 from llamavisor.troubles import Troubles
 
-HUNG_DRAIN_S = 30.0
-"""How long a hung router is left alone for those who are answered by its models, which they do without it."""
+DRAIN_S = 30.0
+"""How long a router that is of no use is left alone for those whom its models answer: they do without it."""
 
 
 class Renewal:
     """Has a router restarted that cannot go on as it is, at a moment when that costs nobody an answer.
 
-    There are six reasons: llama-server was replaced on disk, the router's settings have changed, it cannot be brought
-    up to date, it has lost sight of a model's process, a device has come late, or it hangs. Until then nothing is
-    loaded. Used by the router's owner alone.
+    There are seven reasons: llama-server was replaced on disk, the router's settings have changed, it cannot be brought
+    up to date, it has lost sight of a model's process, a device has come late or has vanished, or it hangs. Until then
+    nothing is loaded. Used by the router's owner alone.
 
     Args:
         name: of the router.
@@ -33,7 +35,7 @@ class Renewal:
         arbiter: who sees all routers, if anybody does.
         publish: where events go.
         restart: has it restarted, for this cause.
-        end: has it ended because it hangs, and started again after a backoff.
+        end: has it ended because it is of no use, and started again after a backoff.
         begin: begins a task that ends with the process; False if there is none.
     """
 
@@ -57,7 +59,8 @@ class Renewal:
         self._restart = restart
         self._end = end
         self._begin = begin
-        self._hung_at = 0.0
+        self._unfit: Verdict | None = None  # why it is of no use any more
+        self._unfit_at = 0.0  # since when
 
     def __repr__(self) -> str:
         return f"<Renewal of {self._name}{', due' if self._is_unsound else ''}>"
@@ -99,32 +102,53 @@ class Renewal:
             # It was started without autoload, so that no request could load a model onto the CPU.
             self._restart(Cause.DEVICE)
 
-    def _ends_hung(self, now: float) -> bool:
-        """End a router that does not answer, at the latest when those have had their time whom its models answer.
+    def devices_lost(self, devices: tuple[str, ...], *, is_news: bool) -> None:
+        """Devices have vanished that it had; none when they are back.
 
-        One that answers again before that goes on.
+        Args:
+            devices: all that are missing.
+            is_news: whether the process that runs has had one of them. A fresh one goes on without.
         """
+        if devices:
+            reason = f"{', '.join(devices)} has vanished, and models may run on the processor"
+            self._troubles.note("lost", reason)
+            if is_news:
+                self._unfit = Verdict(Cause.DEVICE, f"{', '.join(devices)} has vanished", "look for its driver's words")
+                self._unfit_at = anyio.current_time()
+        elif "lost" in self._troubles:
+            self._restart(Cause.DEVICE)
+
+    def _is_unfit(self, now: float) -> bool:
+        """Whether it is of no use any more. One that hung and answers again is."""
         pulse = self._troubles.pulse
         after_s = hang_after_s(self._residency.settings.layers)
-        if not pulse.is_hung(now, after_s=after_s, max_s=ROUTER_MAX_S):
-            if "hung" in self._troubles:
-                self._residency.closed = None
-                self._troubles.end("hung")
+        if pulse.is_hung(now, after_s=after_s, max_s=ROUTER_MAX_S):
+            reason = describe(pulse, now)
+            if "hung" not in self._troubles:
+                self._unfit_at = now
+                self._publish(RouterHung(router=self._name, silent_s=pulse.silent_s(now), reason=reason))
+                self.unsound(f"it hangs, {reason}", subject="hung")
+            self._unfit = Verdict(Cause.HUNG, reason, "see `llamavisor logs`")
+        elif "hung" in self._troubles:
+            self._unfit = self._residency.closed = None
+            self._troubles.end("hung")
+        return self._unfit is not None
+
+    def _ends(self, now: float) -> bool:
+        """End a router that is of no use, at the latest when those have had their time whom its models answer."""
+        if not self._is_unfit(now):
             return False
-        reason = describe(pulse, now)
-        if "hung" not in self._troubles:
-            self._hung_at = now
-            self._publish(RouterHung(router=self._name, silent_s=pulse.silent_s(now), reason=reason))
-            self.unsound(f"it hangs, {reason}", subject="hung")
         is_used = self._arbiter is not None and self._arbiter.is_used(self._name)
-        if is_used and now - self._hung_at < HUNG_DRAIN_S:
+        if is_used and now - self._unfit_at < DRAIN_S:
             return False
-        self._end(Verdict(Cause.HUNG, reason, "see `llamavisor logs`"))
+        verdict, self._unfit = self._unfit, None
+        assert verdict is not None  # noqa: S101 (it is unfit)
+        self._end(verdict)
         return True
 
     def advance(self, *, now: float) -> None:
         """Restart the router if the moment has come; called every second while it serves."""
-        if self._ends_hung(now):
+        if self._ends(now):
             return
         table = self._residency.table
         corpse = table.corpse(now=now)

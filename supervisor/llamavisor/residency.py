@@ -7,7 +7,7 @@ router says of its models, takes wishes in, has one call made at a time, and loa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import anyio
@@ -30,7 +30,7 @@ from llamavisor.explanations import Explanations
 from llamavisor.healing import Healing
 from llamavisor.host import Api, Host
 from llamavisor.launch import Launch
-from llamavisor.messages import CallEnded, Suspected, Wanted
+from llamavisor.messages import CallEnded, Recalled, Suspected, Wanted
 from llamavisor.models import Model, ModelTable
 from llamavisor.news import AllIdle, ChildEnded, ChildFound, Listed, ModelNews, News, Told, Tried, Unsound, Used
 from llamavisor.operations import Kind, Operation, Operations, Ticket
@@ -134,10 +134,16 @@ class Residency:
             self._load_first()
         self._is_first = False
 
-    def recall(self, models: Sequence[str]) -> None:
-        """An earlier daemon had these in memory; what is to be loaded on start is loaded beside."""
-        self._restoration.recall(models)
-        self._is_first = True
+    def take(self, message: Wanted | Recalled | Suspected) -> None:
+        """Take note of what others say of the models."""
+        match message:
+            case Wanted():
+                self.want(message)
+            case Recalled(models):  # what is to be loaded on start is loaded beside
+                self._restoration.recall(models)
+                self._is_first = True
+            case Suspected(model, deaf_port):
+                self._healing.suspect(model, self._line, anyio.current_time(), deaf_port=deaf_port)
 
     def _load_first(self) -> None:
         """Load what is to be loaded on start, as much as there is room for."""
@@ -326,14 +332,6 @@ class Residency:
                     text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
                     self._publish([ev.Warned(subject=f"model {model.name}", text=text)])
                 self._operations.ask(Ticket(unload), self.table)
-
-    def suspect(self, suspected: Suspected) -> None:
-        """Somebody who uses a model has something against it: see whether it works at all."""
-        now = anyio.current_time()
-        if suspected.deaf_port is not None:
-            self._healing.give_up_deaf(suspected.model, suspected.deaf_port, now)
-        elif self._line is not None:
-            self._healing.suspect(suspected.model, self._line, now)
 
     def _renew(self, reason: str) -> None:
         if self._line is not None:

@@ -7,7 +7,7 @@ workers; it never waits for the outside itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ from llamavisor.inbox import Inbox
 from llamavisor.launch import Launch
 from llamavisor.messages import (
     CallEnded,
+    DevicesLost,
     Heard,
     Message,
     Recalled,
@@ -101,7 +102,7 @@ class Router:
             arbiter,
             publish=self._publish,
             restart=self._restart_for,
-            end=self._end_hung,
+            end=self._end_unfit,
             begin=lambda work: self._generation is not None and self._generation.start_soon(work),
         )
         pause = Pause(start_soon=self._start_soon, post=self._post)
@@ -244,13 +245,9 @@ class Router:
         """
         return await self._ask(Operation(Kind.UNLOAD, self.shelf.name_of(model), if_idle=if_idle, reason=reason))
 
-    def recall(self, models: Sequence[str]) -> None:
-        """Have these loaded when it is up for the first time: an earlier daemon had them in memory, in that order."""
-        self._post(Recalled(tuple(models)))
-
-    def suspect(self, model: str, *, deaf_port: int | None = None) -> None:
-        """Have a model looked after that answers nothing but errors, or takes no connections at `deaf_port`."""
-        self._post(Suspected(model, deaf_port))
+    def tell(self, what: Recalled | DevicesLost | Suspected) -> None:
+        """Let the owner know what others have seen."""
+        self._post(what)
 
     async def rescan(self) -> None:
         """Have the router read what it may serve again, changed or not. Nothing that runs is stopped.
@@ -341,12 +338,10 @@ class Router:
                     self._residency.accept(message)
                 else:
                     message.finish(self._not_ready())
-            case Wanted():
-                self._residency.want(message)
-            case Recalled(models):
-                self._residency.recall(models)
-            case Suspected():
-                self._residency.suspect(message)
+            case DevicesLost(devices, is_news) if self.is_serving:
+                self._renewal.devices_lost(devices, is_news=is_news)
+            case Wanted() | Recalled() | Suspected():
+                self._residency.take(message)
             case Tick():
                 self._tick()
 
@@ -476,9 +471,9 @@ class Router:
         self.comeback.why = cause
         self._signal(RouterInput.RESTART)
 
-    def _end_hung(self, verdict: Verdict) -> None:
+    def _end_unfit(self, verdict: Verdict) -> None:
         self.comeback.verdict = verdict
-        self._signal(RouterInput.HUNG)
+        self._signal(RouterInput.UNFIT)
 
     @property
     def _is_wanted(self) -> bool:

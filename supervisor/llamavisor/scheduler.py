@@ -24,6 +24,7 @@ from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError
 from llamavisor.inbox import Inbox
 from llamavisor.leases import Leases
+from llamavisor.messages import Suspected
 from llamavisor.moves import Moves, has_child
 from llamavisor.operations import Ticket
 from llamavisor.placement import Candidate
@@ -244,7 +245,7 @@ class Scheduler:
         """The process of a model lives and takes no connection: have it ended, so that it can be loaded anew."""
         if self.leases.is_kept(endpoint):
             self.lose(endpoint.router, endpoint.model)
-            self._routers[endpoint.router].suspect(endpoint.model, deaf_port=endpoint.port)
+            self._routers[endpoint.router].tell(Suspected(endpoint.model, endpoint.port))
 
     # --- what is decided ------------------------------------------------------------------------------------------
 
@@ -421,7 +422,7 @@ class Scheduler:
                         self._loaded(key, now)
                 elif slot is not None:
                     if slot.failures >= FAILURES:
-                        router.suspect(model.name)
+                        router.tell(Suspected(model.name))
                     used = model.in_flight or 0
                     self.carry_out(self.admission.observed(*key, used, now, used_at=model.used_at))
         for slot in self.admission.slots():

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
 
 from llamavisor import footprint, gauge
 from llamavisor.binary import Binary
 from llamavisor.errors import BinaryError
 from llamavisor.gauge.listed import HIDING, SUFFIX, Ask, ask_llama_server, parse_devices
+from llamavisor.threads import run_in_thread
 
 KEPT_S = 600.0
 """How long a list is believed: asking wakes every GPU, and takes some hundred MiB of each for a moment."""
@@ -81,7 +81,7 @@ class Sights:
 
     async def _list(self, found: Binary, env: Mapping[str, str], before: _Listed | None) -> _Listed:
         try:
-            text = await anyio.to_thread.run_sync(self._ask, found.path, env, abandon_on_cancel=True)
+            text = await run_in_thread(self._ask, found.path, env, abandon_on_cancel=True)
         except (BinaryError, OSError):
             # A driver that is too busy to answer has not lost its devices.
             return _Listed(before.seen if before is not None else None, self._clock() + EMPTY_KEPT_S)

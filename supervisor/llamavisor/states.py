@@ -63,7 +63,7 @@ class RouterInput(Enum):
     TROUBLE = "trouble"  # serving, but less than promised
     CLEARED = "cleared"  # the trouble is over
     OVERDUE = "overdue"  # not ready within its start deadline
-    HUNG = "hung"  # it was ready, and does not answer any more
+    UNFIT = "unfit"  # it was ready, and hangs, or has lost a device
     CRASHED = "crashed"  # its process ended, or could not be started, for a cause that may pass
     REFUSED = "refused"  # its process ended, or could not be started, for a cause that stays
     RETRY_DUE = "retry_due"  # the backoff is over, or what stood in the way has changed
@@ -105,7 +105,7 @@ _S, _I, _A = RouterState, RouterInput, RouterAction
 _SPAWN = _Row(_S.STARTING, _A.SPAWN)
 _STOP = _Row(_S.STOPPING, _A.STOP, then=_S.STOPPED)
 _RESTART = _Row(_S.STOPPING, _A.STOP, then=_S.STARTING)
-_HUNG = _Row(_S.STOPPING, _A.STOP, then=_S.BACKOFF)
+_AFRESH = _Row(_S.STOPPING, _A.STOP, then=_S.BACKOFF)
 _BACK_OFF = _Row(_S.BACKOFF, _A.BACK_OFF)
 _LATCH = _Row(_S.FAILED, _A.LATCH)
 
@@ -116,7 +116,7 @@ _TABLE: Mapping[RouterState, Mapping[RouterInput, _Row]] = {
         _I.STOP: _STOP,
         _I.RESTART: _RESTART,
         _I.READY: _Row(_S.READY),
-        _I.OVERDUE: _HUNG,
+        _I.OVERDUE: _AFRESH,
         _I.CRASHED: _BACK_OFF,
         _I.REFUSED: _LATCH,
     },
@@ -124,7 +124,7 @@ _TABLE: Mapping[RouterState, Mapping[RouterInput, _Row]] = {
         _I.STOP: _STOP,
         _I.RESTART: _RESTART,
         _I.TROUBLE: _Row(_S.DEGRADED),
-        _I.HUNG: _HUNG,
+        _I.UNFIT: _AFRESH,
         _I.CRASHED: _BACK_OFF,
         _I.REFUSED: _LATCH,
     },
@@ -132,7 +132,7 @@ _TABLE: Mapping[RouterState, Mapping[RouterInput, _Row]] = {
         _I.STOP: _STOP,
         _I.RESTART: _RESTART,
         _I.CLEARED: _Row(_S.READY),
-        _I.HUNG: _HUNG,
+        _I.UNFIT: _AFRESH,
         _I.CRASHED: _BACK_OFF,
         _I.REFUSED: _LATCH,
     },

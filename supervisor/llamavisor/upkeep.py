@@ -8,6 +8,7 @@ import anyio
 import anyio.abc
 
 from llamavisor import events as ev
+from llamavisor import growth
 from llamavisor.appraisals import Appraisals
 from llamavisor.capacity import Capacity
 from llamavisor.eviction import Resident, expired
@@ -63,6 +64,7 @@ class Upkeep:
         self._totals: Mapping[str, int | None] | None = None
         self._gaps = Gaps(TICK_S)
         self._strain, self._advice = Strain(), Advice()
+        self._growth, self._looked_at = growth.Growth(), 0.0
         self._seen: dict[Key, _Seen] = {}
         self._is_measuring = False
         self._lineup: list[int] = []  # who is loaded, as of the last look
@@ -96,6 +98,7 @@ class Upkeep:
                 self._resize()
             self._totals = totals
         self._expire(now)
+        self._recycle(now)
         if scheduler.decides:
             self._relieve(now)
         slots = admission.slots()
@@ -115,6 +118,30 @@ class Upkeep:
 
         for resident in expired(self._scheduler.admission.residents(now), now=now, ttl_of=ttl):
             self._scheduler.dismiss(resident.router, resident.name, ev.UnloadReason.EXPIRED)
+
+    def _recycle(self, now: float) -> None:
+        """Have models loaded anew whose processes have grown beyond their bounds, when nobody uses them."""
+        if now - self._looked_at < growth.LOOK_S:
+            return
+        self._looked_at = now
+        there: set[Key] = set()
+        for slot in self._scheduler.admission.slots():
+            router, name = slot.key
+            model, owner = self._model(slot.key), self._routers.get(router)
+            spec = owner.shelf.spec(name) if owner is not None else None
+            limit = spec.recycle_bytes if spec is not None else None
+            if limit is None or model is None or model.pid is None or slot.stage is not Stage.LOADED:
+                continue
+            there.add(slot.key)
+            size = self._meter.anonymous(model.pid) or 0
+            resident = slot.resident
+            is_over = size > limit
+            if self._growth.is_due(
+                slot.key, loaded_at=resident.loaded_at, is_over=is_over, is_busy=resident.is_busy, now=now
+            ):
+                self._publish(ev.ModelGrown(router=router, model=name, bytes=size, limit_bytes=limit))
+                self._scheduler.dismiss(router, name, ev.UnloadReason.RECYCLED)
+        self._growth.forget_all_but(there)
 
     def _relieve(self, now: float) -> None:
         """See whether memory is short, and do what follows (FAULTS.md, R3)."""

@@ -25,23 +25,10 @@ from fakes.bare_router import free_port
 from fakes.builder import OLD_BUILD
 from fakes.waiting import PATIENCE_S, eventually
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon, UnixConnection
+from running import RunningDaemon, UnixConnection, config_of, run_serve, start_with
 
 Fake = Callable[..., FakeLlamaServer]
 Start = Callable[..., RunningDaemon]
-
-
-@pytest.fixture
-def start(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> Start:
-    """Makes a daemon on a fake llama-server with this behaviour."""
-
-    def make(
-        *, flags: tuple[str, ...] = (), options: tuple[str, ...] = (), serve: str = "gateway", **behaviour: object
-    ) -> RunningDaemon:
-        binary = fake_llama_server(**behaviour)
-        return RunningDaemon(tmp_path, models_dir, binary, flags=flags, options=options, serve=serve)
-
-    return make
 
 
 @contextmanager
@@ -86,35 +73,6 @@ def is_watcher(pid: int) -> bool:
 # --- faults of the router ---------------------------------------------------------------------------------------------
 
 
-def test_exit_0_unasked_is_a_failure(start: Start) -> None:
-    """P2: a router that ends with exit code 0 although nobody asked is started again."""
-    with start(exit_after_s=0.2, exit_with=0) as daemon:
-        exited = daemon.wait_for_event("RouterExited")
-        assert (exited["status"], exited["cause"], exited["is_requested"]) == ("exit code 0", "exit", False)
-        eventually(lambda: len(daemon.events("RouterReady")) >= 2, what="a second start")
-
-
-def test_bad_option_is_permanent(start: Start) -> None:
-    """P4: llama-server's own complaint about an option latches FAILED at once, with its words and its last lines."""
-    complaint = "error: invalid argument: --threads"
-    with start(start_failures=-1, start_line=complaint) as daemon:
-        failed = daemon.wait_for_router("failed")
-        assert failed["reason"] == complaint
-        assert complaint in failed["log_tail"][-1]
-        assert complaint in daemon.cli("status").stdout
-        assert len(daemon.events("RouterSpawned")) == 1
-
-
-def test_failing_starts_back_off(start: Start) -> None:
-    """P3: starts that fail for no clear reason are tried again after 1 s, 2 s, …, and come up when they can."""
-    with start(start_failures=2, start_exit="SIGSEGV") as daemon:
-        daemon.wait_for_router("ready")
-        delays = [event["delay_s"] for event in daemon.events("RouterRestartScheduled")]
-        assert [int(delay) for delay in delays] == [1, 2]
-        assert all(event["status"] == "SIGSEGV" for event in daemon.events("RouterExited"))
-        assert daemon.router()["failures"] == 2
-
-
 def test_unknown_option_names_option_and_binary(start: Start, tmp_path: Path) -> None:
     """A typed option that this build does not know is told with its name, the binary, and what to do."""
     with start(flags=("--gpu-layers", "all"), missing_options=["--n-gpu-layers", "--gpu-layers", "-ngl"]) as daemon:
@@ -122,14 +80,6 @@ def test_unknown_option_names_option_and_binary(start: Start, tmp_path: Path) ->
         assert "gpu_layers" in failed["reason"]
         assert "fake0/llama-server" in failed["reason"]
         assert failed["hint"]
-
-
-def test_changed_binary_rearms(start: Start, tmp_path: Path, fake_llama_server: Fake) -> None:
-    """P4, P5: a router that failed for its binary is started again by itself when the binary changes."""
-    with start(start_failures=-1, start_line="error: invalid argument: --x") as daemon:
-        daemon.wait_for_router("failed")
-        FakeLlamaServer.make(tmp_path / "fake0")
-        daemon.wait_for_router("ready")
 
 
 def test_replaced_binary_makes_way(start: Start, tmp_path: Path) -> None:
@@ -176,108 +126,6 @@ def test_program_that_is_no_llama_server(tmp_path: Path, models_dir: Path) -> No
         failed = daemon.wait_for_router("failed")
         assert "/bin/true" in failed["reason"] or os.path.realpath("/bin/true") in failed["reason"]
         assert daemon.events("RouterSpawned") == []
-
-
-def test_stubborn_router_is_killed(start: Start) -> None:
-    """P8: a router that ignores SIGTERM is killed after its grace; a second SIGTERM to the daemon hurries that up."""
-    with start(ignore_sigterm=True) as daemon:
-        daemon.wait_for_router("ready")
-        began = time.monotonic()
-        daemon.signal(signal.SIGTERM)
-        daemon.wait_for_router("stopping")
-        daemon.signal(signal.SIGTERM)
-        assert daemon.wait() == 0
-        assert time.monotonic() - began < 8  # the first grace alone is 10 s
-
-
-def test_escaped_grandchild_is_killed(start: Start) -> None:
-    """P9: a process in a session of its own that a killed router leaves behind is killed and counted."""
-    with start(grandchild="setsid") as daemon:
-        router = daemon.wait_for_router("ready")["pid"]
-        os.kill(router, signal.SIGKILL)
-        assert len(daemon.wait_for_event("StraysKilled")["pids"]) == 1
-        daemon.wait_for_event("RouterReady", lambda event: event["pid"] != router)
-        assert "llamavisor_orphans_reaped_total 1.0" in daemon.metrics()
-
-
-def test_escaped_grandchild_of_a_stable_router_is_counted(start: Start) -> None:
-    """P9: what a router leaves behind is told and counted also when the next one starts at once."""
-    with start(grandchild="setsid") as daemon:
-        router = daemon.wait_for_router("ready")["pid"]
-        time.sleep(10.1)  # a router that was READY for so long is replaced without a delay
-        os.kill(router, signal.SIGKILL)
-        assert len(daemon.wait_for_event("StraysKilled")["pids"]) == 1
-        assert daemon.events("RouterRestartScheduled")[0]["delay_s"] == 0
-
-
-def test_zombies_are_reaped(start: Start) -> None:
-    """P12: ended processes that nobody waits for are reaped once they are handed to the daemon."""
-    with start(zombies=5) as daemon:
-        os.kill(daemon.wait_for_router("ready")["pid"], signal.SIGKILL)
-        daemon.wait_for_event("RouterExited")
-        process = psutil.Process(daemon.pid)
-        eventually(
-            lambda: [child for child in process.children() if child.status() == psutil.STATUS_ZOMBIE] == [],
-            what="no zombies",
-        )
-
-
-HUGE: dict[str, object] = {"status": 200, "type": "text/html", "body": "<p>" * 1000, "repeat": 300_000}
-"""Nearly a gigabyte of HTML."""
-
-
-def memory_of(daemon: RunningDaemon, *, over_s: float, state: str) -> float:
-    """By how many bytes a daemon grew at most, while its router had to stay in `state`."""
-    process = psutil.Process(daemon.pid)
-    before = most = process.memory_info().rss
-    until = time.monotonic() + over_s
-    while time.monotonic() < until:
-        most = max(most, process.memory_info().rss)
-        assert daemon.router()["state"] == state
-        time.sleep(0.02)
-    return most - before
-
-
-@pytest.mark.parametrize("path", ["/props", "/models"])
-def test_garbage_answers_do_no_harm(start: Start, path: str) -> None:
-    """H5: a router that never says what it is stays STARTING, says why, and costs the daemon no memory."""
-    with start(answers={path: HUGE}) as daemon:
-        daemon.wait_for_event("RouterSpawned")
-        assert memory_of(daemon, over_s=4, state="starting") < 100e6
-        assert path in daemon.router()["reason"]
-        assert daemon.events("RouterReady") == []
-
-
-def test_garbage_instead_of_health_degrades(start: Start) -> None:
-    """H5: HTML is not the health of a llama-server: the router is DEGRADED, and costs the daemon no memory."""
-    with start(answers={"/health": HUGE}) as daemon:
-        daemon.wait_for_router("degraded")
-        assert memory_of(daemon, over_s=6, state="degraded") < 100e6
-        assert "/health" in daemon.router()["reason"]
-
-
-def test_flooding_router_is_bounded_on_disk(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
-    """H6: a router that floods its log never blocks, and the log is rotated at its cap."""
-    port = free_port()
-    config = f"""
-models_dir = "{models_dir}"
-port = {port}
-log_size = "1MiB"
-[metrics]
-enabled = false
-"""
-    flood = fake_llama_server(log_giant_line_bytes=3_000_000, log_lines_per_s=20_000)
-    with RunningDaemon(tmp_path, models_dir, flood, config=config) as daemon:
-        daemon.wait_for_router("ready")
-        log = Path(daemon.router()["log_file"])
-        eventually(lambda: len(daemon.events("LogRotated")) > 3, what="a log that was rotated more often than is kept")
-        assert daemon.chat("alpha", port=port)
-        files = [f"{log.name}{rotated}" for rotated in ("", ".1", ".2")]
-        assert sorted(path.name for path in log.parent.glob(f"{log.name}*")) == files
-        assert all((log.parent / name).stat().st_size <= 1024 * 1024 + 65536 for name in files[1:])
-        # The current one may grow by what is printed between two looks.
-        assert log.stat().st_size < 10 * 1024 * 1024
-        assert daemon.cli("logs", "--lines", "5").returncode == 0
 
 
 # --- faults of models -------------------------------------------------------------------------------------------------
@@ -444,19 +292,6 @@ def test_late_device_is_waited_for(start: Start) -> None:
         assert daemon.router()["state"] == "starting"
         assert daemon.cli("load", "alpha").returncode == 0
         assert daemon.router()["state"] == "ready"
-
-
-def test_daemon_does_not_wait_for_a_probe(tmp_path: Path, models_dir: Path) -> None:
-    """D6: a llama-server that hangs when asked what it can do does not keep the daemon from ending."""
-    program = tmp_path / "llama-server"
-    program.write_text("#!/bin/sh\nexec sleep 600\n")
-    program.chmod(0o755)
-    with RunningDaemon(tmp_path, models_dir, program, options=()) as daemon:
-        assert daemon.router()["state"] == "starting"
-        began = time.monotonic()
-        daemon.signal(signal.SIGTERM)
-        assert daemon.wait() == 0
-        assert time.monotonic() - began < 5  # the probe itself may take 30 s
 
 
 # --- the control API --------------------------------------------------------------------------------------------------
@@ -654,65 +489,6 @@ def test_control_stays_quick_while_a_router_hangs(start: Start) -> None:
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def config_of(models_dir: Path, port: int, extra: str = "") -> str:
-    """A configuration with one router."""
-    return f'models_dir = "{models_dir}"\nport = {port}\n{extra}\n[metrics]\nenabled = false\n'
-
-
-def test_reload_with_a_bad_file_keeps_the_old_one(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
-    """D2: a bad configuration is refused as a whole and shown; the good one that follows is taken."""
-    port = free_port()
-    good = config_of(models_dir, port)
-    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=good) as daemon:
-        before = daemon.wait_for_router("ready")["pid"]
-        for bad in (f"{good}\nnonsense", good.replace("port", "prot"), good.replace(str(port), '"many"')):
-            daemon.config.write_text(bad)
-            failed = daemon.cli("reload")
-            assert failed.returncode == 78
-            assert "llamavisor.toml" in failed.stderr
-            assert daemon.status()["config_error"]
-        assert daemon.router()["pid"] == before
-        daemon.config.write_text(good)
-        daemon.signal(signal.SIGHUP)
-        eventually(lambda: daemon.status()["config_error"] is None, what="the good configuration")
-        assert daemon.router()["pid"] == before
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "told"),
-    [
-        ('models_dir = "', 'models_dir = "/nowhere', "/nowhere"),
-        ("[metrics]", '[defaults]\nargs = ["--nosuchflag"]\n[metrics]', "--nosuchflag"),
-        ("[metrics]", '[[router]]\nname = "b"\nport = {taken}\n[metrics]', "is taken"),
-        ("port =", 'llama_server = "/bin/true"\nport =', "true"),
-    ],
-    ids=["folder", "option", "port", "binary"],
-)
-def test_reload_that_could_not_be_started_is_refused(
-    tmp_path: Path, models_dir: Path, fake_llama_server: Fake, old: str, new: str, told: str
-) -> None:
-    """D2: what parses but could not be started is refused as well, and what is loaded stays loaded."""
-    good = config_of(models_dir, free_port())
-    fake = fake_llama_server()
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        written = f'llama_server = "{fake}"\n{good}'
-        daemon = RunningDaemon(tmp_path, models_dir, fake, config=written, serve="router")
-        with daemon:
-            before = daemon.wait_for_router("ready")["pid"]
-            daemon.cli("load", "alpha")
-            text = daemon.config.read_text()
-            if "llama_server" in new:
-                text = text.replace(f'llama_server = "{fake}"\n', "")
-            daemon.config.write_text(text.replace(old, new.format(taken=holder.getsockname()[1]), 1))
-            failed = daemon.cli("reload")
-            assert failed.returncode == 78
-            assert told in failed.stderr
-            assert told in daemon.status()["config_error"]
-            assert daemon.router()["pid"] == before
-            assert daemon.model("alpha")["state"] == "loaded"
-            assert [router["name"] for router in daemon.status()["routers"]] == ["main"]
-
-
 def test_reload_touches_only_what_changed(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
     """A reload restarts the changed router with its models, adds and removes others, and leaves the rest alone.
 
@@ -767,28 +543,7 @@ def test_models_folder_that_cannot_be_used(
         daemon.wait_for_router("ready")
 
 
-def test_taken_port_names_its_holder(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
-    """N1: a taken port is told with who holds it; once it is free the router comes up by itself."""
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        config = config_of(models_dir, port)
-        daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config, serve="router")
-        with daemon:
-            failed = daemon.wait_for_router("failed")
-            assert f"(pid {os.getpid()})" in failed["reason"]
-            assert f"port {port}" in failed["reason"]
-            holder.close()
-            daemon.wait_for_router("ready")
-
-
 # --- the daemon itself ------------------------------------------------------------------------------------------------
-
-
-def run_serve(daemon: RunningDaemon) -> tuple[int, str]:
-    """Exit code and words of a daemon that cannot start."""
-    daemon.start()
-    code = daemon.wait()
-    return code, daemon.log.read_text()
 
 
 def test_second_daemon_with_the_same_state(start: Start, tmp_path: Path, models_dir: Path) -> None:
@@ -799,67 +554,6 @@ def test_second_daemon_with_the_same_state(start: Start, tmp_path: Path, models_
         second.log = tmp_path / "second.log"
         assert run_serve(second)[0] == 75
         assert first.router()["pid"] == pid
-
-
-def test_bug_ends_everything(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
-    """D8: an internal task that raises ends the daemon with exit code 1 and all that it started: never half alive."""
-    code = (
-        "import sys, anyio, llamavisord.app as app; from llamavisord.cli import main\n"
-        "async def bug(daemon):\n"
-        "    while not daemon.fleet.is_ready: await anyio.sleep(0.01)\n"
-        "    raise ZeroDivisionError('a bug')\n"
-        "app._measure_lag = bug; sys.exit(main())\n"
-    )
-    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
-    daemon.program = [sys.executable, "-c", code]
-    code_of_exit, words = run_serve(daemon)
-    assert code_of_exit == 1
-    assert "ZeroDivisionError: a bug" in words
-    daemon.end()
-
-
-def start_with(daemon: RunningDaemon, patch: str) -> None:
-    """Have a daemon run these lines before it serves; `app` is its main module."""
-    code = (
-        f"import os, signal, sys, llamavisord.app as app; from llamavisord.cli import main\n{patch}\nsys.exit(main())"
-    )
-    daemon.program = [sys.executable, "-c", code]
-
-
-@pytest.mark.parametrize("place", ["_lock_state", "become_subreaper"])
-def test_signals_while_it_starts(tmp_path: Path, models_dir: Path, fake_llama_server: Fake, place: str) -> None:
-    """A signal that comes before everything is up is not lost, and has the effect that it always has."""
-    patch = (
-        f"real = app.{place}\n"
-        "def early(*args):\n"
-        "    os.kill(os.getpid(), signal.{})\n"
-        "    return real(*args)\n"
-        f"app.{place} = early"
-    )
-    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), options=())
-    for number in ("SIGTERM", "SIGINT"):
-        start_with(daemon, patch.format(number))
-        assert run_serve(daemon)[0] == 0
-        assert not daemon.socket.exists()
-        daemon.end()
-    start_with(daemon, patch.format("SIGHUP"))
-    with daemon:
-        daemon.wait_for_event("ConfigReloaded")
-
-
-def test_signals_that_mean_nothing(start: Start) -> None:
-    """SIGUSR1 and SIGUSR2 are ignored; llama-server inherits neither that nor any other disposition of ours."""
-    with start() as daemon:
-        router = daemon.wait_for_router("ready")["pid"]
-        for number in (signal.SIGUSR1, signal.SIGUSR2):
-            daemon.signal(number)
-        daemon.signal(signal.SIGHUP)
-        daemon.wait_for_event("ConfigReloaded")
-        assert daemon.router()["pid"] == router
-        masks = dict(line.split(":\t") for line in Path(f"/proc/{router}/status").read_text().splitlines())
-        held = int(masks["SigBlk"], 16) | int(masks["SigIgn"], 16)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-            assert not held & 1 << number - 1, number
 
 
 def test_name_cannot_forge_a_line_of_the_log(start: Start, models_dir: Path) -> None:
@@ -887,22 +581,6 @@ def test_metrics_port_that_is_taken(start: Start) -> None:
         holder.close()
         eventually(lambda: daemon.status()["warnings"] == [], what="metrics that are served")
         assert "llamavisor_build_info" in daemon.metrics()
-
-
-def test_log_that_cannot_be_written_any_more(start: Start) -> None:
-    """D9: a daemon whose stderr has gone goes on supervising."""
-    reader, writer = os.pipe()
-    daemon = start()
-    daemon.start(output=writer)
-    os.close(writer)
-    os.close(reader)
-    try:
-        eventually(daemon.is_live, what="a daemon that answers")
-        before = daemon.wait_for_router("ready")["pid"]
-        os.kill(before, signal.SIGKILL)
-        daemon.wait_for_event("RouterReady", lambda event: event["pid"] != before)
-    finally:
-        daemon.end()
 
 
 # --- metrics ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import closing
@@ -71,22 +70,6 @@ def test_models_max_evicts_the_least_recently_used(daemon: RunningDaemon) -> Non
     assert {name: daemon.model(name)["state"] for name in ("beta", "gamma")} == {"beta": "loaded", "gamma": "loaded"}
 
 
-def test_kill_and_recovery(daemon: RunningDaemon) -> None:
-    """P1: a killed router is seen at once, is back with what was loaded, and the way there is on record."""
-    daemon.cli("load", "alpha")
-    daemon.cli("load", "beta")
-    before = daemon.router()["pid"]
-    os.kill(before, signal.SIGKILL)
-    recovered = daemon.wait_for_event("RouterRecovered")
-    assert sorted(recovered["models"]) == ["alpha", "beta"]
-    assert recovered["missing"] == []
-    assert daemon.router()["pid"] != before
-    exited = daemon.events("RouterExited")[-1]
-    assert (exited["status"], exited["cause"], exited["is_requested"]) == ("SIGKILL", "signal", False)
-    assert daemon.chat("alpha") == "I am alpha"
-    assert 'llamavisor_router_restarts_total{reason="signal",router="main"} 1.0' in daemon.metrics()
-
-
 def test_killed_child_is_seen(daemon: RunningDaemon) -> None:
     """A killed model is told as crashed, the router goes on, and the next request has it back."""
     daemon.cli("load", "alpha")
@@ -107,29 +90,6 @@ def test_end_leaves_nothing(daemon: RunningDaemon, number: signal.Signals) -> No
     assert daemon.wait() == 0
     assert list(daemon.processes()) == []
     assert not daemon.socket.exists()
-
-
-def test_killed_daemon_takes_its_router_along(daemon: RunningDaemon) -> None:
-    """D5: when the daemon is killed without a word, the kernel ends its router, and the next daemon starts clean."""
-    daemon.cli("load", "alpha")
-    daemon.signal(signal.SIGKILL)
-    daemon.wait()
-    eventually(lambda: not list(daemon.processes()), what="the end of the orphaned router")
-    daemon.start()
-    eventually(daemon.is_live, what="a daemon that answers")
-    daemon.wait_for_router("ready")
-
-
-def test_left_over_router_is_swept(daemon: RunningDaemon) -> None:
-    """D5: a router that outlived a killed daemon, stopped and deaf, is gone before the next daemon binds its port."""
-    router = daemon.router()["pid"]
-    os.kill(router, signal.SIGSTOP)
-    daemon.signal(signal.SIGKILL)
-    daemon.wait()
-    daemon.start()
-    eventually(daemon.is_live, what="a daemon that answers")
-    assert daemon.wait_for_router("ready")["pid"] != router
-    assert router in daemon.events("StraysKilled")[0]["pids"]
 
 
 def test_broken_model_says_why(daemon: RunningDaemon, models_dir: Path) -> None:
@@ -249,25 +209,6 @@ def test_empty_folder_is_ready_with_a_hint(tmp_path: Path, llama_server: Path) -
         assert daemon.chat("first") == "hello"
 
 
-def test_foreign_server_on_the_port(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
-    """N1, P10: a port that somebody else holds is named with its holder, who is not touched; when he goes we come."""
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    with RunningDaemon(tmp_path / "a", models_dir, llama_server, serve="router") as first:
-        first.wait_for_router("ready")
-        flags = ["--port", str(first.port)]
-        second = RunningDaemon(tmp_path / "b", models_dir, llama_server, flags=flags, serve="router")
-        with second:
-            failed = second.wait_for_router("failed")
-            assert (
-                f"port {first.port} on 127.0.0.1 is taken by llama-server (pid {first.router()['pid']})"
-                in failed["reason"]
-            )
-            assert first.chat("alpha") == "I am alpha"
-            assert first.cli("stop", "main").returncode == 0
-            second.wait_for_router("ready")
-
-
 def test_unload_by_a_client_is_no_crash(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """A busy model that a client has unloaded is killed by its router, told as gone by choice, and stays unloaded."""
     write_tiny_model(models_dir / "loop.gguf", ["on", "and"], loop=True, n_ctx=1_000_000)
@@ -303,17 +244,6 @@ def test_logs_are_llama_servers_own(daemon: RunningDaemon) -> None:
     shown = daemon.cli("logs").stdout
     assert "server in router mode" in shown
     assert "model loaded" in shown
-
-
-def test_copied_binary_is_followed(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
-    """P5: a missing llama-server is FAILED with what to do, and the router comes up by itself when the file appears."""
-    place = tmp_path / "bin" / "llama-server"
-    with RunningDaemon(tmp_path, models_dir, place) as daemon:
-        failed = daemon.wait_for_router("failed")
-        assert str(place) in failed["reason"]
-        shutil.copytree(llama_server.parent, place.parent, symlinks=True)
-        daemon.wait_for_router("ready")
-        assert daemon.chat("alpha") == "I am alpha"
 
 
 def test_an_embedding_model_by_itself(daemon: RunningDaemon, models_dir: Path) -> None:

@@ -198,7 +198,9 @@ class FakeHost:
         else:
             self.look()
 
-    async def sight(self, devices: Sequence[gauge.Device]) -> tuple[footprint.Device, ...] | None:
+    async def sight(
+        self, devices: Sequence[gauge.Device], *, is_fresh: bool = False
+    ) -> tuple[footprint.Device, ...] | None:
         """The GPUs that the router sees, whatever the gauge has found."""
         await anyio.sleep(ANSWER_S)
         return self.devices

@@ -61,8 +61,8 @@ async def ask_and_leave(port: int, said: bytes, *, ticks: int, wait_s: float, wi
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_leaving_a_loaded_model(tmp_path: Path, llama_server: Path, stream: bool) -> None:
-    """At the k-th turn of the event loop, for every k: its lease, its bytes and its place are given back."""
+async def test_x1_leaving_a_loaded_model(tmp_path: Path, llama_server: Path, stream: bool) -> None:
+    """X1: at the k-th turn of the event loop, for every k: its lease, its bytes and its place are given back."""
     async with front(tmp_path, llama_server) as it:
         async with it.fleet.lease("endless"):
             pass
@@ -75,8 +75,8 @@ async def test_leaving_a_loaded_model(tmp_path: Path, llama_server: Path, stream
         assert {event.outcome for event in ended} == {RequestOutcome.LEFT}
 
 
-async def test_leaving_a_load(tmp_path: Path, llama_server: Path) -> None:
-    """While the model is loaded, and right after: nobody is in the way of the next."""
+async def test_x1_leaving_a_load(tmp_path: Path, llama_server: Path) -> None:
+    """X1: while the model is loaded, and right after, nobody is in the way of the next."""
     async with front(tmp_path, llama_server) as it:
         said = request("endless", stream=True)
         for moment in range(MOMENTS):
@@ -87,8 +87,8 @@ async def test_leaving_a_load(tmp_path: Path, llama_server: Path) -> None:
             pass
 
 
-async def test_leaving_in_the_middle_of_a_request(tmp_path: Path, llama_server: Path) -> None:
-    """What has come of its body is not held, and no model is asked."""
+async def test_x1_leaving_in_the_middle_of_a_request(tmp_path: Path, llama_server: Path) -> None:
+    """X1: what has come of its body is not held, and no model is asked."""
     async with front(tmp_path, llama_server) as it:
         said = request("alpha", stream=False)
         for cut in range(1, len(said), 7):
@@ -97,8 +97,8 @@ async def test_leaving_in_the_middle_of_a_request(tmp_path: Path, llama_server: 
         assert it.fleet.memory.scheduler.admission.slots() == []
 
 
-async def test_a_conversation_outlives_its_client_at_any_moment(tmp_path: Path, llama_server: Path) -> None:
-    """Its answer is finished all the same, and then nothing is left of it."""
+async def test_x1_a_conversation_outlives_its_client_at_any_moment(tmp_path: Path, llama_server: Path) -> None:
+    """X1: its answer is finished all the same, and then nothing is left of it."""
     async with front(tmp_path, llama_server) as it:
         async with it.fleet.lease("alpha"):
             pass

@@ -6,7 +6,18 @@ import signal
 
 import pytest
 
-from llamavisor.cause import Cause, classify, load_failure, was_told_to_stop
+from llamavisor.cause import (
+    Cause,
+    Consequence,
+    Subject,
+    Traces,
+    classify,
+    classify_model,
+    consequence,
+    last_errors,
+    load_failure,
+    was_told_to_stop,
+)
 from llamavisor.process import ExitStatus
 
 BAD_PRESET = """
@@ -96,17 +107,17 @@ TRUNCATED = """
 
 def test_first_error_of_the_child_is_the_reason() -> None:
     """The first error that a model's process printed is the cause; the later ones are its consequences."""
-    assert load_failure("trunc", TRUNCATED) == (
+    assert load_failure("trunc", TRUNCATED)[0] == (
         "llama_model_load: error loading model: tensor 'output.weight' data is not within the file bounds"
     )
 
 
 def test_errors_of_others_do_not_count() -> None:
     """The errors of another model's process, or of an earlier process of this one, are not the reason."""
-    assert load_failure("other", TRUNCATED) is None
+    assert load_failure("other", TRUNCATED) == ()
     again = "0.09.000.000 I srv          load: spawning server instance with name=trunc on port 50000"
-    assert load_failure("trunc", [*TRUNCATED, again]) is None
-    assert load_failure("trunc", []) is None
+    assert load_failure("trunc", [*TRUNCATED, again]) == ()
+    assert load_failure("trunc", []) == ()
 
 
 JUNK = """
@@ -130,8 +141,8 @@ ASSERTION = """
 
 def test_reasons_of_broken_files() -> None:
     """Junk is called junk, and an assertion that failed is a reason too."""
-    assert load_failure("junk", JUNK) == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
-    assert load_failure("nolayer", ASSERTION) == (
+    assert load_failure("junk", JUNK)[0] == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
+    assert load_failure("nolayer", ASSERTION)[0] == (
         "GGML_ASSERT(hparams.n_layer_all > 0 && hparams.n_layer_all <= 512) failed"
     )
 
@@ -139,7 +150,7 @@ def test_reasons_of_broken_files() -> None:
 def test_an_assertion_after_an_error_is_a_consequence() -> None:
     """An error that was said comes before the assertion that fails because of it."""
     both = [*JUNK[:5], "[39775] ggml.c:1: GGML_ASSERT(false) failed"]
-    assert load_failure("junk", both) == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
+    assert load_failure("junk", both)[0] == "gguf_init_from_reader: invalid magic characters: 'this', expected 'GGUF'"
 
 
 def test_a_name_within_a_name() -> None:
@@ -150,8 +161,8 @@ def test_a_name_within_a_name() -> None:
         "[11] 0.1 E eleven",
         "[22] 0.1 E twenty-two",
     ]
-    assert load_failure("a", lines) == "twenty-two"
-    assert load_failure("a on port 1", lines) == "eleven"
+    assert load_failure("a", lines) == ("twenty-two",)
+    assert load_failure("a on port 1", lines) == ("eleven",)
 
 
 @pytest.mark.parametrize(
@@ -178,4 +189,101 @@ def test_value_that_llama_server_refuses_is_the_reason() -> None:
 [56393] usage:
 0.00.678.548 I srv           run: instance name=alpha exited with status 1
 """.splitlines()
-    assert load_failure("alpha", lines) == 'error while handling argument "--threads": stoi'
+    assert load_failure("alpha", lines)[0] == 'error while handling argument "--threads": stoi'
+
+
+# --- models: one table of causes, and one of what follows -------------------------------------------------------------
+
+NO_MEMORY = """
+0.20.010.000 I srv          load: spawning server instance with name=big on port 41000
+[41000] 0.20.410.621 E ggml_aligned_malloc: insufficient memory (attempted to allocate 6103.53 MB)
+[41000] 0.20.410.643 E ggml_backend_cpu_buffer_type_alloc_buffer: failed to allocate buffer of size 6400016384
+[41000] 0.20.674.172 E llama_init_from_model: failed to initialize the context: failed to allocate buffer for kv cache
+[41000] 0.20.687.032 E srv  llama_server: exiting due to model loading error
+""".splitlines()
+NO_GPU_MEMORY = """
+0.20.010.000 I srv          load: spawning server instance with name=big on port 41000
+[41000] 0.01.410.621 E ggml_backend_cuda_buffer_type_alloc_buffer: allocating 40960.00 MiB on device 0: cudaMalloc \
+failed: out of memory
+[41000] 0.01.410.643 E alloc_tensor_range: failed to allocate CUDA0 buffer of size 42949672960
+[41000] 0.01.410.700 E llama_model_load: error loading model: unable to allocate CUDA0 buffer
+[41000] 0.01.410.800 E llama_model_load_from_file_impl: failed to load model
+""".replace("\\\n", "").splitlines()
+ABORTED = """
+0.20.010.000 I srv          load: spawning server instance with name=big on port 41000
+[41000] CUDA error: out of memory
+[41000]   current device: 0, in function alloc at ggml-cuda.cu:471
+0.00.597.829 I srv           run: instance name=big exited with status 1
+""".splitlines()
+LIBRARY = """
+0.20.010.000 I srv          load: spawning server instance with name=big on port 41000
+[41000] /opt/llama-server: error while loading shared libraries: libggml.so.0: cannot open shared object file
+""".splitlines()
+OPTION = """
+0.20.010.000 I srv          load: spawning server instance with name=big on port 41000
+[41000] error while handling argument "--threads": stoi
+""".splitlines()
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause", "then"),
+    [
+        (NO_MEMORY, Cause.NO_MEMORY, Consequence.EVICT),
+        (NO_GPU_MEMORY, Cause.NO_MEMORY, Consequence.EVICT),
+        (ABORTED, Cause.NO_MEMORY, Consequence.EVICT),
+        (LIBRARY, Cause.BAD_BINARY, Consequence.QUARANTINE),
+        (OPTION, Cause.BAD_OPTION, Consequence.QUARANTINE),
+        ([line.replace("junk", "big") for line in JUNK], Cause.BAD_FILE, Consequence.QUARANTINE),
+        ([line.replace("trunc", "big") for line in TRUNCATED], Cause.BAD_FILE, Consequence.QUARANTINE),
+        ([line.replace("nolayer", "big") for line in ASSERTION], Cause.EXIT, Consequence.QUARANTINE),
+    ],
+)
+def test_words_of_a_load(lines: list[str], cause: Cause, then: Consequence) -> None:
+    """What a load has failed for stands in its log; the first error is the reason that is told."""
+    words = load_failure("big", lines)
+    found, reason = classify_model(Traces(words=words), Subject.LOADING)
+    assert (found, reason) == (cause, words[0])
+    assert consequence(found, Subject.LOADING) is then
+
+
+@pytest.mark.parametrize(
+    ("traces", "subject", "cause", "then"),
+    [
+        (Traces(ExitStatus(signal=signal.SIGSEGV)), Subject.SERVING, Cause.SIGNAL, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGSEGV)), Subject.LOADING, Cause.SIGNAL, Consequence.RETRY),
+        (Traces(ExitStatus(code=1)), Subject.SERVING, Cause.EXIT, Consequence.RETRY),
+        (Traces(), Subject.SERVING, Cause.EXIT, Consequence.RETRY),
+        (Traces(), Subject.LOADING, Cause.UNKNOWN, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGBUS)), Subject.SERVING, Cause.FILE_CHANGED, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGBUS)), Subject.LOADING, Cause.FILE_CHANGED, Consequence.QUARANTINE),
+        (Traces(was_overwritten=True), Subject.SERVING, Cause.FILE_CHANGED, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGKILL), was_oom=True), Subject.SERVING, Cause.OOM, Consequence.QUARANTINE),
+        (Traces(ExitStatus(signal=signal.SIGKILL), was_oom=True), Subject.LOADING, Cause.OOM, Consequence.EVICT),
+        (Traces(was_oom=True), Subject.SERVING, Cause.OOM, Consequence.QUARANTINE),
+        (Traces(ExitStatus(signal=signal.SIGSEGV), was_oom=True), Subject.SERVING, Cause.SIGNAL, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGKILL)), Subject.SERVING, Cause.SIGNAL, Consequence.RETRY),
+    ],
+)
+def test_how_a_model_ends(traces: Traces, subject: Subject, cause: Cause, then: Consequence) -> None:
+    """The kernel's word goes before the log's, and what is certain before what is likely."""
+    found, reason = classify_model(traces, subject)
+    assert found is cause
+    assert consequence(found, subject) is then
+    if traces.status is not None and traces.status.signal is not None and cause is not Cause.OOM:
+        assert str(traces.status) in reason
+
+
+def test_only_the_last_words_of_a_model_that_served_count() -> None:
+    """An error of hours ago has not ended it."""
+    lines = [NO_MEMORY[1], NO_MEMORY[2], *["[41000] 1.00.000.000 I srv  request: POST /completion 200"] * 40]
+    assert last_errors("big", lines) == ()
+    assert last_errors("big", [*lines, *ABORTED[2:]]) == ("CUDA error: out of memory",)
+    assert last_errors("other", lines) == ()
+
+
+@pytest.mark.parametrize("cause", Cause)
+def test_every_cause_has_its_consequences(cause: Cause) -> None:
+    """The table is total, and only routers are given up for good."""
+    assert consequence(cause, Subject.ROUTER) in {Consequence.RETRY, Consequence.LATCH}
+    assert consequence(cause, Subject.LOADING) is not Consequence.LATCH
+    assert consequence(cause, Subject.SERVING) in {Consequence.RETRY, Consequence.QUARANTINE}

@@ -24,6 +24,7 @@ from llamavisor.events import (
     UnloadReason,
 )
 from llamavisor.health import KILL_AFTER_S, MODEL_MAX_S, RESTART_AFTER_S, ROUTER_MAX_S
+from llamavisor.messages import Suspected
 from llamavisor.options import HANG_AFTER_S
 from llamavisor.settings import RouterSettings
 from llamavisor.states import ModelState, RouterState
@@ -173,7 +174,7 @@ async def test_a_sleeping_model_and_one_that_loads_are_never_asked(host: FakeHos
             await it.settle()
             it.process.children["beta"].is_hung = True
             await it.until(lambda: it.model("beta") is ModelState.LOADED)
-        it.router.suspect("alpha")
+        it.router.tell(Suspected("alpha"))
         await anyio.sleep(10.0)
         assert (it.story.of(ModelHung), child.trials) == ([], 0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -15,7 +14,6 @@ from fakes.supervised import supervised
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import RouterNotReadyError
 from llamavisor.events import (
-    RouterCrashLoop,
     RouterExited,
     RouterReady,
     RouterRestartScheduled,
@@ -23,7 +21,6 @@ from llamavisor.events import (
     RouterStateChanged,
     StraysKilled,
 )
-from llamavisor.generation import START_DEADLINE_S
 from llamavisor.process import TERM_GRACE_S, ExitStatus, Leftovers
 from llamavisor.states import ModelState, RouterState
 
@@ -67,20 +64,6 @@ async def test_a_second_start_changes_nothing(host: FakeHost) -> None:
         it.router.start()
         await anyio.sleep(HOUR_S)
         assert it.spawns == 1
-
-
-async def test_a_requested_stop_is_never_restarted(host: FakeHost) -> None:
-    """P2: a router that was stopped stays down, for hours, and its end counts as asked for."""
-    async with supervised(host) as it:
-        await it.comes_up()
-        it.router.stop()
-        await it.reaches(RouterState.STOPPED)
-        assert host.machine.left == []
-        await anyio.sleep(2 * HOUR_S)
-        assert it.spawns == 1
-        assert [exited.is_requested for exited in it.story.of(RouterExited)] == [True]
-        assert it.story.of(RouterRestartScheduled) == []
-        assert it.router.process is None
 
 
 async def test_a_restart_gives_a_fresh_process(host: FakeHost) -> None:
@@ -229,24 +212,6 @@ async def test_a_killed_router_is_back_at_once(host: FakeHost) -> None:
         assert it.router.reason is None
 
 
-async def test_twenty_crashes_before_ready(host: FakeHost) -> None:
-    """P3: the delays are 1, 2, 4 ... 60 s, a crash loop is raised once, at 10, and the retries never end."""
-    host.usual = _crash(0.2)
-    async with supervised(host) as it:
-        it.router.start()
-        await it.until(lambda: it.spawns == 21)
-        delays = [scheduled.delay_s for scheduled in it.story.of(RouterRestartScheduled)]
-        assert delays == [1, 2, 4, 8, 16, 32, *[60] * 14]
-        assert [loop.failures for loop in it.story.of(RouterCrashLoop)] == [10]
-        ended = it.story.times(RouterExited)
-        assert it.story.times(RouterCrashLoop) == [ended[9]]
-        pauses = [spawn - end for end, spawn in zip(ended, host.machine.spawned_at[1:], strict=True)]
-        assert pauses == pytest.approx(delays, abs=0.05)
-        assert all(pause >= delay for pause, delay in zip(pauses, delays, strict=True))
-        assert it.router.comeback.history.is_crash_loop
-        assert (it.router.restarts, it.router.state) == (20, RouterState.STARTING)
-
-
 async def test_jitter_stretches_the_delay(host: FakeHost) -> None:
     """The random source decides how much of the 25 % is added."""
     host.usual = _crash()
@@ -255,17 +220,6 @@ async def test_jitter_stretches_the_delay(host: FakeHost) -> None:
         await it.until(lambda: it.spawns == 4)
         delays = [scheduled.delay_s for scheduled in it.story.of(RouterRestartScheduled)]
         assert delays == [1.125, 2.25, 4.5]
-
-
-async def test_there_is_never_more_than_one_start_a_second(host: FakeHost) -> None:
-    """Whatever mixture of ends a router meets, it is not started twice within a second."""
-    ends_at = [0.0, 0.1, 10.06, 0.0, 25.0, 3.0, 10.1, 10.2, 0.0, 400.0, 0.0, 10.1]
-    host.starts.extend(FakeStart(ready_at=0.02, ends_at=end) for end in ends_at)
-    async with supervised(host) as it:
-        it.router.start()
-        await it.until(lambda: it.spawns == len(ends_at) + 1)
-        spawns = host.machine.spawned_at
-        assert min(later - earlier for earlier, later in itertools.pairwise(spawns)) >= 1.0
 
 
 async def test_failures_are_forgiven_after_five_minutes_ready(host: FakeHost) -> None:
@@ -292,25 +246,6 @@ async def test_a_manual_restart_leaves_the_budget_alone(host: FakeHost) -> None:
         assert it.router.comeback.history.failures == 5
         await anyio.sleep(HOUR_S)
         assert it.spawns == 6
-
-
-async def test_a_router_that_never_answers_is_overdue(host: FakeHost) -> None:
-    """H4: a router that is not ready in time is ended, and tried again after a backoff."""
-    host.starts.append(FakeStart(ready_at=600.0, term_s=3.0))
-    async with supervised(host) as it:
-        it.router.start()
-        await it.until(lambda: it.router.process is not None)
-        began = anyio.current_time()
-        await anyio.sleep(1.0)
-        assert it.router.reason == "it does not answer yet: All connection attempts failed"
-        await it.reaches(RouterState.STOPPING)
-        assert anyio.current_time() - began == pytest.approx(START_DEADLINE_S, abs=0.1)
-        assert it.story.of(RouterReady) == []
-        await it.reaches(RouterState.BACKOFF)
-        assert it.router.reason == "not ready within 60 s"
-        assert it.router.comeback.history.failures == 1
-        await it.reaches(RouterState.READY)
-        assert [spawned.cause for spawned in it.story.of(RouterSpawned)] == [None, Cause.START_TIMEOUT]
 
 
 async def test_the_next_process_waits_until_the_last_has_gone(host: FakeHost) -> None:

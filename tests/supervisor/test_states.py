@@ -20,8 +20,8 @@ MEANT: dict[tuple[RouterState, RouterInput], tuple[RouterState, RouterAction]] =
     (S.STARTING, IN.RESTART): (S.STOPPING, A.STOP),
     (S.STARTING, IN.READY): (S.READY, A.NONE),
     (S.STARTING, IN.OVERDUE): (S.STOPPING, A.STOP),
-    (S.READY, IN.HUNG): (S.STOPPING, A.STOP),
-    (S.DEGRADED, IN.HUNG): (S.STOPPING, A.STOP),
+    (S.READY, IN.UNFIT): (S.STOPPING, A.STOP),
+    (S.DEGRADED, IN.UNFIT): (S.STOPPING, A.STOP),
     (S.STARTING, IN.CRASHED): (S.BACKOFF, A.BACK_OFF),
     (S.STARTING, IN.REFUSED): (S.FAILED, A.LATCH),
     (S.READY, IN.STOP): (S.STOPPING, A.STOP),
@@ -76,8 +76,8 @@ def test_every_pair_while_stopping_is_as_meant(then: RouterState, signal: Router
         *((state, IN.STOP, S.STOPPED) for state in (S.STARTING, S.READY, S.DEGRADED)),
         *((state, IN.RESTART, S.STARTING) for state in (S.STARTING, S.READY, S.DEGRADED)),
         (S.STARTING, IN.OVERDUE, S.BACKOFF),
-        (S.READY, IN.HUNG, S.BACKOFF),
-        (S.DEGRADED, IN.HUNG, S.BACKOFF),
+        (S.READY, IN.UNFIT, S.BACKOFF),
+        (S.DEGRADED, IN.UNFIT, S.BACKOFF),
     ],
 )
 def test_where_an_end_leads(state: RouterState, signal: RouterInput, then: RouterState) -> None:

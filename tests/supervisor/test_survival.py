@@ -26,6 +26,7 @@ from llamavisor.events import (
     UnloadReason,
 )
 from llamavisor.ledger import Section
+from llamavisor.messages import Recalled
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.procfs import Identity
 from llamavisor.quarantine import FIRST_S, MAX_S, Quarantine
@@ -217,7 +218,7 @@ async def test_what_an_earlier_daemon_had_is_loaded_again(tmp_path: Path, virtua
     host.models = {name: FakeModel() for name in ("alpha", "beta", "gamma")}
     host.models["gamma"].load_on_start = True
     async with supervised(host) as it:
-        it.router.recall(("beta", "gone", "alpha"))
+        it.router.tell(Recalled(("beta", "gone", "alpha")))
         await it.comes_up()
         await it.until(lambda: it.story.of(RouterRecovered))
         assert [event.model for event in it.story.of(ModelLoaded)] == ["gamma", "beta", "alpha"]

@@ -231,7 +231,9 @@ def _json(status: int, body: bytes, path: Path) -> dict[str, Any]:
     if status >= 400:
         detail = answer.get("detail") or answer.get("title") or f"status {status}"
         exit_code = _EXIT_CODES.get(str(answer.get("code")), ExitCode.FAILED)
-        raise CommandError(str(detail), hint=str(answer.get("hint") or ""), exit_code=exit_code)
+        tail = answer.get("log_tail")
+        log_tail = [str(line) for line in tail] if isinstance(tail, list) else []
+        raise CommandError(str(detail), hint=str(answer.get("hint") or ""), exit_code=exit_code, log_tail=log_tail)
     return answer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from llamavisord.exit_codes import ExitCode
 
 
@@ -12,11 +14,15 @@ class CommandError(Exception):
         message: what failed, on which object, and why.
         hint: what to do next.
         exit_code: the exit code of the command.
+        log_tail: the end of what the process in question had printed.
     """
 
-    def __init__(self, message: str, *, hint: str = "", exit_code: ExitCode = ExitCode.FAILED) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", exit_code: ExitCode = ExitCode.FAILED, log_tail: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.hint = hint
+        self.log_tail = tuple(log_tail)
         self.exit_code = exit_code
 
 

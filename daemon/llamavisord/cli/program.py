@@ -82,7 +82,7 @@ def _run(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", code=ExitCode.INTERRUPTED)
     except CommandError as exc:
-        return _complain(str(exc), exc.hint, code=exc.exit_code)
+        return _complain(str(exc), exc.hint, code=exc.exit_code, log_tail=exc.log_tail)
     except Exception as exc:  # the last resort: one line for a person, the rest with --debug
         if getattr(arguments, "debug", False):
             sys.__excepthook__(*sys.exc_info())  # the traceback module costs milliseconds
@@ -92,9 +92,11 @@ def _run(words: Sequence[str]) -> int:
         return _complain(f"{type(exc).__name__}: {exc}", "--debug shows where it comes from")
 
 
-def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED) -> int:
+def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED, log_tail: Sequence[str] = ()) -> int:
     for line in with_hint(message, hint).splitlines():
         print(f"llamavisor: {plain(line)}", file=sys.stderr)
+    for line in log_tail:
+        print(f"  | {plain(line, keep=chr(9))}", file=sys.stderr)
     return code
 
 

@@ -9,11 +9,11 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
-import anyio.to_thread
 from aiohttp import web
 
 from llamavisor.events import Bus, GatewayListening, Warned
 from llamavisor.ports import holder_of
+from llamavisor.threads import run_in_thread
 from llamavisord.acceptor import Acceptor
 from llamavisord.addresses import LOOPBACK
 from llamavisord.gateway.replies import SERVER, Trouble
@@ -124,10 +124,10 @@ class Door:
         traffic = self._traffic
         while True:
             try:
-                listeners = await anyio.to_thread.run_sync(listen, host, port)
+                listeners = await run_in_thread(listen, host, port)
                 break
             except (OSError, UnicodeError) as error:
-                text = await anyio.to_thread.run_sync(_explain, host, port, error)
+                text = await run_in_thread(_explain, host, port, error)
                 if traffic.problem != text:
                     traffic.problem = text
                     self._bus.publish(Warned(subject="gateway", text=text))

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 import anyio
-import anyio.to_thread
 
 from llamavisor.capture import capture
 from llamavisor.errors import BinaryError
 from llamavisor.gauge.device import Device, Kind, Reading, is_integrated, unknown
+from llamavisor.threads import run_in_thread
 
 SUFFIX = "@llama-server"
 KEPT_S = 30.0
@@ -102,7 +102,7 @@ class ListedGauge:
     async def _list(self) -> None:
         at = anyio.current_time()
         try:
-            text = await anyio.to_thread.run_sync(partial(self._ask, self._path, self._env))
+            text = await run_in_thread(partial(self._ask, self._path, self._env))
         except (BinaryError, OSError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
             self._readings = tuple(unknown(reading.device, at, reason) for reading in self._readings)

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 
 from llamavisor.gauge.cgroup import parse_number, read_cgroup
 from llamavisor.gauge.device import RAM, Reading, unknown
+from llamavisor.threads import run_in_thread
 
 ROOT = Path("/")
 _KIB = 1024
@@ -35,7 +35,7 @@ class RamGauge:
     async def read(self) -> Sequence[Reading]:
         """RAM, always exactly one."""
         at = anyio.current_time()
-        return (await anyio.to_thread.run_sync(partial(self._measure, self._root, at)),)
+        return (await run_in_thread(partial(self._measure, self._root, at)),)
 
     async def aclose(self) -> None:
         """There is nothing to let go of."""

@@ -1,4 +1,4 @@
-"""A whole fleet, whatever clients, people and bad luck do in whatever order: what was promised is kept."""
+"""X2: a whole fleet, whatever clients, people and bad luck do in whatever order: what was promised is kept."""
 
 from __future__ import annotations
 
@@ -445,5 +445,5 @@ class FleetMachine(RuleBasedStateMachine):
             self.at_once(client.leave)
 
 
-TestFleetMachine = FleetMachine.TestCase
-TestFleetMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestX2FleetMachine = FleetMachine.TestCase
+TestX2FleetMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -55,7 +55,7 @@ def _host(folder: Path, *, has_events: bool = True, **usual: object) -> FakeHost
     clear_s=st.sampled_from([0.0, 0.01, 2.0]),
     ready_at=st.sampled_from([0.0, 0.05, 5.0]),
 )
-def test_the_last_wish_wins(
+def test_c10_the_last_wish_wins(
     folder: Path, wishes: list[tuple[str, float]], term_s: float, clear_s: float, ready_at: float
 ) -> None:
     """C10: whatever is wished for in whatever haste, the last wish is fulfilled, with never two processes at once."""
@@ -82,7 +82,7 @@ def test_the_last_wish_wins(
 
 @settings(max_examples=40, deadline=None)
 @given(wishes=st.lists(st.sampled_from(["start", "stop", "restart"]), min_size=1, max_size=8), at_s=PAUSES_S)
-def test_wishes_of_many_at_once(folder: Path, wishes: list[str], at_s: float) -> None:
+def test_c10_wishes_of_many_at_once(folder: Path, wishes: list[str], at_s: float) -> None:
     """C10: wishes that come together are taken one after the other, and a shut_down beside them ends it all."""
 
     async def main() -> None:
@@ -126,7 +126,7 @@ DEEDS = st.one_of(
         unload_s=st.sampled_from([0.0, 0.1, 3.0]),
     ),
 )
-def test_what_we_know_is_what_is(
+def test_x2_what_we_know_is_what_is(
     folder: Path, deeds: list[tuple[tuple[str, str], float]], has_events: bool, alpha: FakeModel
 ) -> None:
     """X2: after any sequence of deeds of ours, of clients and of fate, nobody waits for ever and the table is right."""
@@ -215,23 +215,39 @@ async def _a_full_life(it: Supervised) -> None:
     await it.router.shut_down()
 
 
-def _steps_of_a_full_life(folder: Path) -> int:
+async def _a_change_of_mind(it: Supervised) -> None:
+    """Other settings, a stop, and a start."""
+    await it.comes_up()
+    it.router.reconfigure(it.host)
+    await it.until(lambda: it.router.starts == 2)
+    await it.reaches(RouterState.READY)
+    it.router.stop()
+    await it.reaches(RouterState.STOPPED)
+    it.router.start()
+    await it.reaches(RouterState.READY)
+
+
+LIVES = [_a_full_life, _a_change_of_mind]
+
+
+def _steps_of(life: Callable[[Supervised], Awaitable[None]], folder: Path) -> int:
     instrument = _CancelAtStep(0)
 
     async def main() -> None:
         async with supervised(_host(folder)) as it:
             with anyio.CancelScope() as instrument.scope:
-                await _a_full_life(it)
+                await life(it)
             instrument.scope = None
 
     _on_virtual_time(main, instrument)
     return instrument.steps
 
 
-def test_cancelled_at_any_step_nothing_is_left(folder: Path) -> None:
+@pytest.mark.parametrize("life", LIVES)
+def test_x1_cancelled_at_any_step_nothing_is_left(folder: Path, life: Callable[[Supervised], Awaitable[None]]) -> None:
     """X1: whenever the supervision is cancelled, no process is left, and never were there two at once."""
-    last = _steps_of_a_full_life(folder)
-    assert last > 200, last
+    last = _steps_of(life, folder)
+    assert last > 60, last
     for step in range(1, last):
         host = _host(folder, clear_s=0.2)
         instrument = _CancelAtStep(step)
@@ -239,22 +255,25 @@ def test_cancelled_at_any_step_nothing_is_left(folder: Path) -> None:
         async def main(host: FakeHost = host, instrument: _CancelAtStep = instrument) -> None:
             with anyio.CancelScope() as instrument.scope:
                 async with supervised(host) as it:
-                    await _a_full_life(it)
+                    await life(it)
 
         _on_virtual_time(main, instrument)
         assert host.machine.left == [], f"cancelled at step {step}"
 
 
-def test_a_client_cancelled_at_any_step_disturbs_nobody(folder: Path) -> None:
+@pytest.mark.parametrize("life", LIVES)
+def test_x1_a_client_cancelled_at_any_step_disturbs_nobody(
+    folder: Path, life: Callable[[Supervised], Awaitable[None]]
+) -> None:
     """X1: whenever somebody who asks a router is cancelled, the router goes on and does what others ask."""
-    last = _steps_of_a_full_life(folder)
+    last = _steps_of(life, folder)
     for step in range(1, last, 3):
         instrument = _CancelAtStep(step)
 
         async def main(instrument: _CancelAtStep = instrument) -> None:
             async with supervised(_host(folder)) as it:
                 with anyio.CancelScope() as instrument.scope:
-                    await _a_full_life(it)
+                    await life(it)
                 await it.settle()  # a load on a router that was just killed may fail with it
                 if it.has_ended:
                     return
