@@ -18,8 +18,8 @@ LEFT_OUT = ("SIGSTOP", "pipe held", "disk of the state")
 
 
 @pytest.mark.timeout(120)
-def test_soak(llama_server: Path) -> None:
-    """Twenty seconds of faults, one every second: no invariant is broken, and what was measured is told."""
+def test_x2_all_faults_at_random_on_real_processes(llama_server: Path) -> None:
+    """X2: twenty seconds of faults, one every second: no invariant is broken, and what was measured is told."""
     argv = [sys.executable, str(SOAK), "--minutes", "0.33", "--every", "1", "--seed", str(SEED)]
     for label in LEFT_OUT:
         argv += ["--without", label]
