@@ -11,6 +11,8 @@ from journal import Event
 from stage import ALIASED, PINNED
 
 BAD = "this is not TOML ]\n"
+LEAVES_S = 1.0
+"""A model that had been told to leave before it was pinned has left by then."""
 
 
 class ReloadGood(Fault):
@@ -147,6 +149,7 @@ class LoadAndPin(_Command):
     async def inject(self) -> None:
         self.done_at = time.time()
         await self.post(f"models/{self.model}/pin")
+        await anyio.sleep(LEAVES_S)
         self._is_loaded = self.model in await self.stage.loaded()
         self._mark = self.stage.journal.mark
 
