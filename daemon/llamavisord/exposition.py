@@ -264,6 +264,8 @@ class _Snapshot(Collector):
         failures = gauge("router_consecutive_failures", "Failures to stay up, in a row.", "router")
         crash_loop = gauge("router_crash_loop", "1 while a router fails again and again.", "router")
         started = gauge("router_start_timestamp_seconds", "When a router's process was started.", "router")
+        missing = gauge("router_devices_missing", "Devices that a router had seen and that have vanished.", "router")
+        vanished = daemon.fleet.memory.devices.missing
         for router in daemon.fleet:
             for each in RouterState:
                 state.add_metric([router.name, each.value], float(router.state is each))
@@ -271,7 +273,8 @@ class _Snapshot(Collector):
             crash_loop.add_metric([router.name], float(router.comeback.history.is_crash_loop))
             if router.spawned_at is not None:
                 started.add_metric([router.name], unix_time(router.spawned_at))
-        yield from (state, failures, crash_loop, started)
+            missing.add_metric([router.name], len(vanished.get(router.name, ())))
+        yield from (state, failures, crash_loop, started, missing)
         yield from _of_models(daemon.fleet)
         yield from _of_folders(daemon.fleet)
         yield from memory_gauges(daemon.fleet.memory.occupancy())

@@ -63,3 +63,22 @@ def test_every_test_has_its_fault() -> None:
     """Each test carries the number of a fault, and is found under it."""
     listed = {row: named for row, _, named in table()}
     assert [test for test in all_tests() if test not in listed.get(row_of(test) or "", [])] == []
+
+
+def test_every_promise_names_its_tests() -> None:
+    """Each line of the table of promises in README.md of the project names tests that are there."""
+    page = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
+    promises = page.partition("## What is promised")[2].partition("\n## ")[0]
+    lines = [line for line in promises.splitlines() if line.startswith("| ") and not line.startswith("| when ")]
+    proofs = [re.findall(r"`(test_\w+)`", line.split("|")[3]) for line in lines]
+    assert len(lines) > 30
+    assert [line for line, tests in zip(lines, proofs, strict=True) if not tests] == []
+    there = {name for path in HERE.parent.rglob("test_*.py") for name in defined_in(path)}
+    assert [test for tests in proofs for test in tests if test not in there] == []
+
+
+def defined_in(path: Path) -> Iterator[str]:
+    """All functions of a file, by their names."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
