@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test check bench format clean llama
+.PHONY: demo test check bench soak format clean llama
 
 demo: llama
 	$(BIN)/llamavisor demo
@@ -19,6 +19,11 @@ check: $(VENV)/dev
 
 bench: llama $(VENV)/bench
 	$(BIN)/python tests/bench
+
+# `make soak MINUTES=10 SEED=7 FLAGS="--without SIGSTOP --keep DIR"`; without a seed a random one is taken, and told.
+MINUTES ?= 10
+soak: llama
+	$(BIN)/python tests/soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(FLAGS)
 
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .

@@ -186,9 +186,13 @@ class Memory:
 
     def note_specs(self) -> None:
         """What models should be has changed, or which there are: other ones may be pinned."""
-        specs = (spec for router in self._routers.values() for spec in router.shelf.wanted.values())
+        shelves = [router.shelf for router in self._routers.values()]
+        # A model whose file has gone or been damaged is wanted no more, and stays as long as its router was told of it.
+        specs = (spec for shelf in shelves for spec in {**shelf.offer.specs(), **shelf.wanted}.values())
         self.scheduler.pin(self._pins.among(specs))
 
     def _hear(self, published: Published) -> None:
-        if isinstance(published.event, ModelAdded | ModelRemoved | ModelsChanged | RouterReady):
+        if isinstance(published.event, RouterReady):
+            self.note_specs()  # before any of its models is loaded, and another takes its place
+        elif isinstance(published.event, ModelAdded | ModelRemoved | ModelsChanged):
             self._specs_changed.set()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -23,6 +21,7 @@ import anyio.to_thread
 import httpx
 import pytest
 
+from asking import LONG, SHORT, Ask, End, Ended
 from fakes.bare_router import free_port
 from fakes.waiting import eventually
 from llamavisord.tiny_model import write_tiny_model
@@ -41,8 +40,6 @@ SETTLE_S = 6.0
 PAUSE_S = 0.02
 """Between two requests of a client, so that the machine also gets to restart what was killed."""
 MODELS = ("m0", "m1", "m2", "m3")
-SHORT, LONG = 3, 200
-"""Tokens of an answer that is there at once, and of one that can be killed while it is spoken."""
 
 
 @dataclass
@@ -74,30 +71,6 @@ class Tally:
         return "\n".join([*lines, f"killed: {models} models, {routers} routers; sent again and answered: {self.again}"])
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A request and what a whole answer to it says."""
-
-    model: str
-    tokens: int
-    is_stream: bool
-
-    @property
-    def kind(self) -> str:
-        """Which row of the table it belongs to."""
-        return f"{'long' if self.tokens == LONG else 'short'} {'stream' if self.is_stream else 'answer'}"
-
-    @property
-    def body(self) -> dict[str, object]:
-        """Of the request."""
-        messages = [{"role": "user", "content": "hi"}]
-        return {"model": self.model, "messages": messages, "stream": self.is_stream, "max_tokens": self.tokens}
-
-    def is_whole(self, said: str) -> bool:
-        """Whether this is all that the model says, and nothing of it twice."""
-        return said.split() == list(islice(cycle(("I", "am", self.model)), self.tokens))
-
-
 def _asks(model: str) -> list[Ask]:
     return [Ask(model, tokens, is_stream=is_stream) for tokens in (SHORT, LONG) for is_stream in (False, True)]
 
@@ -125,60 +98,21 @@ threads = 1
 
 
 async def _ask(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> None:
-    """Send one request, and judge its answer."""
+    """Send one request, and judge its answer: here nobody may be sent away."""
     began = time.monotonic()
-    said, how, why = "", "wrong", "a hang"
+    ended = Ended(End.WRONG, why="a hang")
     with anyio.move_on_after(REQUEST_S):
         try:
-            if ask.is_stream:
-                said, how, why = await _stream(client, ask, tally)
-            else:
-                said, how, why = await _whole(client, ask, tally)
+            ended = await ask.send(client)
         except httpx.HTTPError as error:
-            why = f"{error!r} after {said[:40]!r}"
+            ended = Ended(End.WRONG, why=repr(error))
     took_s = time.monotonic() - began
+    how = "wrong" if ended.how is End.REFUSED else ended.how.value
+    tally.again += ended.was_sent_again
     tally.ended[ask.kind, how] += 1
     tally.slowest_s[ask.kind] = max(tally.slowest_s.get(ask.kind, 0.0), took_s)
     if how == "wrong":
-        tally.wrong.append(f"{ask.kind} of {ask.model} after {took_s:.2f} s: {why}")
-
-
-async def _whole(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> tuple[str, str, str]:
-    reply = await client.post("/v1/chat/completions", json=ask.body)
-    if reply.status_code != 200:
-        return "", "wrong", f"{reply.status_code} {reply.text[:300]}"
-    tally.again += "x-llamavisor-retries" in reply.headers
-    said = reply.json()["choices"][0]["message"]["content"]
-    return said, "whole" if ask.is_whole(said) else "wrong", f"it said {said[:80]!r}"
-
-
-async def _stream(client: httpx.AsyncClient, ask: Ask, tally: Tally) -> tuple[str, str, str]:
-    """There are four cases: refused, whole to its [DONE], broken with an event that says so, and all others."""
-    said, last = "", ""
-    try:
-        async with client.stream("POST", "/v1/chat/completions", json=ask.body) as reply:
-            if reply.status_code != 200:
-                return "", "wrong", f"{reply.status_code} {(await reply.aread())[:300]!r}"
-            tally.again += "x-llamavisor-retries" in reply.headers
-            async for line in reply.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                last = line[5:].strip()
-                if last != "[DONE]" and '"error"' not in last:
-                    choices = json.loads(last)["choices"]
-                    said += (choices[0]["delta"].get("content") or "") if choices else ""
-    except httpx.HTTPError as error:
-        return said, "wrong", f"{error!r} after {said[-40:]!r}, {last[:200]}"
-    if last == "[DONE]":
-        return (
-            said,
-            "whole" if ask.is_whole(said) else "wrong",
-            f"[DONE] after {len(said.split())} words: {said[-80:]!r}",
-        )
-    if '"error"' in last:
-        json.loads(last)
-        return said, "broken" if said else "wrong", f"an error before any data: {last}"
-    return said, "wrong", f"an end without a word after {len(said.split())} words: {last[:200]}"
+        tally.wrong.append(f"{ask.kind} of {ask.model} after {took_s:.2f} s: {ended.why}")
 
 
 async def _kill_children(daemon: RunningDaemon, tally: Tally) -> None:

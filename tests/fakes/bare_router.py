@@ -127,6 +127,12 @@ class BareRouter:
         preset: its preset file.
         env: more environment.
         port: where it listens, None = on a free port.
+
+    Attributes:
+        preset: the preset file.
+        port: where it listens.
+        command: how it is started, by whomever.
+        environment: with which.
     """
 
     def __init__(
@@ -147,12 +153,12 @@ class BareRouter:
         self.preset.write_text(preset, encoding="utf-8")
         self.port = port or free_port()
         self._key = (env or {}).get("LLAMA_API_KEY")
-        self._argv = [
+        self.command = [
             *(str(program), "--host", "127.0.0.1", "--port", str(self.port)),
             *("--models-dir", str(models_dir), "--models-preset", str(self.preset)),
             *("--timeout", "60", "--threads-http", "32", "--log-colors", "off", *arguments),
         ]
-        self._env = {
+        self.environment = {
             "PATH": os.environ["PATH"],
             "XDG_CONFIG_HOME": str(folder / "config"),
             "LLAMA_CACHE": str(folder / "cache"),
@@ -199,11 +205,11 @@ class BareRouter:
         """Start it, and do not wait."""
         with (self._folder / "stdout").open("ab") as out, (self._folder / "stderr").open("ab") as err:
             self._popen = subprocess.Popen(
-                self._argv,
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=self._env,
+                env=self.environment,
                 start_new_session=True,
             )
 

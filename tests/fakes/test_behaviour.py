@@ -72,10 +72,10 @@ def test_it_remembers_how_it_was_started(start: Callable[..., BareRouter], fake_
     """Every start of a router and of a model is recorded, with its arguments and its environment."""
     with start() as router:
         router.load("alpha")
-        fake = FakeLlamaServer(Path(router._argv[0]))
+        fake = FakeLlamaServer(Path(router.command[0]))
         (start_of_router,) = fake.starts()
         (start_of_model,) = fake.model_starts()
-    assert start_of_router["argv"] == router._argv
+    assert start_of_router["argv"] == router.command
     assert start_of_router["env"]["LLAMA_CACHE"].endswith("/cache")
     assert start_of_router["pid"] == router.pid
     assert "--alias" in start_of_model["argv"]
@@ -99,7 +99,7 @@ def test_behaviour_can_change_between_starts(start: Callable[..., BareRouter]) -
     router = start(start_failures=-1)
     with _ending_badly(router):
         assert router.wait() == 1
-    FakeLlamaServer(Path(router._argv[0])).change()
+    FakeLlamaServer(Path(router.command[0])).change()
     with router:
         assert router.call("GET", "/health").status == 200
 

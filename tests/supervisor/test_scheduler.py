@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -9,11 +10,13 @@ import pytest
 
 from fakes.fleet import GIB, Client, GatewayStage, models
 from fakes.machine import KILLED, FakeModel
+from llamavisor.catalog import EntryState
 from llamavisor.demands import MAX_WAITING_PER_MODEL, STALL_S, Why
 from llamavisor.errors import DemandRefusedError, ModelNotFoundError, RouterNotReadyError
 from llamavisor.events import (
     DemandMet,
     DemandRefused,
+    ModelAdded,
     ModelChanged,
     ModelLoadFailed,
     ModelQuarantined,
@@ -22,6 +25,8 @@ from llamavisor.events import (
     UnloadReason,
 )
 from llamavisor.eviction import MIN_RESIDENCY_S
+from llamavisor.rules import ModelRule, ModelSettings
+from llamavisor.settings import FleetSettings
 from llamavisor.states import ModelState
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("virtual_time")]
@@ -183,6 +188,31 @@ async def test_pinned_models_stay(it: GatewayStage) -> None:
         assert it.fleet.memory.unpin("alpha")
         await it.served("gamma")
         assert it.loaded() == {"beta", "gamma"}
+
+
+async def test_what_is_written_counts_as_soon_as_a_router_is_up(it: GatewayStage) -> None:
+    """A model that is to stay is never chosen to leave, also when much has changed right before."""
+    pinned = ModelRule("alpha", "[model.alpha]", ModelSettings(pin=True, router="two"))
+    async with it.running(it.router("one")):
+        it.bus.publish(ModelAdded(router="one", model="beta", path="/models/beta.gguf"))
+        await anyio.sleep(0.001)
+        both = FleetSettings(routers=(it.router("one"), it.router("two")), serve="gateway", rules=(pinned,))
+        await it.fleet.apply(both)
+        await it.until(lambda: it["two"].is_serving)
+        assert it.fleet.memory.scheduler.is_pinned("alpha")
+
+
+async def test_a_pinned_model_whose_file_is_damaged_stays(it: GatewayStage) -> None:
+    """It could not come back: it serves until its file is fit to be loaded again, whoever else is asked for."""
+    pinned = ModelRule("alpha", "[model.alpha]", ModelSettings(pin=True))
+    async with it.running(rules=(pinned,)):
+        await it.served("alpha", "beta")
+        it.watches[0].put(replace(it.watches[0].entries["alpha"], state=EntryState.INVALID, reason="cut off"))
+        await it.served("gamma", "delta")
+        assert it.loaded() == {"alpha", "delta"}
+        it.fleet.memory.note_specs()
+        await it.served("beta", "gamma")
+        assert it.loaded() == {"alpha", "gamma"}
 
 
 async def test_a_word_that_changes_nothing_is_not_kept(it: GatewayStage) -> None:
