@@ -34,7 +34,8 @@ class Cause(Enum):
     # what the kernel says
     OOM = "oom"  # killed for want of memory
     FILE_CHANGED = "file_changed"  # its file was overwritten or cut off while it was in use
-    SIGNAL = "signal"  # a signal ended it
+    KILLED = "killed"  # somebody has ended it by a signal that is for that
+    SIGNAL = "signal"  # a signal ended it: it crashed
     EXIT = "exit"  # it ended by itself, with whatever exit code
     HUNG = "hung"  # it lived, did not answer and did nothing
     UNKNOWN = "unknown"  # it ended, and nothing says why
@@ -78,6 +79,7 @@ _CONSEQUENCES: Mapping[Cause, tuple[Consequence, Consequence, Consequence]] = {
     Cause.NO_MEMORY: (_R, _E, _Q),
     Cause.OOM: (_R, _E, _Q),
     Cause.FILE_CHANGED: (_R, _Q, _R),
+    Cause.KILLED: (_R, _R, _R),
     Cause.SIGNAL: (_R, _R, _R),
     Cause.EXIT: (_R, _Q, _R),
     Cause.HUNG: (_R, _Q, _R),
@@ -151,6 +153,14 @@ def _in_words(line: str) -> tuple[Cause, str, str] | None:
     return None
 
 
+_KILLS = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})
+
+
+def was_killed(status: ExitStatus | None) -> bool:
+    """Whether a process was ended from outside, and did not crash by itself."""
+    return status is not None and status.signal in _KILLS
+
+
 def classify_refusal(text: str) -> Cause:
     """Why a router would not load a model, by what it answered."""
     found = _in_words(text)
@@ -214,6 +224,8 @@ def classify_model(traces: Traces, subject: Subject) -> tuple[Cause, str]:
         named = (found[0] for line in words if (found := _in_words(line)) is not None)
         return next(named, Cause.EXIT), words[0]
     when = " while it was loading" if subject is Subject.LOADING else ""
+    if was_killed(status):
+        return Cause.KILLED, f"its process was killed by {status}{when}"
     if number is not None:
         return Cause.SIGNAL, f"its process was ended by {status}{when}"
     if subject is Subject.LOADING:

@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 
 from llamavisor.api import ListedModel, Props
-from llamavisor.cause import Cause, Verdict, classify
+from llamavisor.cause import Cause, Verdict, classify, was_killed
 from llamavisor.errors import ApiError, OptionError, SpawnError
 from llamavisor.gaps import was_missed
 from llamavisor.health import PROBES
@@ -96,6 +96,7 @@ class Generation:
         self._workers: anyio.abc.TaskGroup | None = None
         self._api: Api | None = None
         self._running: set[str] = set()  # models that the router says have a child
+        self._killed: set[str] = set()  # models whose last child somebody has killed: no log can add to that
         self._watched: set[str] = set()  # models whose child is being looked for or watched
         self._loading: set[str] = set()
         self._children: dict[str, ModelProcess] = {}
@@ -120,9 +121,7 @@ class Generation:
         leftovers = Leftovers()
         try:
             with self._scope:
-                if after is not None:
-                    await after.wait()
-                await self._live()
+                await self._live(after)
         finally:
             with anyio.CancelScope(shield=True):
                 if after is not None:  # stopped while it waited: nothing of the one before may be left either
@@ -168,8 +167,18 @@ class Generation:
         if child is not None and child.port is not None:
             self._post(Tried(model, child.pid, await self._host.try_model(child.port)))
 
-    async def _live(self) -> None:
+    async def _prepare(self, after: anyio.Event | None) -> Launch | Verdict:
+        """Look at what a start needs while the one before is cleared away; its port is free only after that."""
+        if after is None or after.is_set() or self._host.settings.port:
+            if after is not None:
+                await after.wait()
+            return await self._host.prepare()
         launch = await self._host.prepare()
+        await after.wait()
+        return launch
+
+    async def _live(self, after: anyio.Event | None) -> None:
+        launch = await self._prepare(after)
         if isinstance(launch, Verdict):
             self._post(Ended(launch, launch.reason, None))
             return
@@ -288,7 +297,7 @@ class Generation:
                         if event is None:
                             self._hint.set()
                             continue
-                        if event.exit_code:
+                        if event.exit_code and event.model not in self._killed:
                             await anyio.sleep(LOG_SETTLE_S)
                             await self._host.look_again()  # a file that was cut off explains a crash
                         self._see(event.model, event.state)
@@ -349,8 +358,11 @@ class Generation:
                 if child is None:
                     return
                 self._children[model] = child
+                self._killed.discard(model)
                 self._post(ChildFound(model, child))
                 status = await self._until_ended(model, child)
+                if was_killed(status):
+                    self._killed.add(model)
                 self._post(ChildEnded(model, child.pid, status))
                 async with anyio.create_task_group() as group:
                     group.start_soon(anyio.sleep, AFTERMATH_S)

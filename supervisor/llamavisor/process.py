@@ -162,10 +162,13 @@ class Process:
         strays: set[procfs.Identity] = set()
         with anyio.move_on_after(KILL_GRACE_S):
             while True:
-                strays |= self._find_strays()
+                found = self._find_strays()
+                strays |= found
                 self._reap()
                 strays = {stray for stray in strays if not self._is_gone(stray)}
                 if not strays:
+                    if found:  # what has just gone may have left children, which are ours now
+                        continue
                     break
                 for stray in strays:
                     known = procfs.stat(stray.pid)
@@ -180,9 +183,13 @@ class Process:
         return Leftovers(killed=tuple(sorted(killed)), survivors=tuple(survivors))
 
     def _find_strays(self) -> set[procfs.Identity]:
-        """The processes of our session and those with our marker, besides this process itself."""
+        """The processes of our session and those with our marker, besides this process itself, that were handed to us.
+
+        Their own children are handed to us when they end: to walk through all threads of a process that serves a model
+        takes milliseconds.
+        """
         strays = set()
-        for pid in procfs.descendants(os.getpid()):
+        for pid in procfs.children(os.getpid()):
             known = procfs.stat(pid)
             if pid == self.pid or known is None:
                 continue

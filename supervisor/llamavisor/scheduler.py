@@ -391,8 +391,8 @@ class Scheduler:
         if event.reason is ev.UnloadReason.UNRESPONSIVE:
             if _is_too_often(self._hangs.setdefault(key, deque(maxlen=HANGS)), now, HANGS_WITHIN_S):
                 return f"its process has hung {HANGS} times within {HANGS_WITHIN_S / 60:.0f} min"
-        elif event.reason not in _CRASHED:
-            return None
+        elif event.reason not in _CRASHED or event.cause is Cause.KILLED:
+            return None  # somebody wanted it to go
         slot = self.admission.slot(*key)
         if slot is not None and slot.has_answered:  # it is of use: whatever ends it is not its own fault each time
             self._crashes.pop(key, None)

@@ -17,11 +17,7 @@ from llamavisord.app import _log_event
     ("reason", "level", "text"),
     [
         (UnloadReason.CRASHED, logging.WARNING, "model a: crashed on main"),
-        (
-            UnloadReason.FILE_CHANGED,
-            logging.WARNING,
-            "model a: crashed on main because its file was overwritten or cut off",
-        ),
+        (UnloadReason.FILE_CHANGED, logging.WARNING, "model a: crashed on main"),
         (UnloadReason.REQUESTED, logging.INFO, "model a: unloaded from main (requested)"),
         (UnloadReason.EVICTED, logging.INFO, "model a: unloaded from main (evicted)"),
         (UnloadReason.ROUTER, logging.INFO, "model a: unloaded from main (router)"),

@@ -73,7 +73,7 @@ def test_loads_that_fail(daemon: RunningDaemon, model: str, cause: str, reason: 
     [
         (signal.SIGSEGV, "signal", "crashed"),
         (signal.SIGABRT, "signal", "crashed"),
-        (signal.SIGKILL, "signal", "crashed"),
+        (signal.SIGKILL, "killed", "crashed"),
         (signal.SIGBUS, "file_changed", "file_changed"),
     ],
 )

@@ -261,7 +261,8 @@ def test_words_of_a_load(lines: list[str], cause: Cause, then: Consequence) -> N
         (Traces(ExitStatus(signal=signal.SIGKILL), was_oom=True), Subject.LOADING, Cause.OOM, Consequence.EVICT),
         (Traces(was_oom=True), Subject.SERVING, Cause.OOM, Consequence.QUARANTINE),
         (Traces(ExitStatus(signal=signal.SIGSEGV), was_oom=True), Subject.SERVING, Cause.SIGNAL, Consequence.RETRY),
-        (Traces(ExitStatus(signal=signal.SIGKILL)), Subject.SERVING, Cause.SIGNAL, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGKILL)), Subject.SERVING, Cause.KILLED, Consequence.RETRY),
+        (Traces(ExitStatus(signal=signal.SIGTERM)), Subject.LOADING, Cause.KILLED, Consequence.RETRY),
     ],
 )
 def test_how_a_model_ends(traces: Traces, subject: Subject, cause: Cause, then: Consequence) -> None:
