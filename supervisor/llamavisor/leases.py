@@ -17,6 +17,7 @@ from llamavisor.admission import Admission
 from llamavisor.demands import Action, Lease, Rejection, Why
 from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError, ModelLoadError, RouterNotReadyError
+from llamavisor.eviction import Reason
 from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.placement import Candidate
 from llamavisor.router import Router
@@ -252,6 +253,8 @@ class Leases:
             raise
         given = outcome[0]
         if isinstance(given, Rejection):
+            if given.refusal is not None and given.refusal.reason is Reason.NO_ROUTER:
+                self._where.candidates(name, only=router)  # raises with the reason: stopped, failed, or not there
             raise refusal(given)
         return given
 

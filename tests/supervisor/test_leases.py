@@ -8,6 +8,7 @@ import pytest
 
 from fakes.fleet import GIB, GatewayStage
 from fakes.machine import KILLED, FakeModel
+from llamavisor.errors import RouterNotReadyError
 from llamavisor.events import ModelUnloaded, UnloadReason
 
 pytestmark = pytest.mark.anyio
@@ -78,3 +79,16 @@ async def test_a_process_that_takes_no_connection_is_ended(it: GatewayStage) -> 
         assert [event.reason for event in it.story.of(ModelUnloaded)] == [UnloadReason.UNRESPONSIVE]
         it.fleet.memory.scheduler.end_unresponsive(endpoint)  # of a former life: it means nothing
         assert it.fleet.leases.is_kept(again)
+
+
+async def test_who_waits_while_the_router_is_stopped_is_told_so(it: GatewayStage) -> None:
+    """A person stops the router: whoever waits in its queue may come again, and is not told that nothing is there."""
+    async with it.running():
+        holder = it.client("alpha")
+        waiting = it.client("beta")
+        await it.until(lambda: it["main"].table.get("alpha") is not None)
+        it["main"].stop()
+        await it.until(lambda: waiting.is_over and holder.is_over)
+        for client in (waiting, holder):
+            assert isinstance(client.error, RouterNotReadyError), client
+            assert "is stop" in str(client.error)
