@@ -18,6 +18,8 @@ STATUS_S = 1.0
 """How often it is looked whether there is something new to say."""
 LOOK_S = 3.0
 """How long one look at the daemon may take at least: what works every second has done so twice by then."""
+RETRY_S = 1.0
+"""One look that fails says little: a busy socket may have turned it away."""
 
 _NOT_SILENT = {errno.ENOENT, errno.ECONNREFUSED, errno.EMFILE, errno.ENFILE}
 """The file of the socket is gone, or there is no descriptor to ask with: that passes, and a restart is no help."""
@@ -58,12 +60,13 @@ async def _keep_alive(notifier: Notifier, every_s: float, fleet: Fleet, control_
     supervise and answer nobody.
     """
     while True:
-        began = anyio.current_time()
+        began, is_alive = anyio.current_time(), False
         with anyio.move_on_after(max(every_s, LOOK_S)):
             if await _answers(control_socket):
-                await fleet.pulse()
+                await fleet.live_on()
                 notifier.alive()
-        await anyio.sleep_until(began + every_s)
+                is_alive = True
+        await anyio.sleep_until(began + (every_s if is_alive else RETRY_S))
 
 
 async def _answers(control_socket: Path) -> bool:

@@ -30,6 +30,10 @@ class Arbiter(Protocol):
         """Promise the model to nobody any more: its process hangs, and is being ended whomever it answers."""
         ...
 
+    def clear(self, router: str, model: str) -> None:
+        """The model was suspected, was tried, and works."""
+        ...
+
     def make_way(self, router: str) -> None:
         """That router loads nothing until it is restarted: have its models leave if somebody has waited for long."""
         ...

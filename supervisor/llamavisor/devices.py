@@ -1,9 +1,10 @@
 """Notices when a GPU vanishes under a router, and when it comes back.
 
-A driver that does not answer for a while has not lost its device: one that the gauge knows nothing of for long is
-suspected, and then the router's own llama-server is asked. What it does not list is gone. It would go on without it,
-on the processor and in silence; so its router is restarted, is DEGRADED for as long as the device is missing, and is
-restarted once more when it is back.
+A driver that does not answer for a while has not lost its device: one of which the gauge could tell and knows nothing
+for long is suspected, and then the router's own llama-server is asked, twice. If it lists fewer than it did, the device
+is gone. A router would go on without it, on the processor and in silence; so it loads nothing more, is restarted when
+nothing of what it had works, is DEGRADED for as long as the device is missing, and is restarted once more when it is
+back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from llamavisor.gauge import RAM_ID
 from llamavisor.gauge.listed import HIDING
 from llamavisor.messages import DevicesLost
 from llamavisor.router import Router
-from llamavisor.settings import RouterSettings
 from llamavisor.states import SERVING
 
 LOOK_S = 10.0
@@ -62,40 +62,41 @@ class DeviceWatch:
                     await self._look(router, anyio.current_time())
 
     async def _look(self, router: Router, now: float) -> None:
+        told = router.settings.without_models(), router.launch.found.fingerprint if router.launch is not None else None
         watched = self._watched.get(router.name)
-        if watched is None or watched.settings != router.settings.without_models():
-            watched = self._watched[router.name] = _Watched(router.settings.without_models(), router.starts)
-            self._tell_of_fallback(router)
-        watched.had |= {device.name: device for device in self._capacity.devices_of(router.name)}
+        if watched is None or watched.told != told:  # another build may call the same devices otherwise
+            watched = self._watched[router.name] = _Watched(told, router.starts)
+            await self._tell_of_fallback(router)
+        watched.had |= {device.id: device for device in self._capacity.devices_of(router.name)}
         if router.starts != watched.starts:  # a fresh process, which may see more, or less
             watched.starts = router.starts
             if watched.missing:
                 router.tell(DevicesLost(watched.missing, is_news=False))
-        is_suspect = watched.suspect(self._silent(), now)
-        if not (is_suspect or watched.missing) or now - watched.asked_at < ASK_EVERY_S:
+        silent = watched.silent(self._known(), now)
+        if not (silent or watched.missing) or now - watched.asked_at < ASK_EVERY_S:
             return
         watched.asked_at = now
         seen = await router.host.sight(self._capacity.meter.devices, is_fresh=True)
         if seen is None or router.state not in SERVING:
             return  # nobody can say
-        names = {device.name for device in seen}
-        missing = tuple(name for name in watched.had if name not in names)
-        if missing != watched.missing:
+        count = len(watched.had) - len(seen)
+        missing = tuple(watched.had[each].name for each in silent)[:count] if count > 0 else ()
+        is_sure, watched.listed = watched.listed == missing, missing
+        if is_sure and missing != watched.missing:
             is_worse = bool(set(missing) - set(watched.missing))
             watched.missing = missing
             router.tell(DevicesLost(missing, is_news=is_worse))
 
-    def _silent(self) -> set[str]:
-        """The memories of which the gauge says nothing."""
-        readings = self._capacity.meter.readings
-        known = {each for each, reading in readings.items() if reading.is_known}
-        had = {device.id for watched in self._watched.values() for device in watched.had.values()}
-        return had - known - {RAM_ID}
+    def _known(self) -> set[str]:
+        """The memories of which the gauge can tell now."""
+        return {each for each, reading in self._capacity.meter.readings.items() if reading.is_known}
 
-    def _tell_of_fallback(self, router: Router) -> None:
+    async def _tell_of_fallback(self, router: Router) -> None:
         """A machine with a GPU and a llama-server that sees none: models run on the processor, and nobody says so."""
         gpus = [each.name for each in self._capacity.meter.devices if each.memory_id != RAM_ID]
-        if gpus and not self._capacity.devices_of(router.name) and _may_use_gpus(router):
+        if not gpus or not _may_use_gpus(router):
+            return
+        if await router.host.sight(self._capacity.meter.devices) == ():
             text = (
                 f"this machine has {', '.join(gpus)}, and its llama-server sees no GPU: models run on the processor. "
                 "Use a build for that GPU, mend its driver, or say gpu_layers = 0"
@@ -110,18 +111,26 @@ def _may_use_gpus(router: Router) -> bool:
 
 
 class _Watched:
-    """What is known of the devices of one router."""
+    """What is known of the devices of one router.
 
-    def __init__(self, settings: RouterSettings, starts: int) -> None:
-        self.settings = settings
+    Args:
+        told: what the router is told to be, and which build it runs.
+        starts: how many processes it has had.
+    """
+
+    def __init__(self, told: object, starts: int) -> None:
+        self.told = told
         self.starts = starts
-        self.had: dict[str, footprint.Device] = {}  # all that it has seen since it was told to be this
+        self.had: dict[str, footprint.Device] = {}  # all that it has seen since it was told to be this, by id
         self.missing: tuple[str, ...] = ()
+        self.listed: tuple[str, ...] | None = None  # what was missing in the last list
         self.asked_at = -ASK_EVERY_S
+        self._known: set[str] = set()  # of which the gauge could tell once
         self._silent_since: dict[str, float] = {}
 
-    def suspect(self, silent: set[str], now: float) -> bool:
-        """Whether the gauge has said nothing of one of its devices for long."""
-        ours = {device.id for device in self.had.values()} & silent
-        self._silent_since = {each: self._silent_since.get(each, now) for each in ours}
-        return any(now - since >= SUSPECT_AFTER_S for since in self._silent_since.values())
+    def silent(self, known: set[str], now: float) -> tuple[str, ...]:
+        """Its devices of which the gauge could tell, and has told nothing for long."""
+        ours = self.had.keys() - {RAM_ID}
+        self._known |= ours & known
+        self._silent_since = {each: self._silent_since.get(each, now) for each in (ours & self._known) - known}
+        return tuple(sorted(each for each, since in self._silent_since.items() if now - since >= SUSPECT_AFTER_S))

@@ -56,6 +56,14 @@ class ApiError(LlamavisorError):
         super().__init__(message, hint=hint)
         self.status = status
 
+    @property
+    def origin(self) -> BaseException | None:
+        """What had gone wrong in the first place: HTTP clients wrap the errors of the kernel."""
+        error: BaseException | None = self
+        while error is not None and (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        return error
+
 
 class RouterNotFoundError(LlamavisorError):
     """Raised when a name is not one of the configured routers."""

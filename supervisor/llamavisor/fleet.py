@@ -429,14 +429,14 @@ class Fleet:
         await router.wait_until(lambda: not router.table.has_process(name) or not router.is_serving)
         return True
 
-    async def pulse(self) -> None:
+    async def live_on(self) -> None:
         """Returns when all that is done every second was done once more: by each router's owner, and about memory.
 
-        So a watchdog sees that they live. Of what is shut down it does not return.
+        So a watchdog sees that they live.
         """
         async with anyio.create_task_group() as group:
-            group.start_soon(self.memory.pulse)
-            for router in self:
+            group.start_soon(self.memory.live_on)
+            for router in [router for router in self if not router.is_over]:
                 looks = itertools.count()
                 group.start_soon(router.wait_until, partial(next, looks))
 

@@ -40,7 +40,7 @@ from llamavisor.options import HANG_AFTER_S, hang_after_s
 from llamavisor.process import TERM_GRACE_S, ExitStatus, Leftovers
 from llamavisor.shelf import Offer
 from llamavisor.shortage import SHORTAGE_HINT, is_shortage
-from llamavisor.states import HAS_CHILD, ModelState
+from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
 from llamavisor.usage import Usage, UsageError
 
 START_DEADLINE_S = 60.0
@@ -101,7 +101,7 @@ class Generation:
         self._loading: set[str] = set()
         self._children: dict[str, ModelProcess] = {}
         self._gauges: dict[str, tuple[UsageGauge, anyio.Lock]] = {}  # of models with a child; one read at a time
-        self._awake: set[str] = set()  # models that the router calls loaded
+        self._resident: set[str] = set()  # models that the router calls loaded, or asleep
         self._hint = anyio.Event()  # something was told that is not understood
         self._is_suspect = False  # it has left a question unanswered that is not the one after its health
         self._refusal: Verdict | None = None
@@ -338,8 +338,8 @@ class Generation:
 
     def _see(self, model: str, state: ModelState) -> None:
         """Take note of a model's state, and watch its process as soon as it has one."""
-        for states, members in ((ModelState.LOADING, self._loading), (ModelState.LOADED, self._awake)):
-            if state is states:
+        for states, members in (({ModelState.LOADING}, self._loading), (RESIDENT, self._resident)):
+            if state in states:
                 members.add(model)
             else:
                 members.discard(model)
@@ -389,7 +389,7 @@ class Generation:
         try:
             while True:
                 await anyio.sleep(interval_s - anyio.current_time() % interval_s)
-                if model in self._awake:  # one that loads would not answer, one that sleeps does nothing
+                if model in self._resident:  # one that loads would not answer; one that sleeps is not woken by that
                     await self.usage_now(model)
         finally:
             del self._gauges[model]
@@ -400,14 +400,15 @@ class Generation:
         if model not in self._gauges:
             return None
         gauge, reading = self._gauges[model]
-        usage, has_refused = None, False
+        usage, has_refused, has_asked = None, False, True
         async with reading:
             try:
                 usage = await gauge.read()
             except UsageError as error:
                 has_refused = error.status is not None
+                has_asked = not is_shortage(error.__cause__)
         # Of one that does not answer, or has something to do, the kernel tells whether it works.
-        child = self._children.get(model) if usage is None or usage.in_flight else None
+        child = self._children.get(model) if has_asked and (usage is None or usage.in_flight) else None
         self._post(Used(model, usage, child.vitals() if child is not None else None, has_refused))
         return usage
 
@@ -444,7 +445,7 @@ class Generation:
                     self._is_suspect = False
             except ApiError as failure:
                 error = str(failure)
-                vitals = self.process.vitals() if self.process is not None else None
+                vitals = self.process.vitals() if self.process is not None and not is_shortage(failure.origin) else None
             duration_s = anyio.current_time() - began
             self._post(Probed(duration_s, error, vitals))
 

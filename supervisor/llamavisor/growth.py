@@ -27,7 +27,7 @@ class _Over:
     loaded_at: float
     since: float
     looks: int = 1
-    is_told: bool = False
+    told_at: float | None = None
 
 
 class Growth:
@@ -44,7 +44,7 @@ class Growth:
         self._over = {key: over for key, over in self._over.items() if key in keys}
 
     def is_due(self, key: Key, *, loaded_at: float, is_over: bool, is_busy: bool, now: float) -> bool:
-        """Whether a model is to be loaded anew, after a look at its process; at most once for each load.
+        """Whether a model is to be loaded anew, after a look at its process; again later if it could not be unloaded.
 
         Args:
             key: which model on which router.
@@ -61,7 +61,10 @@ class Growth:
             self._over[key] = _Over(loaded_at, now)
             return False
         over.looks += 1
-        if over.is_told or over.looks < LOOKS or now - loaded_at < AGAIN_S:
+        is_told = over.told_at is not None and now - over.told_at < AGAIN_S
+        if is_told or over.looks < LOOKS or now - loaded_at < AGAIN_S:
             return False
-        over.is_told = not is_busy or now - over.since >= PATIENCE_S
-        return over.is_told
+        if is_busy and now - over.since < PATIENCE_S:
+            return False
+        over.told_at = now
+        return True

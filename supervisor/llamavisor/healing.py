@@ -14,7 +14,7 @@ from llamavisor.news import Tried
 from llamavisor.operations import Kind, Operation, Operations, Ticket
 from llamavisor.options import HANG_AFTER_S
 from llamavisor.shelf import Shelf
-from llamavisor.states import ModelState
+from llamavisor.states import RESIDENT, ModelState
 
 if TYPE_CHECKING:
     from llamavisor.residency import Line
@@ -88,23 +88,20 @@ class Healing:
         for model in running:
             if model.hung_at is not None:
                 self._heal(model, line, now)
-            elif model.state is ModelState.LOADED and model.pulse is not None:
+            elif model.state in RESIDENT and model.pulse is not None:
                 if model.pulse.is_hung(now, after_s=self._hang_after_s(model), max_s=MODEL_MAX_S):
                     self._give_up(model, model.pulse.silent_s(now), describe(model.pulse, now), now)
-                elif model.pulse.is_stalled(now, after_s=self._hang_after_s(model)):
+                elif model.pulse.is_stalled(after_s=self._hang_after_s(model)):
                     self.suspect(model.name, line, now)
 
     def _look_at_load(self, model: Model, now: float) -> None:
         """Cancel a load that has made no progress for too long."""
-        unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.STALLED)
         size_bytes = self._shelf.size_bytes(model.name) or 0
         deadline_s = min(LOAD_DEADLINE_MAX_S, LOAD_DEADLINE_S + size_bytes / LOAD_BYTES_PER_S)
-        if now - model.progressed_at <= deadline_s or self._operations.is_pending(unload):
-            return
-        if self._table.note_overdue(model.name):
+        if now - model.progressed_at > deadline_s and self._table.note_overdue(model.name):
             text = f"no progress for {deadline_s:.0f} s: its load is cancelled"
             self._publish(ev.Warned(subject=f"model {model.name}", text=text))
-        self._operations.ask(Ticket(unload), self._table)
+            self._table.note_hung(model.name, now=now)
 
     def suspect(self, name: str, line: Line | None, now: float, *, deaf_port: int | None = None) -> None:
         """Something speaks against a model: have it do something, unless it has just been tried, or works for others.
@@ -119,14 +116,17 @@ class Healing:
             deaf_port: where its process takes no connections; None if it answers, but nothing but errors.
         """
         model = self._table.get(name)
-        if model is None or model.pid is None or model.state is not ModelState.LOADED or model.hung_at is not None:
+        if model is None or model.pid is None or model.state not in RESIDENT or model.hung_at is not None:
             return
         if deaf_port is not None:
             if model.port == deaf_port:
                 self._give_up(model, 0.0, "it takes no connections", now)
             return
-        is_stalled = model.pulse is not None and model.pulse.is_stalled(now, after_s=self._hang_after_s(model))
-        if line is None or (model.in_flight and not is_stalled):
+        if line is None or model.state is not ModelState.LOADED:
+            return
+        is_stalled = model.pulse is not None and model.pulse.is_stalled(after_s=self._hang_after_s(model))
+        is_used = self._arbiter is not None and self._arbiter.is_used(self._router, name)
+        if not is_stalled and (model.in_flight != 0 or is_used):  # also if it does not say whether it is busy
             return
         before = self._trials.get(name)
         if before is None or before.pid != model.pid:
@@ -143,9 +143,13 @@ class Healing:
         if trial is None or trial.pid != news.pid or model is None or model.pid != news.pid:
             return
         trial.is_under_way = False
-        trial.failures = 0 if news.error is None else trial.failures + 1
         if news.error is None:
+            trial.failures = 0
             self._table.note_works(model.name, now=now)
+            if self._arbiter is not None:
+                self._arbiter.clear(self._router, model.name)
+        elif model.pulse is None or model.pulse.failures == 0:  # one that is silent is judged by its silence alone
+            trial.failures += 1
         if trial.failures >= TRIALS and model.state is ModelState.LOADED and model.hung_at is None:
             self._give_up(model, 0.0, f"it answers nothing but errors: {news.error}", now)
 
@@ -166,7 +170,9 @@ class Healing:
         assert model.hung_at is not None  # noqa: S101 (it hangs)
         step = remedy(now - model.hung_at)
         if step is Remedy.UNLOAD:
-            unload = Operation(Kind.UNLOAD, model.name, reason=ev.UnloadReason.UNRESPONSIVE)
+            is_load = model.state is ModelState.LOADING
+            reason = ev.UnloadReason.STALLED if is_load else ev.UnloadReason.UNRESPONSIVE
+            unload = Operation(Kind.UNLOAD, model.name, reason=reason)
             if not self._operations.is_pending(unload):
                 self._operations.ask(Ticket(unload), self._table)
             return

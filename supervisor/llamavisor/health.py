@@ -58,10 +58,14 @@ class Pulse:
         return Pulse(now, now)
 
     def failed(self, vitals: Vitals | None, now: float) -> Pulse:
-        """It has not answered; `vitals` tell what it has done so far, None if nobody can say."""
-        pulse = replace(self, failures=self.failures + 1)
+        """It has not answered; `vitals` tell what it has done so far, None if nobody can say.
+
+        Then it may have ended, which is seen elsewhere, or it is we who lack a descriptor to ask with: that counts as
+        nothing.
+        """
         if vitals is None:
-            return pulse
+            return self
+        pulse = replace(self, failures=self.failures + 1)
         if self.mark is None:  # there is nothing to compare with: what it did before counts as nothing
             return replace(pulse, mark=vitals)
         return replace(pulse, mark=vitals, progressed_at=now) if _is_progress(self.mark, vitals) else pulse
@@ -90,9 +94,9 @@ class Pulse:
             return False
         return now - self.progressed_at >= after_s or self.silent_s(now) >= max_s
 
-    def is_stalled(self, now: float, *, after_s: float | None) -> bool:
+    def is_stalled(self, *, after_s: float | None) -> bool:
         """Whether it answers, and has had work for so long without doing anything about it."""
-        return after_s is not None and self.failures == 0 and now - self.progressed_at >= after_s
+        return after_s is not None and self.failures == 0 and self.answered_at - self.progressed_at >= after_s
 
 
 def describe(pulse: Pulse, now: float) -> str:

@@ -95,9 +95,9 @@ class Memory:
                 group.start_soon(part.run)
             group.start_soon(self._keep_pins)
 
-    async def pulse(self) -> None:
+    async def live_on(self) -> None:
         """Returns when it has been looked after once more."""
-        await self._upkeep.pulse()
+        await self._upkeep.live_on()
 
     async def _keep_pins(self) -> None:
         """Look who is to stay after models have changed: once for many that change together."""

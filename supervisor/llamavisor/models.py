@@ -230,7 +230,7 @@ class ModelTable:
         happened += self._observe(model, event.state, now, exit_code=event.exit_code)
         if model.state is event.state is ModelState.LOADING and event.progress is not None:
             model.stage, model.progress, model.progressed_at = event.stage, event.progress, now
-            model.is_overdue = False
+            model.is_overdue, model.hung_at = False, None
             happened.append(
                 ModelProgress(router=self._router, model=model.name, stage=event.stage or "", progress=event.progress)
             )
@@ -272,9 +272,12 @@ class ModelTable:
             now: monotonic seconds.
         """
         model = self._models.get(name)
-        if model is None or model.state is not ModelState.LOADED:
+        if model is None or model.state not in RESIDENT:
             return
         pulse = model.pulse or Pulse.begin(now)
+        if model.state is ModelState.SLEEPING:  # it repeats what it said before it fell asleep
+            model.pulse = pulse.failed(vitals, now) if usage is None and not has_refused else pulse.answered(now)
+            return
         if usage is None:
             model.in_flight = model.quiet_since = None
             model.pulse = pulse.answered(now) if has_refused else pulse.failed(vitals, now)
@@ -295,8 +298,9 @@ class ModelTable:
         self._models[name].hung_at = now
 
     def note_works(self, name: str, *, now: float) -> None:
-        """The process of a model was tried, and works."""
-        self._models[name].pulse = Pulse.begin(now)
+        """The process of a model was tried, and works. What it did for that is no use of it."""
+        model = self._models[name]
+        model.pulse, model.in_flight = Pulse.begin(now), None
 
     def child_ended(self, name: str, pid: int, *, status: ExitStatus | None = None, now: float) -> list[Event]:
         """The kernel says that a model's process has ended, and how as far as it tells.
@@ -386,8 +390,9 @@ class ModelTable:
                     ModelLoadFailed(router=self._router, model=model.name, reason=model.error, cause=Cause.UNSOUND)
                 )
             elif model.state in HAS_CHILD:
+                reason = model.leaves_for if model.state is ModelState.UNLOADING else UnloadReason.ROUTER
                 self._enter(model, ModelState.UNLOADED, now)
-                happened.append(ModelUnloaded(router=self._router, model=model.name, reason=UnloadReason.ROUTER))
+                happened.append(ModelUnloaded(router=self._router, model=model.name, reason=reason))
         return happened
 
     def _observe(self, model: Model, state: ModelState, now: float, *, exit_code: int | None) -> list[Event]:
@@ -424,8 +429,8 @@ class ModelTable:
             if not model.is_again:
                 self._loads += 1
                 model.recency = self._loads
-            model.is_again = False
-            return [ModelLoaded(router=router, model=name, load_s=load_s)]
+            is_again, model.is_again = model.is_again, False
+            return [ModelLoaded(router=router, model=name, load_s=load_s, is_again=is_again)]
         if state is ModelState.SLEEPING:
             self._enter(model, state, now)
             return [ModelSleeping(router=router, model=name)]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from llamavisor.quarantine import MAX_S, Quarantine
+from llamavisor.quarantine import FORGIVEN_AFTER_S, MAX_S, Quarantine
 from llamavisor.sections import ModelSpec
 from llamavisor.slots import Key
 
@@ -77,10 +77,10 @@ class QuarantineRecords:
             del self._records[next(iter(self._records))]
         self._changes += 1
 
-    def forget(self, model: str, router: str | None = None) -> None:
-        """It was loaded on that router, or, of None, is another model now."""
+    def forget(self, model: str) -> None:
+        """It is another model now, or a person says so."""
         for known in (self._records, self._before):
-            for key in [key for key in known if key[1] == model and router in (None, key[0])]:
+            for key in [key for key in known if key[1] == model]:
                 del known[key]
                 self._changes += 1
 
@@ -97,7 +97,7 @@ class QuarantineRecords:
                 continue
             del self._before[key]
             self._changes += 1
-            if record.of == _identity(spec):
+            if record.of == _identity(spec) and self._wall() - record.until < FORGIVEN_AFTER_S:
                 self._records[key] = record
                 left_s = min(MAX_S, max(0.0, record.until - self._wall()))
                 recalled.append(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import anyio
-
 from llamavisor.arbiter import Arbiter
 from llamavisor.cause import Cause, Verdict
 from llamavisor.errors import DeviceMissingError, RouterNotReadyError
@@ -18,7 +16,7 @@ from llamavisor.states import HAS_CHILD
 from llamavisor.troubles import Troubles
 
 DRAIN_S = 30.0
-"""How long a router that is of no use is left alone for those whom its models answer: they do without it."""
+"""How long a router that hangs is left alone for those whom its models answer: they do without it."""
 
 
 class Renewal:
@@ -35,7 +33,7 @@ class Renewal:
         arbiter: who sees all routers, if anybody does.
         publish: where events go.
         restart: has it restarted, for this cause.
-        end: has it ended because it is of no use, and started again after a backoff.
+        end: has it ended, and started again after a backoff.
         begin: begins a task that ends with the process; False if there is none.
     """
 
@@ -59,8 +57,7 @@ class Renewal:
         self._restart = restart
         self._end = end
         self._begin = begin
-        self._unfit: Verdict | None = None  # why it is of no use any more
-        self._unfit_at = 0.0  # since when
+        self._hung_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Renewal of {self._name}{', due' if self._is_unsound else ''}>"
@@ -68,11 +65,11 @@ class Renewal:
     @property
     def is_due(self) -> bool:
         """Whether it is to be restarted as soon as that costs nobody an answer."""
-        return self._is_unsound or "binary" in self._troubles
+        return self._is_unsound or "binary" in self._troubles or self._troubles.closes("lost")
 
     @property
     def _is_unsound(self) -> bool:
-        return any(subject in self._troubles for subject in ("unsound", "corpse", "settings"))
+        return any(subject in self._troubles for subject in ("unsound", "corpse", "settings", "back"))
 
     def reconfigured(self, *, can_wait: bool) -> None:
         """It is to run with other settings, which takes another process: at once where nobody knows who is answered."""
@@ -96,8 +93,8 @@ class Renewal:
         if devices:
             reason = f"llama-server does not see {', '.join(devices)}; models are not loaded meanwhile"
             hint = "see that its driver is loaded, or correct `devices` and `gpu_layers`"
-            self._residency.closed = DeviceMissingError(f"router {self._name}: {reason}", hint=hint)
-            self._troubles.note("devices", reason)
+            refusal = DeviceMissingError(f"router {self._name}: {reason}", hint=hint)
+            self._troubles.note("devices", reason, refusal=refusal)
         elif "devices" in self._troubles:
             # It was started without autoload, so that no request could load a model onto the CPU.
             self._restart(Cause.DEVICE)
@@ -105,51 +102,50 @@ class Renewal:
     def devices_lost(self, devices: tuple[str, ...], *, is_news: bool) -> None:
         """Devices have vanished that it had; none when they are back.
 
+        What runs on them may go on, as it does while a driver is being replaced: it is tried, and if nothing is left of
+        it the router is restarted.
+
         Args:
             devices: all that are missing.
             is_news: whether the process that runs has had one of them. A fresh one goes on without.
         """
-        if devices:
-            reason = f"{', '.join(devices)} has vanished, and models may run on the processor"
-            self._troubles.note("lost", reason)
-            if is_news:
-                self._unfit = Verdict(Cause.DEVICE, f"{', '.join(devices)} has vanished", "look for its driver's words")
-                self._unfit_at = anyio.current_time()
+        names = ", ".join(devices)
+        if devices and is_news:
+            reason = f"{names} has vanished; nothing more is loaded, and it is restarted when nothing is loaded"
+            self._close("lost", reason, hint=f"look for the driver's words, or `llamavisor restart {self._name}`")
+        elif devices:
+            self._troubles.note("lost", f"{names} has vanished, and models may run on the processor")
         elif "lost" in self._troubles:
-            self._restart(Cause.DEVICE)
+            self._troubles.end("lost")
+            self.unsound("what had vanished is there again", subject="back")
 
-    def _is_unfit(self, now: float) -> bool:
-        """Whether it is of no use any more. One that hung and answers again is."""
+    def _ends_hung(self, now: float) -> bool:
+        """End a router that does not answer, at the latest when those have had their time whom its models answer.
+
+        One that answers again before that goes on.
+        """
         pulse = self._troubles.pulse
         after_s = hang_after_s(self._residency.settings.layers)
-        if pulse.is_hung(now, after_s=after_s, max_s=ROUTER_MAX_S):
-            reason = describe(pulse, now)
-            if "hung" not in self._troubles:
-                self._unfit_at = now
-                self._publish(RouterHung(router=self._name, silent_s=pulse.silent_s(now), reason=reason))
-                self.unsound(f"it hangs, {reason}", subject="hung")
-            self._unfit = Verdict(Cause.HUNG, reason, "see `llamavisor logs`")
-        elif "hung" in self._troubles:
-            self._unfit = self._residency.closed = None
+        if not pulse.is_hung(now, after_s=after_s, max_s=ROUTER_MAX_S):
             self._troubles.end("hung")
-        return self._unfit is not None
-
-    def _ends(self, now: float) -> bool:
-        """End a router that is of no use, at the latest when those have had their time whom its models answer."""
-        if not self._is_unfit(now):
             return False
+        reason = describe(pulse, now)
+        if "hung" not in self._troubles:
+            self._hung_at = now
+            self._publish(RouterHung(router=self._name, silent_s=pulse.silent_s(now), reason=reason))
+            self._close("hung", f"it hangs, {reason}", hint=f"`llamavisor restart {self._name}` ends it at once")
         is_used = self._arbiter is not None and self._arbiter.is_used(self._name)
-        if is_used and now - self._unfit_at < DRAIN_S:
+        if is_used and now - self._hung_at < DRAIN_S:
             return False
-        verdict, self._unfit = self._unfit, None
-        assert verdict is not None  # noqa: S101 (it is unfit)
-        self._end(verdict)
+        self._end(Verdict(Cause.HUNG, reason, "see `llamavisor logs`"))
         return True
 
     def advance(self, *, now: float) -> None:
         """Restart the router if the moment has come; called every second while it serves."""
-        if self._ends(now):
+        if self._ends_hung(now):
             return
+        if self._troubles.closes("lost"):
+            self._residency.try_all()
         table = self._residency.table
         corpse = table.corpse(now=now)
         if corpse is not None and "corpse" not in self._troubles:
@@ -163,8 +159,11 @@ class Renewal:
         #    whose clients we do not see keeps what it has for as long as it works.
         # 3. Somebody waits for what it may not load any more: its models leave, each when it is idle.
         # 4. It goes on.
-        if "binary" in self._troubles and not any(model.state in HAS_CHILD for model in table):
+        is_empty = not any(model.state in HAS_CHILD for model in table)
+        if is_empty and "binary" in self._troubles:
             self._restart(Cause.UPGRADE)
+        elif is_empty and self._troubles.closes("lost"):
+            self._end(Verdict(Cause.DEVICE, "a device has vanished", "look for its driver's words"))
         elif (self._is_unsound or ("binary" in self._troubles and decides)) and table.is_all_idle(now=now):
             self._begin(self._residency.confirm_all_idle)
         elif self._arbiter is not None and decides and self.is_due:
@@ -172,11 +171,15 @@ class Renewal:
 
     def confirmed(self) -> None:
         """A moment ago nobody was being answered."""
-        if self.is_due:
-            is_asked_for = "settings" in self._troubles
-            unasked = Cause.UNSOUND if self._is_unsound else Cause.UPGRADE
-            self._restart(Cause.REQUESTED if is_asked_for else unasked)
+        if "settings" in self._troubles:
+            self._restart(Cause.REQUESTED)
+        elif "back" in self._troubles:
+            self._restart(Cause.DEVICE)
+        elif self._is_unsound:
+            self._restart(Cause.UNSOUND)
+        elif "binary" in self._troubles:
+            self._restart(Cause.UPGRADE)
 
     def _close(self, subject: str, reason: str, *, hint: str) -> None:
-        self._residency.closed = RouterNotReadyError(f"router {self._name}: {reason}", hint=hint)
-        self._troubles.note(subject, reason)
+        refusal = RouterNotReadyError(f"router {self._name}: {reason}", hint=hint)
+        self._troubles.note(subject, reason, refusal=refusal)

@@ -67,6 +67,7 @@ class Residency:
         publish: where events go.
         post: where the news of a finished call, and what it brought, go: back to the owner.
         arbiter: who sees all routers, None without one.
+        refusal: why no model may be loaded now, None if one may.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Residency:
         settings: RouterSettings,
         log: OutputFile,
         *,
+        refusal: Callable[[], LlamavisorError | None],
         publish: Callable[[ev.Event], None],
         post: Callable[[gen.Generation, News | CallEnded], None],
         arbiter: Arbiter | None = None,
@@ -81,7 +83,7 @@ class Residency:
         self.settings = settings
         self.table = ModelTable(settings.name)
         self.shelf = Shelf()
-        self.closed: LlamavisorError | None = None  # why no model may be loaded now
+        self._refuses = refusal
         self._explanations = Explanations(log, self.table, self.shelf, arbiter)
         self._publish_one = publish
         self._post = post
@@ -117,6 +119,16 @@ class Residency:
 
     def __repr__(self) -> str:
         return f"<Residency {self.table!r} {self._operations!r}>"
+
+    @property
+    def closed(self) -> LlamavisorError | None:
+        """Why no model may be loaded now, None if one may."""
+        return self._refuses()
+
+    def try_all(self) -> None:
+        """Something speaks against all models: see which of them work."""
+        for model in self.table.running():
+            self._healing.suspect(model.name, self._line, anyio.current_time())
 
     # --- the router's life ----------------------------------------------------------------------------------------
 

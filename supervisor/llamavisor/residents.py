@@ -14,7 +14,8 @@ class Residents:
     """A section of the ledger: the models of each router, the most recently loaded first.
 
     A model is resident from its load until it leaves, whatever for; but its router's end, and the daemon's, leave it
-    wanted. What crashes is wanted again once it was loaded again: it may be what ends everything.
+    wanted. What crashes is wanted again once it was loaded again: it may be what ends everything. One that is not there
+    when the daemon starts, because its folder comes late, stays wanted for the next start.
 
     Args:
         bus: tells what is loaded and what leaves.
@@ -46,6 +47,8 @@ class Residents:
         match published.event:
             case ev.DaemonStopping():
                 self._is_over = True
+            case ev.ModelLoaded(router=router, model=model, is_again=True) if model in self.of(router):
+                pass
             case ev.ModelLoaded(router=router, model=model):
                 others = [name for name in self.of(router) if name != model]
                 self._put(router, [model, *others])
@@ -53,8 +56,8 @@ class Residents:
                 pass
             case ev.ModelUnloaded(router=router, model=model) | ev.ModelLoadFailed(router=router, model=model):
                 self._put(router, [name for name in self.of(router) if name != model])
-            case ev.RouterRecovered(router=router, missing=missing):
-                self._put(router, [name for name in self.of(router) if name not in missing])
+            case ev.ModelRemoved(router=router, model=model):
+                self._put(router, [name for name in self.of(router) if name != model])
             case ev.RouterStateChanged(router=router, new=RouterState.STOPPED):
                 self._put(router, [])
 

@@ -70,15 +70,20 @@ class Router:
         self._publish = bus.publish
         self._inbox = Inbox[msg.Message]()
         self._post = self._inbox.post
-        self._is_over = False  # it was shut down
+        self.is_over = False  # it was shut down
         self._arbiter = arbiter
+        self._troubles = Troubles(self.name, publish=self._publish, signal=self._signal)
         self._residency = Residency(
-            host.settings, host.output, publish=bus.publish, post=self._post_from, arbiter=arbiter
+            host.settings,
+            host.output,
+            refusal=lambda: self._troubles.refusal,
+            publish=bus.publish,
+            post=self._post_from,
+            arbiter=arbiter,
         )
         self._generation: gen.Generation | None = None
         self._ready_since: float | None = None
         self._waiting: str | None = None  # what a start waits for
-        self._troubles = Troubles(self.name, publish=self._publish, signal=self._signal)
         self._gaps = Gaps(TICK_S)
         self._changed = anyio.Event()
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -257,7 +262,7 @@ class Router:
 
     async def shut_down(self, *, grace_s: float = TERM_GRACE_S) -> None:
         """Stop for good; returns when nothing of it is left. A second call with a shorter grace hurries the first."""
-        if self._is_over:
+        if self.is_over:
             return
         self._grace_s = grace_s
         self.stop()
@@ -266,11 +271,11 @@ class Router:
         await self.wait_until(lambda: self.state is RouterState.STOPPED and not self._inbox)
         if self._generation is not None:
             await self._generation.gone.wait()
-        self._is_over = True
+        self.is_over = True
         self._post(msg.Tick())
 
     async def _ask(self, operation: Operation) -> bool:
-        if self._is_over:
+        if self.is_over:
             raise self._not_ready()
         ticket = Ticket(operation)
         self._post(ticket)
@@ -289,7 +294,7 @@ class Router:
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._tell_the_time)
             self._tasks.start_soon(self.output.keep_bounded, self._tell_of_log)
-            while not self._is_over:
+            while not self.is_over:
                 self._handle(await self._inbox.take())
                 self._residency.advance()
                 self._changed.set()
@@ -363,7 +368,6 @@ class Router:
         self.starts += 1
         self._ready_since = self._waiting = self.launch = None
         self._troubles.forget()
-        self._residency.closed = None
         generation = gen.Generation(
             self._host,
             post=lambda heard: self._post(msg.Heard(generation, heard)),

@@ -176,6 +176,11 @@ class Scheduler:
         """Promise the model to nobody any more: its process hangs, and is being ended whomever it answers."""
         self.carry_out(self.admission.leaving(router, model, anyio.current_time()))
 
+    def clear(self, router: str, model: str) -> None:
+        """The model was suspected, was tried, and works."""
+        if (slot := self.admission.slot(router, model)) is not None:
+            slot.failures = 0
+
     def make_way(self, router: str) -> None:
         """That router loads nothing until it is restarted: have its models leave if somebody has waited for long.
 
@@ -244,7 +249,6 @@ class Scheduler:
     def end_unresponsive(self, endpoint: Endpoint) -> None:
         """The process of a model lives and takes no connection: have it ended, so that it can be loaded anew."""
         if self.leases.is_kept(endpoint):
-            self.lose(endpoint.router, endpoint.model)
             self._routers[endpoint.router].tell(Suspected(endpoint.model, endpoint.port))
 
     # --- what is decided ------------------------------------------------------------------------------------------
@@ -285,7 +289,7 @@ class Scheduler:
 
     def _recall(self) -> None:
         """Models are known that were not: an earlier daemon may have left some of them alone."""
-        for quarantine in self._records.recall(self._spec_of):
+        for quarantine in self._records.recall(self._spec_of) if self._decides else ():
             self.admission.recall(quarantine)
 
     def forgive(self, model: str) -> None:
@@ -367,7 +371,6 @@ class Scheduler:
         self.carry_out(self.admission.router_ended(router, has_crashed=has_crashed, now=now))
 
     def _loaded(self, key: Key, now: float) -> None:
-        self._records.forget(key[1], key[0])
         router = self._routers.get(key[0])
         model = router.table.get(key[1]) if router is not None else None
         used_at = model.used_at if model is not None else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from llamavisor.errors import LlamavisorError
 from llamavisor.events import Event, RouterDegraded
 from llamavisor.health import Pulse
 from llamavisor.states import RouterInput
@@ -30,6 +31,7 @@ class Troubles:
         self._publish = publish
         self._signal = signal
         self._reasons: dict[str, str] = {}
+        self._refusals: dict[str, LlamavisorError] = {}  # of those that let no model be loaded
         self.pulse = Pulse.begin(0.0)
         self._failed_probes = 0  # in a row
 
@@ -44,21 +46,41 @@ class Troubles:
         """All of them in one line."""
         return "; ".join(self._reasons.values())
 
-    def note(self, subject: str, reason: str) -> None:
-        """There is this trouble."""
+    @property
+    def refusal(self) -> LlamavisorError | None:
+        """Why no model may be loaded now; None if one may."""
+        return next(iter(self._refusals.values()), None)
+
+    def closes(self, subject: str) -> bool:
+        """Whether there is this trouble, and no model may be loaded for it."""
+        return subject in self._refusals
+
+    def note(self, subject: str, reason: str, *, refusal: LlamavisorError | None = None) -> None:
+        """There is this trouble.
+
+        Args:
+            subject: what it is about; a later one of the same subject takes its place.
+            reason: for a person.
+            refusal: what is told to who wants a model loaded meanwhile; None if one may be.
+        """
         if subject not in self._reasons:
             self._publish(RouterDegraded(router=self._router, reason=reason))
         self._reasons[subject] = reason
+        self._refusals.pop(subject, None)
+        if refusal is not None:
+            self._refusals[subject] = refusal
         self._signal(RouterInput.TROUBLE)
 
     def end(self, subject: str) -> None:
         """This trouble has gone, if it was there."""
+        self._refusals.pop(subject, None)
         if self._reasons.pop(subject, None) is not None and not self._reasons:
             self._signal(RouterInput.CLEARED)
 
     def forget(self) -> None:
         """A fresh process has none of them; that is no news."""
         self._reasons.clear()
+        self._refusals.clear()
         self._failed_probes = 0
 
     def came_up(self, now: float) -> None:

@@ -84,7 +84,7 @@ class Upkeep:
                 self._ticked.set()
                 self._ticked = anyio.Event()
 
-    async def pulse(self) -> None:
+    async def live_on(self) -> None:
         """Returns when it has been done once more."""
         await self._ticked.wait()
 

@@ -55,7 +55,7 @@ class Works:
 
     is_stuck = False
 
-    async def pulse(self) -> None:
+    async def live_on(self) -> None:
         """Return if it works."""
         if self.is_stuck:
             await anyio.sleep_forever()

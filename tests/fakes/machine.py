@@ -161,6 +161,7 @@ class FakeChild:
         is_hung: whether it lives and says nothing.
         is_working: whether it takes all of a processor.
         is_unkillable: whether the kernel holds it, even against SIGKILL.
+        is_unseen: whether nobody can look what it does.
         error: what it answers to everything, None while it does well.
         trials: how often it was asked to show that it works.
     """
@@ -170,7 +171,7 @@ class FakeChild:
         self.port: int | None = port
         self.ended = anyio.Event()
         self.status: ExitStatus | None = None
-        self.is_hung = self.is_working = self.is_unkillable = False
+        self.is_hung = self.is_working = self.is_unkillable = self.is_unseen = False
         self.error: str | None = None
         self.trials = 0
         self.when_killed: Callable[[], None] = lambda: None
@@ -185,7 +186,7 @@ class FakeChild:
 
     def vitals(self) -> Vitals | None:
         """What it has done so far."""
-        return None if self.ended.is_set() else working(self.is_working)
+        return None if self.ended.is_set() or self.is_unseen else working(self.is_working)
 
     def kill(self) -> None:
         """Be killed."""
@@ -219,6 +220,7 @@ class FakeProcess:
         self.is_silent = False  # accepts, and says nothing
         self.is_locked = False  # says that it is well, and answers nothing else
         self.is_working = False  # takes all of a processor
+        self.is_unseen = False  # nobody can look what it does
         self.obeys_unloads = True
         self.terminated_at: float | None = None
         self.loads: list[str] = []  # every /models/load that reached it, in order
@@ -268,7 +270,7 @@ class FakeProcess:
 
     def vitals(self) -> Vitals | None:
         """What it has done so far."""
-        return working(self.is_working) if self.status is None else None
+        return working(self.is_working) if self.status is None and not self.is_unseen else None
 
     async def terminate(self, *, grace_s: float) -> bool:
         """Be asked to end, and be killed."""

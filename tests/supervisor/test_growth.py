@@ -46,6 +46,8 @@ def test_patience_has_an_end() -> None:
     """A model that is never quiet takes no more requests in the end."""
     busy = [(AGAIN_S + step, True, True) for step in range(0, 700, 10)]
     assert due_at(busy) == [AGAIN_S + PATIENCE_S]
+    quiet = [(AGAIN_S + step, True, False) for step in range(0, 1300, 10)]
+    assert due_at(quiet) == [AGAIN_S + 10, AGAIN_S + 10 + AGAIN_S, AGAIN_S + 10 + 2 * AGAIN_S]  # if it would not leave
 
 
 def with_bound(it: GatewayStage, size: int | None) -> RouterSettings:

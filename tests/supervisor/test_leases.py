@@ -73,7 +73,7 @@ async def test_a_process_that_takes_no_connection_is_ended(it: GatewayStage) -> 
     async with it.running():
         endpoint = await it.fleet.leases.acquire("alpha")
         it.fleet.memory.scheduler.end_unresponsive(endpoint)
-        assert not it.fleet.leases.is_kept(endpoint)
+        assert await it.fleet.leases.has_ended(endpoint)  # it is promised to nobody any more
         again = await it.fleet.leases.acquire("alpha")
         assert again.load_s > 0.0
         assert [event.reason for event in it.story.of(ModelUnloaded)] == [UnloadReason.UNRESPONSIVE]

@@ -111,6 +111,7 @@ class Forwarder:
             raise TroubleError(Trouble(500, text)) from error
         if not has_ended and error.kind is UpstreamFailure.REFUSED:
             self._fleet.memory.scheduler.end_unresponsive(endpoint)
+            await self._fleet.leases.has_ended(endpoint)  # it is promised to nobody from then on
         if visit.retries >= self.settings.retries:
             text = f"model {endpoint.model}: {what}, and {visit.retries} tries before this one failed too"
             raise TroubleError(Trouble(502, text, retry_after_s=RETRY_S)) from error

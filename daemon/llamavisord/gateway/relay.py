@@ -217,7 +217,7 @@ class Relay:
 
     async def _connect(self, endpoint: Address) -> _Connection:
         if self._is_closed:
-            raise UpstreamError(UpstreamFailure.REFUSED, "the gateway is closing")
+            raise UpstreamError(UpstreamFailure.RESET, "the gateway is closing")
         key = (endpoint.host, endpoint.port)
         try:
             async with asyncio.timeout(self._connect_s):

@@ -60,11 +60,15 @@ class ModelProgress(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLoaded(Event):
-    """A model can answer. `load_s` is None when its loading began before we looked."""
+    """A model can answer. `load_s` is None when its loading began before we looked.
+
+    `is_again`: it was in memory before its router, or the daemon, had ended.
+    """
 
     router: str
     model: str
     load_s: float | None
+    is_again: bool = False
 
     def message(self) -> str:
         after = "" if self.load_s is None else f" after {self.load_s:.2f} s"
