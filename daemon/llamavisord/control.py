@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -16,7 +15,7 @@ import anyio
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from llamavisor.errors import DemandRefusedError, LlamavisorError
+from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, PeerRefused, Published
 from llamavisor.router import Router
 from llamavisor.states import SERVING, RouterState
@@ -26,8 +25,7 @@ from llamavisord.details import describe
 from llamavisord.drain import NoGatewayError
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.memory_view import forecast_view, memory_view, ps_view
-from llamavisord.plain import plain
-from llamavisord.problems import ConfigError
+from llamavisord.problem_documents import as_problems, problem
 from llamavisord.search import Search
 from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
@@ -51,27 +49,6 @@ EVENT_ID_MAX = 10**18
 _log = logging.getLogger(__name__)
 
 _Write = Callable[[bytes], Awaitable[None]]
-_STATUS = {
-    "model_not_found": HTTPStatus.NOT_FOUND,
-    "router_not_found": HTTPStatus.NOT_FOUND,
-    "bad_request": HTTPStatus.BAD_REQUEST,
-    "forbidden": HTTPStatus.FORBIDDEN,
-    "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
-    "wait_timeout": HTTPStatus.GATEWAY_TIMEOUT,
-    "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
-    "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
-    "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
-    "demand_refused": HTTPStatus.CONFLICT,  # 503 if the same demand may succeed later
-    "no_gateway": HTTPStatus.CONFLICT,
-    "ending": HTTPStatus.CONFLICT,
-    "router_api_failed": HTTPStatus.BAD_GATEWAY,
-    "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
-}
-_HTTP_CODES = {
-    HTTPStatus.NOT_FOUND: "not_found",
-    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
-}
 
 
 class BadRequestError(LlamavisorError):
@@ -95,7 +72,7 @@ class WaitTimeoutError(LlamavisorError):
 def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
     """The web application behind the control socket."""
     api, guard = _Api(daemon), _guard(daemon.bus, control_socket, body_s)
-    app = web.Application(middlewares=[_problems, guard], client_max_size=BODY_BYTES)
+    app = web.Application(middlewares=[as_problems, guard], client_max_size=BODY_BYTES)
     base = "/control/v1"
     # A model's name may hold slashes, escaped or not, and newlines.
     app.add_routes(
@@ -431,52 +408,6 @@ def _json(body: dict[str, Any], *, status: int = HTTPStatus.OK) -> web.Response:
     return web.json_response(body, status=status)
 
 
-def _problem(
-    status: int,
-    detail: str,
-    code: str,
-    hint: str = "",
-    *,
-    log_tail: Sequence[str] = (),
-    headers: Mapping[str, str] | None = None,
-) -> web.Response:
-    body: dict[str, object] = {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": int(status),
-        "detail": plain(detail),  # one line, whatever the name in it holds
-        "code": code,
-    }
-    if hint:
-        body["hint"] = plain(hint)
-    if log_tail:
-        body["log_tail"] = list(map(plain, log_tail))
-    return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
-
-
-@web.middleware
-async def _problems(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into a problem document; a bug into one line for the caller and a traceback for the log."""
-    try:
-        return await handler(request)
-    except LlamavisorError as error:
-        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
-        detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
-        headers = {}
-        if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
-            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-        return _problem(status, detail, error.code, error.hint, log_tail=error.log_tail, headers=headers)
-    except web.HTTPException as error:
-        code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
-        return _problem(error.status, f"{request.method} {request.path}: {error.reason}", code)
-    except (ConnectionError, TimeoutError):
-        raise
-    except Exception:  # noqa: BLE001 (a request's boundary)
-        _log.exception("%s %s failed", request.method, request.path)
-        return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
-
-
 def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -488,7 +419,7 @@ def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware
         if not control_socket.admits(peer):
             bus.publish(PeerRefused(uid=peer.uid, pid=peer.pid, request=f"{request.method} {request.path}"))
             detail = f"uid {peer.uid} may not command this daemon"
-            return _problem(HTTPStatus.FORBIDDEN, detail, "forbidden", f"join the group of {control_socket.path}")
+            return problem(HTTPStatus.FORBIDDEN, detail, "forbidden", f"join the group of {control_socket.path}")
         if request.can_read_body and await _body(request, body_s) not in {b"", b"{}"}:
             raise BadRequestError(f"{request.method} {request.path} takes no body; give arguments in the query")
         return await handler(request)

@@ -17,9 +17,10 @@ from daemon.stage import Asked, Stage, entry
 from fakes.control_stub import device, memory, occupant
 from llamavisor.errors import DemandRefusedError, LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Queue
-from llamavisord.control import FORECAST_S, WaitTimeoutError, _Api, _problems, control_app
+from llamavisord.control import FORECAST_S, WaitTimeoutError, _Api, control_app
 from llamavisord.control_socket import ControlSocket
 from llamavisord.memory_view import forecast_view, memory_view, memory_warnings, ps_view
+from llamavisord.problem_documents import as_problems
 
 pytestmark = pytest.mark.anyio
 
@@ -351,7 +352,7 @@ async def test_a_refused_demand_says_when_to_come_again(
     async def handler(_: web.Request) -> web.StreamResponse:
         raise DemandRefusedError("memory is short", hint="unpin a", reason="stalled", retry_after_s=retry_after_s)
 
-    response = await _problems(make_mocked_request("POST", "/"), handler)
+    response = await as_problems(make_mocked_request("POST", "/"), handler)
     told = answer(response)
     assert (response.status, told["status"], told["code"]) == (status, status, "demand_refused")
     assert (told["detail"], told["hint"]) == ("memory is short", "unpin a")
@@ -364,5 +365,5 @@ async def test_other_errors_say_nothing_of_coming_again() -> None:
     async def handler(_: web.Request) -> web.StreamResponse:
         raise LlamavisorError("it broke")
 
-    response = await _problems(make_mocked_request("POST", "/"), handler)
+    response = await as_problems(make_mocked_request("POST", "/"), handler)
     assert (response.status, "Retry-After" in response.headers) == (500, False)

@@ -21,7 +21,7 @@ from systemd.sandbox import Systemd
 
 Fake = Callable[..., FakeLlamaServer]
 
-WATCHDOG_S = 3
+WATCHDOG_S = 4
 UNIT = f"""
 [Unit]
 StartLimitIntervalSec=0

@@ -1,0 +1,95 @@
+"""Errors of the control socket as problem documents (RFC 9457) with a stable `code`."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from llamavisor.errors import DemandRefusedError, LlamavisorError
+from llamavisord.plain import plain
+from llamavisord.problems import ConfigError
+
+_STATUS = {
+    "model_not_found": HTTPStatus.NOT_FOUND,
+    "router_not_found": HTTPStatus.NOT_FOUND,
+    "bad_request": HTTPStatus.BAD_REQUEST,
+    "forbidden": HTTPStatus.FORBIDDEN,
+    "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
+    "wait_timeout": HTTPStatus.GATEWAY_TIMEOUT,
+    "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
+    "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
+    "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
+    "demand_refused": HTTPStatus.CONFLICT,  # 503 if the same demand may succeed later
+    "no_gateway": HTTPStatus.CONFLICT,
+    "ending": HTTPStatus.CONFLICT,
+    "router_api_failed": HTTPStatus.BAD_GATEWAY,
+    "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+}
+_HTTP_CODES = {
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
+}
+
+_log = logging.getLogger(__name__)
+
+
+def problem(
+    status: int,
+    detail: str,
+    code: str,
+    hint: str = "",
+    *,
+    log_tail: Sequence[str] = (),
+    headers: Mapping[str, str] | None = None,
+) -> web.Response:
+    """A problem document.
+
+    Args:
+        status: of HTTP.
+        detail: what failed, on which object, and why.
+        code: in one word, for programs.
+        hint: what to do next.
+        log_tail: the end of what the process in question had printed.
+        headers: of the answer.
+    """
+    body: dict[str, object] = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": int(status),
+        "detail": plain(detail),  # one line, whatever the name in it holds
+        "code": code,
+    }
+    if hint:
+        body["hint"] = plain(hint)
+    if log_tail:
+        body["log_tail"] = list(map(plain, log_tail))
+    return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
+
+
+@web.middleware
+async def as_problems(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into a problem document; a bug into one line for the caller and a traceback for the log."""
+    try:
+        return await handler(request)
+    except LlamavisorError as error:
+        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
+        detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
+        headers = {}
+        if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE
+            headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        return problem(status, detail, error.code, error.hint, log_tail=error.log_tail, headers=headers)
+    except web.HTTPException as error:
+        code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
+        return problem(error.status, f"{request.method} {request.path}: {error.reason}", code)
+    except (ConnectionError, TimeoutError):
+        raise
+    except Exception:  # noqa: BLE001 (a request's boundary)
+        _log.exception("%s %s failed", request.method, request.path)
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
