@@ -358,19 +358,19 @@ async def test_ten_thousand_models_let_others_have_their_turn(stage: Stage, monk
         async def feel() -> None:
             nonlocal longest
             while True:
-                before = time.perf_counter()
+                before = time.thread_time()
                 await anyio.sleep(0)
-                longest = max(longest, time.perf_counter() - before)
+                longest = max(longest, time.thread_time() - before)
 
         async def ask(handler: Any, asked: Asked) -> dict[str, Any]:
             nonlocal longest
             await anyio.sleep(0)
-            longest, before = 0.0, time.perf_counter()
+            longest, before = 0.0, time.thread_time()
             body = (await handler(asked)).body
-            took = time.perf_counter() - before
+            took = time.thread_time() - before
             await anyio.sleep(0)
             print(f"{took * 1000:.0f} ms, {longest * 1000:.0f} ms at a stretch, {len(body)} bytes")
-            assert longest < 0.25  # 15 ms on an idle machine, more when the collector of garbage comes by
+            assert longest < 0.25  # of CPU: 15 ms, more when the collector of garbage comes by
             return dict(json.loads(body))
 
         async with anyio.create_task_group() as group:

@@ -802,7 +802,7 @@ async def test_closing_the_relay_ends_what_runs() -> None:
         await it.relay.aclose()
         assert await client.reader.readuntil(END) == event("1") + event("broken") + END
         await client.say(ASK)
-        assert (await client.answer())[1] == b"REFUSED"
+        assert (await client.answer())[1] == b"RESET"
 
 
 # Who leaves.
