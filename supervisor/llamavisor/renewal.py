@@ -15,6 +15,9 @@ from llamavisor.residency import Residency
 from llamavisor.states import HAS_CHILD
 from llamavisor.troubles import Troubles
 
+SICK_GRACE_S = 5.0
+"""How long a router that hangs, or waits for a dead process, may take to end after SIGTERM: it hardly ever does, and
+its healthy models need their stop-timeout of 3 s."""
 DRAIN_S = 30.0
 """How long a router that hangs is left alone for those whom its models answer: they do without it."""
 
@@ -66,6 +69,11 @@ class Renewal:
     def is_due(self) -> bool:
         """Whether it is to be restarted as soon as that costs nobody an answer."""
         return self._is_unsound or "binary" in self._troubles or self._troubles.closes("lost")
+
+    @property
+    def is_sick(self) -> bool:
+        """Whether it is not to be expected that it ends when it is asked to."""
+        return "hung" in self._troubles or "corpse" in self._troubles
 
     @property
     def _is_unsound(self) -> bool:

@@ -34,7 +34,7 @@ from llamavisor.operations import Kind, Operation, Ticket
 from llamavisor.output import OutputFile
 from llamavisor.pause import Pause
 from llamavisor.process import TERM_GRACE_S
-from llamavisor.renewal import Renewal
+from llamavisor.renewal import SICK_GRACE_S, Renewal
 from llamavisor.residency import Line, Residency
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite, RouterSettings, base_url
@@ -354,7 +354,8 @@ class Router:
                 self._spawn()
             case RouterAction.STOP:
                 assert self._generation is not None  # noqa: S101 (only a state with a generation leads here)
-                self._start_soon(partial(self._generation.stop, grace_s=self._grace_s))
+                grace_s = min(self._grace_s, SICK_GRACE_S) if self._renewal.is_sick else self._grace_s
+                self._start_soon(partial(self._generation.stop, grace_s=grace_s))
             case RouterAction.BACK_OFF:
                 answered_at = self._troubles.pulse.answered_at
                 self.comeback.back_off(self._generation, ready_since=self._ready_since, answered_at=answered_at)
