@@ -67,7 +67,7 @@ LINGER_S = 1.0
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
-LEDGER_INTERVAL_S = 5.0
+LEDGER_INTERVAL_S = 1.0
 LEDGER_END_S = 1.0
 """How long the last write of the ledger may take: its disk may not answer, and what it says can be learned again."""
 THREAD_END_S = 0.5
@@ -193,6 +193,9 @@ async def _live(
     spawner = Spawner(_instance(config.state_dir), started)
     for problem in ledger.load():
         bus.publish(Warned(subject="ledger", text=problem))
+    if lives.was_cut_short:
+        text = "the last daemon did not end in order; what it had in memory is loaded again"
+        bus.publish(Warned(subject="daemon", text=text))
     fleet = open_fleet(
         spawner=spawner,
         state_dir=config.state_dir,

@@ -37,7 +37,7 @@ class MemoryCounts:
         )
         self._quarantines = Counter(
             "llamavisor_model_quarantines",
-            "Times that a model was left alone for a while because it could not be loaded.",
+            "Times that a model was left alone for a while because it failed to load, crashed or hung too often.",
             ["router", "model"],
             registry=registry,
         )

@@ -11,6 +11,7 @@ class Lives:
     Attributes:
         starts: how often the daemon was started, this time included.
         deaths: how often it had not ended in order: killed, crashed, or the machine was switched off.
+        was_cut_short: whether the last one had not.
     """
 
     name = "lives"
@@ -18,6 +19,7 @@ class Lives:
     def __init__(self) -> None:
         self.starts = 1
         self.deaths = 0
+        self.was_cut_short = False
         self._is_over = False
         self._changes = 1  # the file has to say at once that it runs
 
@@ -41,7 +43,8 @@ class Lives:
         if not all(isinstance(count, int) and not isinstance(count, bool) and count >= 0 for count in counts):
             return "it is damaged, and begins anew"
         self.starts += before["starts"]
-        self.deaths += before["deaths"] + (before.get("has_ended") is not True)
+        self.was_cut_short = before.get("has_ended") is not True
+        self.deaths += before["deaths"] + self.was_cut_short
         self._changes += 1
         return ""
 

@@ -60,6 +60,7 @@ USAGE_INTERVAL_S = 1.0
 USAGE_INTERVAL_LEASED_S = 2.0
 """Likewise where leases tell who is busy. llama-server notices that the client of a whole answer has left only when no
 request of the model, ours included, has had a result for a second (b11434, `recv_with_timeout`)."""
+SILENT_PAUSE_S = 0.2
 RECONNECT_S = 0.25
 POLL_S = 1.0
 """How often the list is read when the build has no event stream; `POLL_LOADING_S` while a model is loading."""
@@ -102,6 +103,8 @@ class Generation:
         self._children: dict[str, ModelProcess] = {}
         self._gauges: dict[str, tuple[UsageGauge, anyio.Lock]] = {}  # of models with a child; one read at a time
         self._resident: set[str] = set()  # models that the router calls loaded, or asleep
+        self._told: dict[str, int] = {}  # how many events had come when the last one of a model did
+        self._events = 0
         self._hint = anyio.Event()  # something was told that is not understood
         self._is_suspect = False  # it has left a question unanswered that is not the one after its health
         self._refusal: Verdict | None = None
@@ -300,6 +303,8 @@ class Generation:
                         if event.exit_code and event.model not in self._killed:
                             await anyio.sleep(LOG_SETTLE_S)
                             await self._host.look_again()  # a file that was cut off explains a crash
+                        self._events += 1
+                        self._told[event.model] = self._events
                         self._see(event.model, event.state)
                         self._post(event)
             except ApiError as error:
@@ -323,18 +328,20 @@ class Generation:
             await self._relist(api)
 
     async def _relist(self, api: Api, *, is_first: bool = False) -> None:
-        asked_at = self._revision()
+        asked_at, events = self._revision(), self._events
         try:
             models = await api.models()
         except ApiError:
             self.suspect()  # the probe reports a router that does not answer
             return
-        self._watch_children(models)
+        self._watch_children(models, events)
         self._post(Listed(models, asked_at, is_first))
 
-    def _watch_children(self, models: list[ListedModel]) -> None:
+    def _watch_children(self, models: list[ListedModel], events: int = 0) -> None:
+        """Take note of a list that was asked for after so many events; of what was told since it knows nothing."""
         for model in models:
-            self._see(model.name, model.state)
+            if self._told.get(model.name, 0) <= events:
+                self._see(model.name, model.state)
 
     def _see(self, model: str, state: ModelState) -> None:
         """Take note of a model's state, and watch its process as soon as it has one."""
@@ -386,11 +393,16 @@ class Generation:
         gauge = self._host.usage_of(port)
         self._gauges[model] = gauge, anyio.Lock()
         interval_s = USAGE_INTERVAL_S if self._host.settings.autoload else USAGE_INTERVAL_LEASED_S
+        is_silent = False
         try:
             while True:
-                await anyio.sleep(interval_s - anyio.current_time() % interval_s)
+                # One that did not answer has taken its time already, and is asked again soon.
+                pause_s = SILENT_PAUSE_S if is_silent else interval_s - anyio.current_time() % interval_s
+                await anyio.sleep(pause_s)
+                is_silent = False
                 if model in self._resident:  # one that loads would not answer; one that sleeps is not woken by that
-                    await self.usage_now(model)
+                    began = anyio.current_time()
+                    is_silent = await self.usage_now(model) is None and anyio.current_time() - began >= interval_s / 2
         finally:
             del self._gauges[model]
             await gauge.aclose()

@@ -103,7 +103,7 @@ def describe(pulse: Pulse, now: float) -> str:
     """Why it is taken for hung, for a person."""
     silent = f"no answer for {pulse.silent_s(now):.0f} s"
     if pulse.mark is not None and pulse.mark.is_stopped:
-        return f"{silent}: its process is stopped"
+        return f"{silent}: its process is suspended (SIGSTOP, or a debugger)"
     idle_s = now - pulse.progressed_at
     return f"{silent} to {pulse.failures} questions, and no progress for {idle_s:.0f} s"
 

@@ -28,7 +28,7 @@ NAME = "ledger.json"
 FORMAT = "llamavisor-ledger"
 VERSION = 1
 """Raised when an older daemon could no longer make sense of the file; a new section or field is no reason."""
-FLUSH_EVERY_S = 10.0
+FLUSH_EVERY_S = 3.0
 """A change reaches the disk so soon, and the disk is not written more often."""
 WARN_EVERY_S = 3600.0
 MAX_FILE_BYTES = 16 * 1024 * 1024

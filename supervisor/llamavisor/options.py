@@ -74,8 +74,8 @@ def _size(value: object) -> int:
         size_bytes = parse_size(value)
     except ValueError as error:
         raise ValueError(f"{error}; 0 for never") from None
-    if 0 < size_bytes < _SIZE_MIN:
-        raise ValueError('less than any model takes: write the unit too, as in "12GiB"')
+    if size_bytes < _SIZE_MIN and str(value).strip() not in {"0", "0.0"}:
+        raise ValueError('less than any model takes; write it with its unit, as in "12GiB"; 0 for never')
     return size_bytes
 
 

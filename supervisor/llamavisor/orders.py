@@ -171,7 +171,7 @@ class Orders:
             return usable, outcome
         if failed:
             first = min(failed, key=lambda each: each.until)
-            detail = f"it could not be loaded: {first.reason}"
+            detail = f"it is not loaded for now: {first.reason}"
             return usable, Rejection(Why.QUARANTINED, order.model, detail, first.until - now)
         detail = outcome.text.removeprefix(f"model {order.model}: ")
         return usable, Rejection(Why.IMPOSSIBLE, order.model, detail, None, outcome)

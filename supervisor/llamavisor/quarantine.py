@@ -1,4 +1,4 @@
-"""Which models are left alone for a while, because they could not be loaded the last times."""
+"""Which models are left alone for a while: they could not be loaded the last times, or crashed or hung too often."""
 
 from __future__ import annotations
 

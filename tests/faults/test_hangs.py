@@ -96,7 +96,7 @@ def test_h1_a_stopped_router(daemon: RunningDaemon) -> None:
     assert daemon.chat("alpha") == "I am alpha"  # models answer without their router
     hung = daemon.wait_for_event("RouterHung", within_s=PATIENCE_S)
     assert hung["silent_s"] >= HANG_AFTER_S
-    assert "its process is stopped" in hung["reason"]
+    assert "its process is suspended" in hung["reason"]
     eventually(lambda: daemon.router()["pid"] not in {None, router}, what="a fresh router")
     daemon.wait_for_router("ready")
     for name in ("alpha", "beta"):

@@ -595,7 +595,7 @@ def test_a_broken_model_is_refused_quickly_with_the_reason(desk: Desk) -> None:
     number, actions = desk.ask("a")
     assert actions == []
     assert desk.rejections[number].why is Why.QUARANTINED
-    assert desk.rejections[number].text == "model a: it could not be loaded: broken; try again in 30 s"
+    assert desk.rejections[number].text == "model a: it is not loaded for now: broken; try again in 30 s"
     desk.now += FIRST_S
     assert desk.ask("a")[1] == [Load("r", "a")]
     assert desk.failed("a") == [Quarantine("r", "a", desk.now + 2 * FIRST_S, 2, "broken")]

@@ -10,7 +10,7 @@ import pytest
 
 from fakes.fleet import GatewayStage, models
 from fakes.host import FakeHost
-from fakes.machine import FakeMachine, FakeModel
+from fakes.machine import ANSWER_S, FakeMachine, FakeModel
 from fakes.supervised import Supervised, Waiter, supervised
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import (
@@ -25,6 +25,7 @@ from llamavisor.events import (
     RouterRestartScheduled,
     UnloadReason,
 )
+from llamavisor.generation import AFTERMATH_S
 from llamavisor.healing import LOAD_DEADLINE_S
 from llamavisor.health import KILL_AFTER_S, MODEL_MAX_S, RESTART_AFTER_S, ROUTER_MAX_S
 from llamavisor.messages import Suspected
@@ -394,3 +395,15 @@ async def test_a_model_with_work_that_does_not_get_on(tmp_path: Path) -> None:
         assert it.story.of(ModelHung) == []
         process.children["alpha"].error = "no answer within 30 s"
         await it.until(lambda: it.story.of(ModelHung), within_s=180.0)
+
+
+async def test_a_list_that_is_older_than_what_was_told_hides_nobody(host: FakeHost) -> None:
+    """A list is read right after a process has ended: its next one may be loaded while the answer is on its way."""
+    async with supervised(host) as it:
+        await up(it, "alpha")
+        host.models["alpha"].load_s = AFTERMATH_S + 1.5 * ANSWER_S  # of the answer, whose way takes twice as long
+        it.process.crash("alpha", exit_code=0)
+        it.process.load_for_client("alpha")
+        await it.until(lambda: it.model("alpha") is ModelState.LOADED)
+        it.process.children["alpha"].is_hung = True
+        await it.until(lambda: it.story.of(ModelHung), within_s=HANG_AFTER_S + LATE_S)

@@ -148,7 +148,7 @@ def test_what_is_told() -> None:
     pulse = silent(Pulse.begin(0.0), *range(10, 61, 10))
     assert describe(pulse, 61.0) == "no answer for 61 s to 6 questions, and no progress for 61 s"
     stopped = silent(Pulse.begin(0.0), 10.0, vitals=Vitals(1.0, 0, 0, is_stopped=True))
-    assert describe(stopped, 61.0) == "no answer for 61 s: its process is stopped"
+    assert describe(stopped, 61.0) == "no answer for 61 s: its process is suspended (SIGSTOP, or a debugger)"
 
 
 def test_vitals_of_real_processes() -> None:

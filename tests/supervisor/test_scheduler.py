@@ -387,7 +387,7 @@ async def test_a_forecast_is_what_will_be(it: GatewayStage) -> None:
         failed = it.client("bad")
         await it.until(lambda: failed.is_over)
         told = await it.fleet.memory.forecast("bad")
-        assert "could not be loaded" in told.refusal
+        assert "is not loaded for now" in told.refusal
         assert "tried again in" in told.hint
 
 

@@ -198,7 +198,7 @@ def _add_acting(commands: _Commands) -> None:
     evict.add_argument("--router", metavar="NAME", help="only on this router")
     for name, does in (
         ("restart", "end a router and start it again"),
-        ("stop", "end a router, until it is started"),
+        ("stop", "end a router, until it or the daemon is started"),
         ("start", "start a router that was stopped or has failed"),
     ):
         moved = commands.add(

@@ -152,7 +152,7 @@ class ModelHung(Event):
     reason: str
 
     def message(self) -> str:
-        return f"model {self.model}: its process {self.pid} on {self.router} hangs: {self.reason}; it is ended"
+        return f"model {self.model}: its process {self.pid} on {self.router} hangs: {self.reason}; ending it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

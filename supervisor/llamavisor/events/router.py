@@ -90,7 +90,7 @@ class RouterHung(Event):
     reason: str
 
     def message(self) -> str:
-        return f"router {self.router}: hangs: {self.reason}; it is restarted"
+        return f"router {self.router}: hangs: {self.reason}; restarting it"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
