@@ -153,7 +153,9 @@ class Soak:
         stage, tally = self._stage, self._traffic.tally
         print()
         print("\n".join(table.lines(self._kinds, self._plan.records, tally)))
-        print(f"\nseed {self._seed}; {_requests(tally)}; looked at everything {self._invariants.looks} times")
+        held = "broken, see below" if stage.findings.all else "held"
+        print(f"\nseed {self._seed}; {_requests(tally)}")
+        print(f"all invariants, looked at {self._invariants.looks} times: {held}")
         for record in self._plan.records:
             for lost in record.lost:
                 print(f"lost to {record.label} at {stage.findings.at(record.began)}: {lost}")

@@ -12,10 +12,10 @@ HEAD = (
     "fault",
     "injected",
     "overtaken",
-    "detected, median",
-    "worst",
-    "recovered, median",
-    "worst",
+    "detected, median s",
+    "worst s",
+    "recovered, median s",
+    "worst s",
     "requests lost",
 )
 
