@@ -33,8 +33,9 @@ STABLE_S = 10.5
 SEEN_S = 0.05
 POLL_S = 0.003
 """Between two looks whether a server answers."""
-HANG_S = 60.0, 75.0
-"""A process that hangs is to be noticed neither sooner nor later."""
+HANG_S = 58.0, 75.0
+"""A process that hangs is to be noticed neither sooner nor later; its silence counts from its last answer, which may be
+two seconds before it was stopped."""
 HANG_PATIENCE_S = 100.0
 HEALED_S = 90.0
 MODEL = "alpha"
