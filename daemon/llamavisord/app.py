@@ -193,9 +193,6 @@ async def _live(
     spawner = Spawner(_instance(config.state_dir), started)
     for problem in ledger.load():
         bus.publish(Warned(subject="ledger", text=problem))
-    if lives.was_cut_short:
-        text = "the last daemon did not end in order; what it had in memory is loaded again"
-        bus.publish(Warned(subject="daemon", text=text))
     fleet = open_fleet(
         spawner=spawner,
         state_dir=config.state_dir,
@@ -228,6 +225,9 @@ async def _live(
             async with _web_server(app, keeper.serve, Acceptor("control socket", bus)):
                 path = str(config.path) if config.path else None
                 bus.publish(DaemonStarted(version=__version__, pid=os.getpid(), socket=str(config.socket), config=path))
+                if lives.was_cut_short:
+                    text = "the last one did not end in order; what it had in memory is loaded again"
+                    bus.publish(Warned(subject="daemon", text=text))
                 for warning in config.warnings:
                     bus.publish(Warned(subject="configuration", text=warning))
                 if notifier:

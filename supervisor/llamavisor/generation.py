@@ -342,6 +342,7 @@ class Generation:
         for model in models:
             if self._told.get(model.name, 0) <= events:
                 self._see(model.name, model.state)
+        self._told = {name: told for name, told in self._told.items() if told > events}
 
     def _see(self, model: str, state: ModelState) -> None:
         """Take note of a model's state, and watch its process as soon as it has one."""

@@ -92,6 +92,7 @@ class Model:
     hung_at: float | None = None
     ended: ExitStatus | None = None
     ended_pid: int | None = None
+    was_tried: bool = False  # we had it do something, and it has not been looked at since
     is_wanted: bool = False  # we asked for the load that is under way
     is_asking: bool = False  # our call to load it has not returned: no list can know of it yet
     is_heard: bool = True  # the router has spoken of the load that we asked for: an end before that is of a former life
@@ -286,8 +287,10 @@ class ModelTable:
         model.pulse = pulse.idle(vitals, now) if is_stuck else pulse.answered(now)
         is_busy = usage.in_flight > 0 or usage.work != model.work
         if is_busy:
-            # The first look at a model finds what its warm-up has counted: that is no use of it.
-            model.used_at = now if usage.in_flight or model.in_flight is not None else model.used_at
+            # The first look at a model finds what its warm-up has counted, one after a trial what we had it do.
+            is_first = model.in_flight is None or model.was_tried
+            model.used_at = model.used_at if is_first and not usage.in_flight else now
+            model.was_tried = False
             model.quiet_since = None if usage.in_flight else now
         elif model.quiet_since is None:
             model.quiet_since = now
@@ -300,7 +303,7 @@ class ModelTable:
     def note_works(self, name: str, *, now: float) -> None:
         """The process of a model was tried, and works. What it did for that is no use of it."""
         model = self._models[name]
-        model.pulse, model.in_flight = Pulse.begin(now), None
+        model.pulse, model.was_tried = Pulse.begin(now), True
 
     def child_ended(self, name: str, pid: int, *, status: ExitStatus | None = None, now: float) -> list[Event]:
         """The kernel says that a model's process has ended, and how as far as it tells.

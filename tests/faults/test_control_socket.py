@@ -585,7 +585,8 @@ def test_c9_a_mode_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_c9_a_folder_that_cannot_be_written(make: Make) -> None:
     """C9: an unprivileged user is told which socket cannot be created and why, and nothing is started."""
     unprivileged = (
-        "import encodings.ascii, os, sys, llamavisord.app; from llamavisord.cli import main\n"
+        # All that is needed later, too: where the tests lie this user may not read.
+        "import encodings.ascii, os, sys, llamavisord.app, llamavisord.cli.serve; from llamavisord.cli import main\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); sys.exit(main())\n"
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

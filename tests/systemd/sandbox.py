@@ -205,8 +205,15 @@ def _levels(cgroup: Path) -> Iterator[Path]:
         yield Path(path)
 
 
+_EMPTY_INSIDE = ("/tmp", "/var/tmp", "/run", "/var/log", "/dev")
+
+
 def _elsewhere() -> Sequence[Path]:
-    """What Python needs that is not on the root file system, of which alone the inside is made."""
+    """What Python needs that is not on the root file system, of which alone the inside is made, or in its way there."""
     root = Path("/").stat().st_dev
     needed = {Path(path).resolve() for path in (sys.base_prefix, sys.prefix, Path(__file__).parents[2])}
-    return [path for path in sorted(needed) if path.stat().st_dev != root]
+    return [
+        path
+        for path in sorted(needed)
+        if path.stat().st_dev != root or any(path.is_relative_to(folder) for folder in _EMPTY_INSIDE)
+    ]
