@@ -195,23 +195,23 @@ class Meter:
         That is less than `measure` tells: files that it has mapped stay in the page cache. Quick: the kernel keeps
         these numbers.
         """
-        try:
-            text = (self._root / "proc" / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            text = ""
-        return self._of(pid, parse_meminfo(text).get("RssAnon"))
+        return self._of(pid, self._status(pid).get("RssAnon"))
 
     def anonymous(self, pid: int) -> int | None:
         """Bytes that a process has for itself alone, in RAM and in swap; mapped files are not among them.
 
         None if nobody can say. Quick: the kernel keeps these numbers.
         """
+        told = self._status(pid)
+        return told["RssAnon"] + told.get("VmSwap", 0) if "RssAnon" in told else None
+
+    def _status(self, pid: int) -> Mapping[str, int]:
+        """What the kernel keeps count of for a process, in bytes; nothing of one that has gone."""
         try:
             text = (self._root / "proc" / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
         except OSError:
-            return None
-        told = parse_meminfo(text)
-        return told["RssAnon"] + told.get("VmSwap", 0) if "RssAnon" in told else None
+            return {}
+        return parse_meminfo(text)
 
     def _of(self, pid: int, ram: int | None) -> dict[str, int]:
         found = {} if ram is None else {RAM_ID: ram}
