@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from llamavisor.catalog import FileId
 
@@ -41,6 +41,8 @@ _BAD = ".bad"
 _PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EINTR})
 """Errors that say nothing of the file itself."""
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+_R = TypeVar("_R", bound=BaseModel)
 
 
 class Section(Protocol):
@@ -71,6 +73,28 @@ class Section(Protocol):
     def dump(self) -> object:
         """What the file is to say, as JSON values. Called in a worker thread while the owner may change the section."""
         ...
+
+
+def read_records(raw: object, kind: type[_R], part: slice) -> tuple[list[_R], str]:
+    """The records of a section that is a list, those that make sense.
+
+    Args:
+        raw: what the file says.
+        kind: what each record is.
+        part: which of them are read: a section is no longer than its owner would make it.
+
+    Returns:
+        They, and what a person should know of what was left out, empty when all is well.
+    """
+    if not isinstance(raw, list):
+        return [], "it is no list, and was left out"
+    good, bad = [], 0
+    for item in raw[part]:
+        try:
+            good.append(kind.model_validate(item))
+        except ValidationError:
+            bad += 1
+    return good, f"{bad} damaged records were left out" if bad else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,9 +293,6 @@ class _Record(BaseModel):
     at: float
 
 
-_RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
-
-
 class Footprints:
     """The section of what models really took, the last measurements of each key, latest last.
 
@@ -317,22 +338,15 @@ class Footprints:
 
     def load(self, raw: object, now: float) -> str:
         """Takes over what the file says, record by record."""
-        if not isinstance(raw, list):
-            return "it is no list, and was left out"
-        bad = 0
+        records, problem = read_records(raw, _Record, slice(-MAX_KEYS, None))
         extra: set[str] = set()
-        for item in raw[-MAX_KEYS:]:
-            try:
-                record = _RECORD.validate_python(item)
-            except ValidationError:
-                bad += 1
-                continue
+        for record in records:
             extra |= (record.model_extra or {}).keys()
             # A clock that was wrong once must not make a record immortal.
             if 0 <= now - min(record.at, now) <= MAX_AGE_S:
                 key = FootprintKey(record.files, record.options, record.build)
                 self._known[key] = min(record.at, now), tuple(record.bytes[-MAX_MEASURED:])
-        said = [f"{bad} damaged records were left out"] if bad else []
+        said = [problem] if problem else []
         said += [f"fields of a newer version were left out: {', '.join(sorted(extra))}"] if extra else []
         return "; ".join(said)
 

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from llamavisor.ledger import read_records
 from llamavisor.quarantine import FORGIVEN_AFTER_S, MAX_S, Quarantine
 from llamavisor.sections import ModelSpec
 from llamavisor.slots import Key
@@ -28,9 +29,6 @@ class _Record(BaseModel):
     failures: Annotated[int, Field(ge=1)]
     reason: Annotated[str, Field(max_length=REASON_CHARS)]
     of: Annotated[str, Field(max_length=64)]
-
-
-_RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
 
 
 class QuarantineRecords:
@@ -107,17 +105,9 @@ class QuarantineRecords:
 
     def load(self, raw: object, now: float) -> str:  # noqa: ARG002 (ledger.Section)
         """Takes over what the file says, record by record."""
-        if not isinstance(raw, list):
-            return "it is no list, and was left out"
-        bad = 0
-        for item in raw[-MAX_RECORDS:]:
-            try:
-                record = _RECORD.validate_python(item)
-            except ValidationError:
-                bad += 1
-                continue
-            self._before[record.router, record.model] = record
-        return f"{bad} damaged records were left out" if bad else ""
+        records, problem = read_records(raw, _Record, slice(-MAX_RECORDS, None))
+        self._before |= {(record.router, record.model): record for record in records}
+        return problem
 
     def dump(self) -> object:
         """What the file is to say."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from llamavisor.ledger import read_records
 from llamavisor.procfs import Identity
 
 MAX_PROCESSES = 1000
@@ -19,9 +20,6 @@ class _Record(BaseModel):
     pid: Annotated[int, Field(ge=2)]
     start_ticks: int
     boot_id: Annotated[str, Field(max_length=64)]
-
-
-_RECORD: TypeAdapter[_Record] = TypeAdapter(_Record)
 
 
 class Started:
@@ -60,19 +58,10 @@ class Started:
 
     def load(self, raw: object, now: float) -> str:  # noqa: ARG002 (ledger.Section)
         """Takes over what the file says, process by process."""
-        if not isinstance(raw, list):
-            return "it is no list, and was left out"
-        before, bad = [], 0
-        for item in raw[:MAX_PROCESSES]:
-            try:
-                record = _RECORD.validate_python(item)
-            except ValidationError:
-                bad += 1
-                continue
-            before.append(Identity(record.pid, record.start_ticks, record.boot_id))
-        self.before = tuple(before)
-        self._changes += bool(before)  # they are gone when the next file is written
-        return f"{bad} damaged records were left out" if bad else ""
+        records, problem = read_records(raw, _Record, slice(MAX_PROCESSES))
+        self.before = tuple(Identity(record.pid, record.start_ticks, record.boot_id) for record in records)
+        self._changes += bool(records)  # they are gone when the next file is written
+        return problem
 
     def dump(self) -> object:
         """What the file is to say."""
