@@ -72,6 +72,7 @@ class RunningDaemon:
         if serve != "gateway":
             self.env["LLAMAVISOR_SERVE"] = serve
         self.launcher: list[str] = []  # what runs before the program and becomes it
+        self.pass_fds: tuple[int, ...] = ()  # descriptors that it gets
         self.program = [sys.executable, "-m", "llamavisord"]
         self._argv = ["serve", "--socket", str(self.socket)]
         self._argv += ["--state-dir", str(self.state_dir)]
@@ -127,6 +128,7 @@ class RunningDaemon:
                 stdout=log,
                 stderr=log,
                 env=self.env,
+                pass_fds=self.pass_fds,
             )
 
     def signal(self, number: signal.Signals) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 import anyio
 import anyio.abc
 from aiohttp import web
-from aiohttp.http import HttpProcessingError
 from anyio.abc import SocketAttribute
 
 from llamavisor.events import (
@@ -30,7 +29,6 @@ from llamavisor.events import (
     DaemonStopping,
     ModelPinned,
     Published,
-    RequestEnded,
     RouterSpawned,
     Warned,
 )
@@ -43,8 +41,9 @@ from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.residents import Residents
 from llamavisor.started import Started
 from llamavisor.threads import run_in_thread
-from llamavisord import __version__
+from llamavisord import __version__, log
 from llamavisord.acceptor import Accept, Acceptor
+from llamavisord.activation import Activation
 from llamavisord.config import Config
 from llamavisord.control import control_app
 from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Keeper, Lock, SocketPathError
@@ -84,12 +83,13 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal
 _log = logging.getLogger("llamavisor")
 
 
-def run(config: Config, reload: Callable[[], Config]) -> int:
+def run(config: Config, reload: Callable[[], Config], activation: Activation) -> int:
     """Run the daemon until a signal ends it.
 
     Args:
         config: what to begin with.
         reload: reads the configuration again; raises ConfigError.
+        activation: the sockets that the service manager listens on.
 
     Returns:
         The exit code of the process.
@@ -99,11 +99,15 @@ def run(config: Config, reload: Callable[[], Config]) -> int:
     gc.freeze()  # what was imported lives for ever: walking it again and again would hold the event loop
     # They wait for the receiver in _main: what comes before it is neither lost nor fatal.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    _log_to_stderr(config.log_level)
+    log.begin(config.log_level)
     _raise_descriptors()
     try:
-        with closing(_lock_state(config.state_dir)), closing(ControlSocket(config.socket)) as control_socket:
-            exit_code = anyio.run(_main, config, reload, control_socket, notifier, backend_options={"use_uvloop": True})
+        with (
+            closing(_lock_state(config.state_dir)),
+            closing(ControlSocket(config.socket, activation.control)) as control_socket,
+        ):
+            main = partial(_main, config, reload, control_socket, activation.gateway, notifier)
+            exit_code = anyio.run(main, backend_options={"use_uvloop": True})
     except (AlreadyRunningError, SocketPathError) as error:
         sys.stderr.write(f"llamavisor: {plain(error)}; {error.hint}\n")
         is_running = isinstance(error, AlreadyRunningError)
@@ -130,34 +134,6 @@ def leave_hung_threads(exit_code: int) -> None:
                 os._exit(exit_code)
 
 
-class _OneLine(logging.Formatter):
-    """One event, one line: a model's name or llama-server's last words must not forge another."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(levelname)-7s %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's own name)
-        return plain(super().formatMessage(record))
-
-    def formatException(self, ei: Any) -> str:  # noqa: N802 (likewise)
-        """A traceback has many lines; indented, none of them looks like another event."""
-        return "\n".join(f"  | {plain(line)}" for line in super().formatException(ei).splitlines())
-
-
-def _log_to_stderr(level: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_OneLine())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("aiohttp.server").addFilter(_is_ours)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether a line of the web server is worth its place; what is no HTTP is its sender's fault, and answered 400."""
-    error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, HttpProcessingError)
-
-
 def _lock_state(state_dir: Path) -> Lock:
     """Two daemons with one state folder would take each other's processes for left-overs."""
     try:
@@ -170,23 +146,31 @@ def _lock_state(state_dir: Path) -> Lock:
         ) from error
 
 
-async def _main(config: Config, reload: Callable[[], Config], control_socket: ControlSocket, notifier: Notifier) -> int:
+async def _main(
+    config: Config,
+    reload: Callable[[], Config],
+    control_socket: ControlSocket,
+    doors: Sequence[socket.socket],
+    notifier: Notifier,
+) -> int:
     with anyio.open_signal_receiver(*_SIGNALS) as signals:
         # Before anything is started: llama-server would inherit the mask.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-        return await _live(config, reload, control_socket, notifier, signals)
+        return await _live(config, reload, control_socket, doors, notifier=notifier, signals=signals)
 
 
 async def _live(
     config: Config,
     reload: Callable[[], Config],
     control_socket: ControlSocket,
+    doors: Sequence[socket.socket],
+    *,
     notifier: Notifier,
     signals: AsyncIterator[signal.Signals],
 ) -> int:
     become_subreaper()
     bus = Bus()
-    bus.listen(_log_event)
+    bus.listen(log.log_event)
     started, lives = Started(), Lives()
     footprints, pins, records, residents = Footprints(), Pins(), QuarantineRecords(), Residents(bus)
     ledger = Ledger(config.state_dir / LEDGER, [footprints, pins, records, residents, started, lives])
@@ -208,7 +192,7 @@ async def _live(
     )
     daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
     exposition = Exposition(daemon, lives)
-    service = Service(daemon, config.gateway) if config.gateway is not None else None
+    service = Service(daemon, config.gateway, doors) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
     try:
@@ -390,13 +374,3 @@ def _instance(state_dir: Path) -> str:
     except OSError as error:
         _log.warning("cannot write %s (%s): left-overs of this daemon will not be recognised", path, error)
     return fresh
-
-
-def _log_event(published: Published) -> None:
-    event, level = published.event, published.event.log_level
-    if not _log.isEnabledFor(level):  # asked first: every request of a client passes here
-        return
-    if isinstance(event, RequestEnded) and event.body is not None:
-        _log.log(level, "%s, asked: %s", event.message(), event.body)
-    else:
-        _log.log(level, "%s", event.message())

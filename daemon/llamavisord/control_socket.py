@@ -98,18 +98,24 @@ class ControlSocket:
 
     Args:
         path: where the socket is; its folder is created with mode 0750 when missing.
+        handed: a socket that listens there already, of the service manager's.
 
     Raises:
         AlreadyRunningError: another daemon has it.
         SocketPathError: something that is not a socket is there, somebody else serves it, or it cannot be created.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, handed: socket.socket | None = None) -> None:
         self.path = path
         self._lock = _claim(path)
+        # Somebody may have deleted its file; then nobody finds what was handed over.
+        self._is_handed = handed is not None and path.is_socket()
         try:
-            _remove_stale(path)
-            self.listener, self._file = _bind(path)
+            if handed is not None and self._is_handed:
+                self.listener, self._file = handed, path.lstat()
+            else:
+                _remove_stale(path)
+                self.listener, self._file = _bind(path)
         except BaseException:
             self._lock.close()
             raise
@@ -145,6 +151,7 @@ class ControlSocket:
         replaced = self.listener
         _remove_stale(self.path)
         self.listener, self._file = _bind(self.path)
+        self._is_handed = False
         return replaced
 
     def admits(self, peer: Peer) -> bool:
@@ -153,7 +160,7 @@ class ControlSocket:
 
     def close(self) -> None:
         """Remove the file if it is ours, stop listening, release the lock."""
-        if self.is_in_place:
+        if self.is_in_place and not self._is_handed:
             with suppress(OSError):
                 self.path.unlink()
         self.listener.close()

@@ -21,6 +21,7 @@ from llamavisor.helptext import normal
 from llamavisor.reserved import check_env, find_reserved
 from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize, RouterSettings, Serve
 from llamavisord import gateway_table, model_tables
+from llamavisord.activation import SOURCE, Activation
 from llamavisord.addresses import LOOPBACK, is_loopback, overlap
 from llamavisord.api_key import read_api_key
 from llamavisord.config import Config, GatewaySettings, Metrics, Setting
@@ -32,6 +33,7 @@ from llamavisord.redaction import HIDDEN, is_secret, without_secrets
 from llamavisord.sources import (
     Overrides,
     Source,
+    read_activation,
     read_environment,
     read_file,
     read_overrides,
@@ -57,6 +59,7 @@ def load(
     environ: Mapping[str, str],
     overrides: Overrides | None = None,
     *,
+    activation: Activation | None = None,
     places: Places | None = None,
 ) -> Config:
     """Read and check everything that is written.
@@ -68,6 +71,7 @@ def load(
         path: the configuration file; None takes LLAMAVISOR_CONFIG, else the first default place with one.
         environ: the environment.
         overrides: what the flags of `serve` say.
+        activation: sockets that the service manager listens on; what they say of addresses wins over all else.
         places: where things are by default; None takes those of this user.
 
     Raises:
@@ -79,9 +83,11 @@ def load(
     file = read_file(path, problems) if path else Source(Document(), Path("/"))
     above, below = read_environment(environ, problems)
     given = read_overrides(overrides or Overrides(), problems)
+    handed = read_activation(activation or Activation(), problems)
     if problems:
         raise ConfigError(problems)
     return _Assembly(
+        handed=handed,
         given=given,
         above=above,
         file=file,
@@ -104,6 +110,7 @@ class _Assembly:
     """Lays the sources over each other, and collects what is wrong with the result.
 
     Args:
+        handed: the sockets that the service manager listens on.
         given: the flags of `serve`.
         above: variables that win over the file.
         file: the file, or an empty document.
@@ -115,6 +122,7 @@ class _Assembly:
     def __init__(
         self,
         *,
+        handed: Source,
         given: Source,
         above: Source,
         file: Source,
@@ -122,6 +130,7 @@ class _Assembly:
         places: Places,
         environ: Mapping[str, str],
     ) -> None:
+        self._handed = handed
         self._given = given
         self._above = above
         self._file = file
@@ -137,7 +146,7 @@ class _Assembly:
         Raises:
             ConfigError: it contradicts itself.
         """
-        sources = (self._given, self._above, self._file, self._below)
+        sources = (self._handed, self._given, self._above, self._file, self._below)
         top = Scope("", [View(source.document, source) for source in sources])
         serve = self._picker.pick(top, "serve", lambda table: table.serve, SERVE)
         socket = self._picker.path(top, "socket", lambda table: table.socket, self._places.socket)
@@ -153,6 +162,7 @@ class _Assembly:
         self._check_options("[defaults]", self._file.document.defaults, self._file, ("defaults",))
         self._check_given()
         gateway = self._gateway(top) if serve.value == "gateway" else None
+        self._check_handed(serve)
         if gateway is None and (unused := gateway_table.unused(self._file)):
             self._picker.warnings.append(str(unused))
         routers = tuple(self._routers(has_gateway=gateway is not None))
@@ -368,6 +378,22 @@ class _Assembly:
         return tuple(sorted(env.items()))
 
     # What contradicts itself
+
+    def _check_handed(self, serve: Picked[Serve]) -> None:
+        """Nobody may wait at a door that is never opened; what is written and has no effect is told."""
+        handed = self._handed.document
+        if serve.value == "router" and handed.port is not None:
+            text = (
+                f"{SOURCE} listens on port {handed.port} for the gateway, and there is none: remove that ListenStream="
+            )
+            self._picker.problems.append(serve.problem(text))
+        for key in ("host", "port", "socket"):
+            value: object = getattr(handed, key)
+            for source in (self._given, self._above, self._file) if value is not None else ():
+                written: object = getattr(source.document, key)
+                if written not in {None, value}:
+                    text = f"{written} has no effect: {SOURCE} listens on {value}; change its ListenStream="
+                    self._picker.warnings.append(str(source.problem((key,), text)))
 
     def _check_socket(self, socket: Picked[Path]) -> None:
         length = len(os.fsencode(socket.value))

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from llamavisord.activation import SOURCE, Activation
 from llamavisord.document import Document, nearest, spell, validate
 from llamavisord.problems import Origin, Problem
 from llamavisord.toml_lines import Location, key_lines, line_of
@@ -169,6 +170,14 @@ def read_overrides(overrides: Overrides, problems: list[Problem]) -> Source:
     given = {at: (flag, value) for at, (flag, value) in flags.items() if value is not None}
     source = Source(Document(), _cwd(), names={at: flag for at, (flag, _) in given.items()})
     return _checked(source, _nested({at: value for at, (_, value) in given.items()}), problems)
+
+
+def read_activation(activation: Activation, problems: list[Problem]) -> Source:
+    """Where the service manager listens for the daemon: nobody can listen elsewhere and be found."""
+    host, port = activation.address or (None, None)
+    told: dict[tuple[str, ...], object] = {("host",): host, ("port",): port, ("socket",): activation.path}
+    given = {at: value for at, value in told.items() if value is not None}
+    return _checked(Source(Document(), Path("/"), names=dict.fromkeys(given, SOURCE)), _nested(given), problems)
 
 
 def _read(path: Path) -> bytes:

@@ -34,7 +34,7 @@ from llamavisor.router import Router
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.states import HAS_CHILD, Change, RouterState
-from llamavisor.supply import Supply
+from llamavisor.supply import FIRST_LOOK_S, Supply
 
 REAP_INTERVAL_S = 1.0
 
@@ -301,6 +301,12 @@ class Fleet:
         self.memory.note_specs()
         self._drop_unused_folders()
         return Applied(tuple(changed), tuple(sorted(models)))
+
+    async def wait_for_models(self) -> None:
+        """Wait until it is known what is in the models folders; one that does not answer is not waited for any more."""
+        with anyio.move_on_after(FIRST_LOOK_S):
+            for folder in list(self.folders):
+                await folder.answered.wait()
 
     async def look(self, *, within_s: float) -> tuple[str, ...]:
         """Look at all folders now, and have every router that serves told of what is there.

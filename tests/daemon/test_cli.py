@@ -31,6 +31,7 @@ from fakes.control_stub import (
     status,
 )
 from llamavisord import __version__
+from llamavisord.activation import Activation
 from llamavisord.cli import main
 from llamavisord.cli.client import Client, find_socket, model_path
 from llamavisord.cli.errors import UnreachableError
@@ -998,7 +999,7 @@ def test_serve_hands_flags_over_and_reads_the_same_file_again(tmp_path: Path, mo
     monkeypatch.setenv("LLAMAVISOR_CONFIG", str(path))
     seen: list[tuple[Config, Callable[[], Config]]] = []
 
-    def run(config: Config, reload: Callable[[], Config]) -> int:
+    def run(config: Config, reload: Callable[[], Config], _: Activation) -> int:
         seen.append((config, reload))
         return 0
 

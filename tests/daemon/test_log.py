@@ -10,7 +10,7 @@ import pytest
 
 from fakes.request import ended
 from llamavisor.events import ModelUnloaded, Published, RequestEnded, UnloadReason
-from llamavisord.app import _log_event
+from llamavisord.log import log_event
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_a_model_that_crashed_is_a_warning(
 ) -> None:
     """And says so; one that left memory for any other reason is none."""
     with caplog.at_level(logging.INFO, logger="llamavisor"):
-        _log_event(Published(1, 0.0, ModelUnloaded(router="main", model="a", reason=reason)))
+        log_event(Published(1, 0.0, ModelUnloaded(router="main", model="a", reason=reason)))
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [(level, text)]
 
 
@@ -46,14 +46,14 @@ def test_no_line_is_made_that_nobody_reads(caplog: pytest.LogCaptureFixture, mon
 
     monkeypatch.setattr(RequestEnded, "message", message)
     with caplog.at_level(logging.INFO, logger="llamavisor"):
-        _log_event(request())
+        log_event(request())
     assert caplog.records == []
 
 
 def test_requests_are_logged_when_the_configuration_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """And what was asked, when it says that too."""
     with caplog.at_level(logging.INFO, logger="llamavisor"):
-        _log_event(request(is_logged=True))
-        _log_event(request(is_logged=True, body='{"prompt": "%s"}'))
+        log_event(request(is_logged=True))
+        log_event(request(is_logged=True, body='{"prompt": "%s"}'))
     line = "props, 200 after 0.500 s, 0 bytes in, 9 out"
     assert [record.getMessage() for record in caplog.records] == [line, f'{line}, asked: {{"prompt": "%s"}}']

@@ -6,7 +6,8 @@ import os
 import sys
 from argparse import Namespace
 
-from llamavisord import app
+from llamavisord import activation, app
+from llamavisord.cli.errors import CommandError
 from llamavisord.config import Config
 from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
@@ -32,13 +33,16 @@ def run(arguments: Namespace) -> int:
         args=arguments.server_args,
     )
     try:
-        config = load(arguments.config, os.environ, overrides)
+        handed = activation.take(os.environ)
+        config = load(arguments.config, os.environ, overrides, activation=handed)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_CONFIG
+    except activation.ActivationError as error:
+        raise CommandError(str(error)) from error
 
     def reload() -> Config:
         # A file that was read once is read again: were it gone, a reload must fail, not go on without it.
-        return load(config.path, os.environ, overrides)
+        return load(config.path, os.environ, overrides, activation=handed)
 
-    return app.run(config, reload)
+    return app.run(config, reload, handed)

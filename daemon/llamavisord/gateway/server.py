@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -113,16 +113,18 @@ class Door:
     def __repr__(self) -> str:
         return f"<Door {self._traffic.urls}>"
 
-    async def serve(self, host: str, port: int) -> None:
-        """Take connections there until cancelled; those that are open stay."""
-        async with self._listening(host, port) as listeners, anyio.create_task_group() as accepting:
+    async def serve(self, host: str, port: int, handed: Sequence[socket.socket] = ()) -> None:
+        """Take connections there, or of sockets that listen already, until cancelled; those that are open stay."""
+        async with self._listening(host, port, handed) as listeners, anyio.create_task_group() as accepting:
             for listener in listeners:
                 accepting.start_soon(self._acceptor.serve, listener, self._server)
 
     @asynccontextmanager
-    async def _listening(self, host: str, port: int) -> AsyncIterator[list[socket.socket]]:
-        traffic = self._traffic
-        while True:
+    async def _listening(
+        self, host: str, port: int, handed: Sequence[socket.socket]
+    ) -> AsyncIterator[Sequence[socket.socket]]:
+        traffic, listeners = self._traffic, handed
+        while not listeners:
             try:
                 listeners = await run_in_thread(listen, host, port)
                 break

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Sequence
+
 import anyio
 import anyio.abc
 from aiohttp import web
@@ -31,10 +34,12 @@ class Service:
     Args:
         daemon: whose gateway it is; told of the traffic.
         settings: what it is told to be at first.
+        doors: sockets that listen for it already; without any it listens as the settings say.
     """
 
-    def __init__(self, daemon: Daemon, settings: GatewaySettings) -> None:
+    def __init__(self, daemon: Daemon, settings: GatewaySettings, doors: Sequence[socket.socket] = ()) -> None:
         self._daemon = daemon
+        self._doors = doors
         self._settings = settings
         self._bus: Bus = daemon.bus
         self._stock = Stock(settings.max_held_bytes)
@@ -70,7 +75,9 @@ class Service:
             door = Door(self._server, self._acceptor, self._traffic, self._bus)
             try:
                 with self._accepting:
-                    await door.serve(self._settings.host, self._settings.port)
+                    # Who comes earlier waits: to be told that there is no such model would be wrong.
+                    await self._daemon.fleet.wait_for_models()
+                    await door.serve(self._settings.host, self._settings.port, self._doors)
                 await anyio.sleep_forever()
             finally:
                 with anyio.CancelScope(shield=True), anyio.move_on_after(2 * LAST_WORDS_S):
