@@ -54,6 +54,7 @@ tr -d - </proc/sys/kernel/random/uuid >etc/machine-id # an empty one would make 
 mkdir old
 pivot_root . old
 umount -l old
+mount --make-rshared / # as systemd finds it: what it mounts for a unit elsewhere, such as credentials, has to come here
 : >"$folder/booting"
 export container=sandbox PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 exec "$systemd" --system --unit=multi-user.target --log-target=journal --show-status=false

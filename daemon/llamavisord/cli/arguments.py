@@ -17,7 +17,7 @@ WAIT_MAX_S = 3600.0
 """The daemon lets nobody wait longer; whoever wants to asks again."""
 LOG_LINES = 100
 _SOCKET_HELP = "the daemon's control socket (else LLAMAVISOR_SOCKET)"
-_WITHOUT_SOCKET = frozenset({"config", "demo", "version"})
+_WITHOUT_SOCKET = frozenset({"config", "demo", "install-service", "version"})
 
 
 class _Commands:
@@ -103,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_reading(commands)
     _add_acting(commands)
     _add_config(commands)
+    _add_install(commands)
     demo = commands.add("demo", "show it working, with tiny models made on the spot")
     demo.add_argument("--llama-server", metavar="PATH", help="the llama-server to use")
     commands.add("version", "say which version this is", json=True)
@@ -239,6 +240,36 @@ def _add_config(commands: _Commands) -> None:
             "file", nargs="?", type=Path, help="the file (else LLAMAVISOR_CONFIG, else the default place)"
         )
         verb.add_argument("--config", type=Path, metavar="FILE", help="the same")
+
+
+def _add_install(commands: _Commands) -> None:
+    install = commands.add(
+        "install-service",
+        "have systemd look after llamavisor",
+        details="Puts units, a user, a models folder and a first configuration in place. What is there and yours stays "
+        "as it is; calling it again after a change of the configuration is safe.",
+    )
+    add = install.add_argument
+    add("--user", action="store_true", help="as a service of this user, without root")
+    add("--dry-run", action="store_true", help="only print what would be done, files included")
+    add(
+        "--models-dir", type=Path, metavar="DIR", help="the models folder (default: /srv/models; with --user: ~/models)"
+    )
+    add("--now", action="store_true", help="also enable and start it")
+    add("--instance", metavar="NAME", help="one more daemon beside the first, llamavisor@NAME.service")
+    add(
+        "--gpu",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether it may use GPUs (default: if there is one now)",
+    )
+    add(
+        "--no-socket",
+        dest="socket_activation",
+        action="store_false",
+        help="do not have systemd listen for it: clients are refused while it restarts",
+    )
+    add("--remove", action="store_true", help="take the units away again; configuration, models and state stay")
 
 
 def _add_model(parser: argparse.ArgumentParser, timeout_s: float) -> None:

@@ -35,6 +35,7 @@ _COMMANDS: Mapping[str, str] = {
     "resume": "act:resume",
     "reload": "act:reload",
     "config": "settings:run",
+    "install-service": "service:install",
     "demo": "show:demo",
     "version": "show:version",
 }
