@@ -200,6 +200,10 @@ def _drop_in(folders: Sequence[Path], needs: Sequence[Path]) -> str:
         f"BindPaths={_bound(path)}" if _is_hidden(path) else f"ReadWritePaths={_quoted(path, '-')}" for path in folders
     ]
     lines += [f"BindReadOnlyPaths={_bound(path)}" for path in needs if _is_hidden(path)]
+    if any(path.is_relative_to("/root") for path in (*folders, *needs)):
+        lines.append(
+            "TemporaryFileSystem=/root:ro,mode=0755"
+        )  # else it has the mode of the true one in later versions of systemd
     return "\n".join([_WRITTEN, *lines, ""])
 
 

@@ -56,7 +56,8 @@ def test_an_instance_is_the_service_with_a_name() -> None:
         return [line for line in text.splitlines() if line and not line.startswith("#")]
 
     as_template = service.replace("llamavisor, keeps", "llamavisor %i, keeps")
-    as_template = as_template.replace("llamavisor serve", "llamavisor serve --config /etc/llamavisor/%i.toml")
+    cache = "Environment=CUDA_CACHE_PATH"
+    as_template = as_template.replace(cache, f"Environment=LLAMAVISOR_CONFIG=/etc/llamavisor/%i.toml\n{cache}")
     for key in ("WorkingDirectory=%S/", "StateDirectory=", "CacheDirectory=", "LogsDirectory=", "RuntimeDirectory="):
         as_template = as_template.replace(f"{key}llamavisor\n", f"{key}llamavisor-%i\n")
     as_template = as_template.replace("%C/llamavisor/", "%C/llamavisor-%i/")
@@ -88,6 +89,9 @@ def test_what_the_sandbox_hides_is_shown() -> None:
     elsewhere = files(Wish())[str(SYSTEM / "llamavisor.service.d/10-install.conf")]
     assert "ReadWritePaths=-/srv/models\n" in elsewhere
     assert "Bind" not in elsewhere
+    assert "/root" not in elsewhere
+    in_root = files(Wish(), models_dir=Path("/root/models"))[str(SYSTEM / "llamavisor.service.d/10-install.conf")]
+    assert "BindPaths=-/root/models\nTemporaryFileSystem=/root:ro,mode=0755\n" in in_root
 
 
 def test_the_socket_listens_where_the_configuration_says(tmp_path: Path) -> None:
