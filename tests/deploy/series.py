@@ -45,7 +45,7 @@ async def registered(folder: Path) -> dict[str, set[str]]:
     async with stage.running(stage.config(("main", "a"))) as daemon:
         daemon.traffic = Traffic(Drain(stage.bus), held_bytes=lambda: 0, connections=lambda: 0)
         exposition = Exposition(daemon)
-        families = {"up": set(_OF_EVERY_TARGET)}
+        families = {"up": set(_OF_EVERY_TARGET), "ALERTS": {"alertname", "alertstate", *_OF_EVERY_TARGET}}
         for collector in exposition.registry._collector_to_names:
             # What counts does not tell its labels before it has counted something; what is read at the scrape does.
             own = collector._labelnames if isinstance(collector, MetricWrapperBase) else ()
@@ -57,13 +57,13 @@ async def registered(folder: Path) -> dict[str, set[str]]:
     return {name: {*labels, *_OF_EVERY_TARGET} for name, labels in _AWAITED.items()} | families
 
 
-def recorded(known: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Those, what llama.cpp says of a model, and what our rules make of both."""
-    queries = {rule["record"]: (read(rule["expr"]), rule.get("labels", {})) for rule in rules("rules.yml")}
-    of_models = {name for query, _ in queries.values() for name in query.series if name.startswith(LLAMA_CPP)}
+def recorded(known: dict[str, set[str]], shown: Iterable[str] = ()) -> dict[str, set[str]]:
+    """Those, what llama.cpp says of a model in these queries and in our rules, and what our rules make of it all."""
+    queries = {rule["record"]: (rule["expr"], rule.get("labels", {})) for rule in rules("rules.yml")}
+    of_models = own_of_llama_cpp([*shown, *(text for text, _ in queries.values())])
     known = known | {name: {"router", "model", *_OF_EVERY_TARGET} for name in of_models}
-    for name, (query, labels) in queries.items():  # in their order: one may be made of another
-        known[name] = query.result(known) | set(labels)
+    for name, (text, labels) in queries.items():  # in their order: one may be made of another
+        known[name] = read(text).result(known) | set(labels)
     return known
 
 

@@ -21,6 +21,7 @@ import yaml
 
 from deploy import series
 from deploy.promql import read
+from deploy.tools import promtool, tool
 from fakes.bare_router import free_port
 from fakes.waiting import PATIENCE_S, eventually
 from llamavisord.cli.arguments import parse
@@ -29,21 +30,6 @@ from running import RunningDaemon
 PROMETHEUS = series.DEPLOY / "prometheus"
 RULES, ALERTS = series.rules("rules.yml"), series.rules("alerts.yml")
 BY_NAME = pytest.mark.parametrize("alert", [pytest.param(alert, id=alert["alert"]) for alert in ALERTS])
-
-
-def tool(name: str) -> str:
-    """The path of a tool of Prometheus; without it the test is skipped."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"no {name}: install the package prometheus")
-    return found
-
-
-def promtool(*words: str | Path) -> str:
-    """What it says, if it is content."""
-    done = subprocess.run([tool("promtool"), *words], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
 
 
 # --- what the files say -----------------------------------------------------------------------------------------------
