@@ -69,8 +69,12 @@ def recorded(known: dict[str, set[str]], shown: Iterable[str] = ()) -> dict[str,
 
 def rules(name: str) -> list[dict[str, Any]]:
     """All rules of one of our files."""
-    groups = yaml.safe_load((DEPLOY / "prometheus" / name).read_text(encoding="utf-8"))["groups"]
-    return [rule for group in groups for rule in group["rules"]]
+    return [rule for group in written(f"prometheus/{name}")["groups"] for rule in group["rules"]]
+
+
+def written(path: str) -> Any:
+    """What one of our files of YAML says."""
+    return yaml.safe_load((DEPLOY / path).read_text(encoding="utf-8"))
 
 
 def own_of_llama_cpp(texts: Iterable[str]) -> set[str]:

@@ -100,10 +100,9 @@ def test_no_panel_lies_on_another() -> None:
 
 def test_grafana_is_told_of_both() -> None:
     """Its provisioning has one data source, which looks as often as Prometheus reads, and one folder of dashboards."""
-    provisioning = GRAFANA / "provisioning"
-    (source,) = yaml.safe_load((provisioning / "datasources/llamavisor.yml").read_text(encoding="utf-8"))["datasources"]
-    (provider,) = yaml.safe_load((provisioning / "dashboards/llamavisor.yml").read_text(encoding="utf-8"))["providers"]
-    prometheus = yaml.safe_load((series.DEPLOY / "prometheus/prometheus.yml").read_text(encoding="utf-8"))
+    (source,) = series.written("grafana/provisioning/datasources/llamavisor.yml")["datasources"]
+    (provider,) = series.written("grafana/provisioning/dashboards/llamavisor.yml")["providers"]
+    prometheus = series.written("prometheus/prometheus.yml")
     assert source["type"] == "prometheus"
     assert source["jsonData"]["timeInterval"] == prometheus["global"]["scrape_interval"]
     assert provider["options"]["path"]
