@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
 from contextlib import closing
@@ -75,6 +76,13 @@ def rules(name: str) -> list[dict[str, Any]]:
 def written(path: str) -> Any:
     """What one of our files of YAML says."""
     return yaml.safe_load((DEPLOY / path).read_text(encoding="utf-8"))
+
+
+def shown() -> list[str]:
+    """Every query of the dashboard, as Grafana sends it while everything is chosen."""
+    panels = json.loads((DEPLOY / "grafana/llamavisor.json").read_text(encoding="utf-8"))["panels"]
+    queries = [target["expr"] for panel in panels for target in panel.get("targets", ())]
+    return [re.sub(r"\$\w+", ".*", re.sub(r"\$__\w+", "5m", query)) for query in queries]
 
 
 def own_of_llama_cpp(texts: Iterable[str]) -> set[str]:

@@ -32,11 +32,6 @@ def targets() -> Iterator[dict[str, Any]]:
         yield from panel["targets"]
 
 
-def filled(query: str) -> str:
-    """A query as Grafana would send it."""
-    return re.sub(r"\$__\w+", "5m", query)
-
-
 def test_it_is_what_the_script_makes() -> None:
     """Who changes panels.toml runs the script; who changes the dashboard itself is told where it is made."""
     made = subprocess.run([sys.executable, GRAFANA / "dashboard.py"], capture_output=True, text=True, check=True)
@@ -47,9 +42,9 @@ def test_it_is_what_the_script_makes() -> None:
 @pytest.mark.usefixtures("virtual_time")
 async def test_it_shows_series_that_there_are(tmp_path: Path) -> None:
     """Every series of a panel or a variable is in the registry or recorded, with each label that names or groups it."""
-    known = series.recorded(await series.registered(tmp_path), (target["expr"] for target in targets()))
-    for target in targets():
-        query = read(filled(target["expr"]))
+    known = series.recorded(await series.registered(tmp_path), series.shown())
+    for target, text in zip(targets(), series.shown(), strict=True):
+        query = read(text)
         assert list(query.problems(known)) == []
         assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) <= query.result(known), target
     for variable in VARIABLES.values():
@@ -62,14 +57,14 @@ async def test_it_shows_series_that_there_are(tmp_path: Path) -> None:
 @pytest.mark.real
 def test_llama_cpp_says_what_is_shown_of_it(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """What is shown of `llamacpp:` is what a model says of itself."""
-    named = series.own_of_llama_cpp(target["expr"] for target in targets())
+    named = series.own_of_llama_cpp(series.shown())
     assert named
     assert named <= series.said_by_a_model(llama_server, tmp_path, models_dir)
 
 
 def test_prometheus_understands_its_queries(tmp_path: Path) -> None:
     """Each of them is well-formed, to Prometheus's own parser."""
-    queries = [{"record": f"query:{at}", "expr": filled(target["expr"])} for at, target in enumerate(targets())]
+    queries = [{"record": f"query:{at}", "expr": text} for at, text in enumerate(series.shown())]
     rules = tmp_path / "queries.yml"
     rules.write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": queries}]}), encoding="utf-8")
     assert f"{len(queries)} rules found" in promtool("check", "rules", rules)
@@ -82,8 +77,8 @@ def test_it_asks_the_source_and_the_daemons_that_are_chosen() -> None:
             assert each["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
     for target in targets():
         assert set(re.findall(r"\$(\w+)", target["expr"])) <= {*VARIABLES, *_OF_GRAFANA}
-        selectors = read(filled(target["expr"])).selected
-        assert all("instance" in labels for _, labels in selectors), target["expr"]
+    for text in series.shown():
+        assert all("instance" in labels for _, labels in read(text).selected), text
     assert list(VARIABLES) == ["datasource", "instance", "router", "model"]
 
 

@@ -15,6 +15,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlencode
 
 import pytest
 
@@ -175,6 +176,10 @@ class Prometheus:
         assert answer["status"] == "success", answer
         return answer["data"]
 
+    def query(self, text: str) -> list[dict[str, Any]]:
+        """What it finds now."""
+        return list(self.ask(f"query?{urlencode({'query': text})}")["result"])
+
     def rules(self) -> list[dict[str, Any]]:
         """All its rules, with how their last evaluation went."""
         return [rule for group in self.ask("rules")["groups"] for rule in group["rules"]]
@@ -217,7 +222,7 @@ def daemon(tmp_path: Path, models_dir: Path, llama_server: Path) -> Iterator[Run
 @pytest.mark.real
 @pytest.mark.timeout(60)
 def test_prometheus_tells_of_a_router_that_is_killed_again_and_again(tmp_path: Path, daemon: RunningDaemon) -> None:
-    """A true Prometheus reads a true daemon: every rule works, and of all alerts the one that is true fires."""
+    """A true Prometheus reads a true daemon: rules and panels work, and of all alerts the one that is true fires."""
     with Prometheus(tmp_path / "prometheus", daemon.metrics_port) as prometheus:
         daemon.chat("alpha")
 
@@ -242,7 +247,9 @@ def test_prometheus_tells_of_a_router_that_is_killed_again_and_again(tmp_path: P
         assert {(rule["name"], rule["health"], rule.get("lastError")) for rule in prometheus.rules()} == {
             (rule.get("record") or rule["alert"], "ok", None) for rule in [*RULES, *ALERTS]
         }
-        assert prometheus.ask("query?query=model:llamavisor_requests:rate5m")["result"]
+        assert prometheus.query("model:llamavisor_requests:rate5m")
+        for text in series.shown():
+            prometheus.query(text)  # fails if it cannot be evaluated
 
 
 def kill_router(daemon: RunningDaemon) -> None:
