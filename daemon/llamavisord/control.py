@@ -25,7 +25,7 @@ from llamavisord.details import describe
 from llamavisord.drain import NoGatewayError
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.memory_view import forecast_view, memory_view, ps_view
-from llamavisord.problem_documents import as_problems, problem
+from llamavisord.problem_documents import HttpCode, as_problems, problem
 from llamavisord.search import Search
 from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
@@ -71,44 +71,50 @@ class WaitTimeoutError(LlamavisorError):
 
 def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
     """The web application behind the control socket."""
-    api, guard = _Api(daemon), _guard(daemon.bus, control_socket, body_s)
-    app = web.Application(middlewares=[as_problems, guard], client_max_size=BODY_BYTES)
-    base = "/control/v1"
-    # A model's name may hold slashes, escaped or not, and newlines.
-    app.add_routes(
-        [
-            web.get(f"{base}/status", api.status),
-            web.get(f"{base}/ps", api.ps),
-            web.get(f"{base}/models", api.models),
-            # Before the model itself: a name that ends in "/forecast" has its slash escaped.
-            web.get(base + r"/models/{name:[\s\S]+}/forecast", api.forecast),
-            web.get(base + r"/models/{name:[\s\S]+}", api.model),
-            web.get(f"{base}/routers", api.routers),
-            web.post(base + r"/models/{name:[\s\S]+}/load", api.load),
-            web.post(base + r"/models/{name:[\s\S]+}/unload", api.unload),
-            web.post(base + r"/models/{name:[\s\S]+}/pin", api.pin),
-            web.post(base + r"/models/{name:[\s\S]+}/unpin", api.unpin),
-            web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
-            web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
-            web.post(base + r"/routers/{name:[^/]+}/start", api.start),
-            web.post(f"{base}/drain", api.drain),
-            web.post(f"{base}/resume", api.resume),
-            web.post(f"{base}/reload", api.reload),
-            web.get(f"{base}/events", api.events),
-            web.get(f"{base}/logs", api.logs),
-            *health_routes(daemon),
-        ]
+    app = web.Application(
+        middlewares=[as_problems, _guard(daemon.bus, control_socket, body_s)], client_max_size=BODY_BYTES
     )
+    app.add_routes(control_routes(daemon))
     return app
+
+
+def control_routes(daemon: Daemon) -> list[web.RouteDef]:
+    """What can be asked for; the docstring of a handler says to people what it does."""
+    api, base = _Api(daemon), "/control/v1"
+    # A model's name may hold slashes, escaped or not, and newlines.
+    return [
+        web.get(f"{base}/status", api.status),
+        web.get(f"{base}/ps", api.ps),
+        web.get(f"{base}/models", api.models),
+        # Before the model itself: a name that ends in "/forecast" has its slash escaped.
+        web.get(base + r"/models/{name:[\s\S]+}/forecast", api.forecast),
+        web.get(base + r"/models/{name:[\s\S]+}", api.model),
+        web.get(f"{base}/routers", api.routers),
+        web.post(base + r"/models/{name:[\s\S]+}/load", api.load),
+        web.post(base + r"/models/{name:[\s\S]+}/unload", api.unload),
+        web.post(base + r"/models/{name:[\s\S]+}/pin", api.pin),
+        web.post(base + r"/models/{name:[\s\S]+}/unpin", api.unpin),
+        web.post(base + r"/routers/{name:[^/]+}/restart", api.restart),
+        web.post(base + r"/routers/{name:[^/]+}/stop", api.stop),
+        web.post(base + r"/routers/{name:[^/]+}/start", api.start),
+        web.post(f"{base}/drain", api.drain),
+        web.post(f"{base}/resume", api.resume),
+        web.post(f"{base}/reload", api.reload),
+        web.get(f"{base}/events", api.events),
+        web.get(f"{base}/logs", api.logs),
+        *health_routes(daemon),
+    ]
 
 
 def health_routes(daemon: Daemon) -> list[web.RouteDef]:
     """/livez: this process answers. /readyz: at least one router is serving, and the gateway lets clients in."""
 
     async def livez(_: web.Request) -> web.Response:
+        """Whether this process answers: 200 if it does."""
         return web.Response(text="ok\n")
 
     async def readyz(_: web.Request) -> web.Response:
+        """Whether clients are served: 200 if at least one router is ready and the gateway is open, else 503."""
         lines = [f"{router.name} {router.state.value}" for router in daemon.fleet]
         if daemon.traffic is not None:
             lines.append(f"gateway {daemon.traffic.state}")
@@ -127,6 +133,10 @@ class _Api:
         self._bus = daemon.bus
 
     async def status(self, _: web.Request) -> web.Response:
+        """How the daemon is, and its routers, folders, memory and models.
+
+        Of more than 200 models those are left out that are merely not loaded.
+        """
         inventory = self._daemon.inventory()
         known = inventory.known()
         shown = known
@@ -146,6 +156,7 @@ class _Api:
         )
 
     async def models(self, request: web.Request) -> web.Response:
+        """All models and what is known of their files. `?name=`: only those with that name or alias."""
         inventory, name = self._daemon.inventory(), request.query.get("name")
         models = await to_json(inventory, inventory.known() if name is None else inventory.called(name))
         folders = json.dumps(folders_view(self._fleet)).encode("ascii")
@@ -153,15 +164,21 @@ class _Api:
         return web.Response(body=body, content_type="application/json")
 
     async def model(self, request: web.Request) -> web.Response:
+        """All that is known of a model: its header, its files, its options and where they are from, its command line.
+
+        `?router=`: only what that router makes of it.
+        """
         router = request.query.get("router")
         if router is not None:
             router = self._fleet[router].name  # or there is no such router
         return _json(await describe(self._daemon.inventory(), request.match_info["name"], router=router))
 
     async def ps(self, _: web.Request) -> web.Response:
+        """The models in memory with their bytes and use, the devices with their budgets, and who waits for what."""
         return _json(ps_view(self._fleet.memory.occupancy()))
 
     async def forecast(self, request: web.Request) -> web.Response:
+        """Who would be unloaded to make room for a model, or why it cannot be loaded. `?router=`: on that one."""
         name, forecast, router = request.match_info["name"], None, request.query.get("router")
         if router is not None:
             router = self._fleet[router].name  # or there is no such router
@@ -173,9 +190,11 @@ class _Api:
         return _json(forecast_view(forecast, self._fleet.memory.occupancy()))
 
     async def pin(self, request: web.Request) -> web.Response:
+        """Have a model stay in memory once it is there."""
         return self._keep(request, self._fleet.memory.pin, is_pinned=True)
 
     async def unpin(self, request: web.Request) -> web.Response:
+        """Let it leave memory again."""
         return self._keep(request, self._fleet.memory.unpin, is_pinned=False)
 
     def _keep(self, request: web.Request, change: Callable[[str], bool], *, is_pinned: bool) -> web.Response:
@@ -184,12 +203,19 @@ class _Api:
         return _json({"model": name, "pinned": is_pinned, "changed": changed, "event_id": event_id})
 
     async def routers(self, _: web.Request) -> web.Response:
+        """How the routers are."""
         return _json({"routers": [router_view(router) for router in self._fleet]})
 
     async def load(self, request: web.Request) -> web.Response:
+        """Load a model.
+
+        `?router=` says where, `?wait=` how long the answer may take: `true`, or seconds up to 3600; 504 after that, and
+        it goes on. Without it the answer comes at once: 202, or 200 for what is done.
+        """
         return await self._move(request, self._fleet.load, waits_for_files=True)
 
     async def unload(self, request: web.Request) -> web.Response:
+        """Unload a model as soon as it answers nobody. `?router=` and `?wait=` likewise."""
         return await self._move(request, self._fleet.unload)
 
     async def _move(
@@ -217,12 +243,14 @@ class _Api:
         return _json(body, status=status)
 
     async def restart(self, request: web.Request) -> web.Response:
+        """End a router and start it again. `?wait=` likewise."""
         router = self._fleet[request.match_info["name"]]
         starts = router.starts
         router.restart()
         return await self._settle(request, router, lambda: router.starts > starts and _has_settled(router))
 
     async def start(self, request: web.Request) -> web.Response:
+        """Start a router that was stopped or has failed. `?wait=` likewise."""
         router = self._fleet[request.match_info["name"]]
         if router.is_serving or router.state is RouterState.STARTING:
             return await self._settle(request, router, lambda: _has_settled(router), changed=False)
@@ -231,6 +259,7 @@ class _Api:
         return await self._settle(request, router, lambda: router.starts > starts and _has_settled(router))
 
     async def stop(self, request: web.Request) -> web.Response:
+        """End a router, until it or the daemon is started. `?wait=` likewise."""
         router = self._fleet[request.match_info["name"]]
         changed = router.state is not RouterState.STOPPED
         router.stop()
@@ -246,6 +275,10 @@ class _Api:
         return _json({"router": router_view(router), "changed": changed, "event_id": event_id}, status=status)
 
     async def drain(self, request: web.Request) -> web.Response:
+        """Have the gateway take no new requests (503 with `Retry-After`) and finish those that it has.
+
+        Models stay loaded. With `?wait=` it is answered when the last request has ended. 409 with `serve = "router"`.
+        """
         traffic = self._traffic()
         event_id, wait_s = self._bus.last_id, _wait_s(request)
         changed = traffic.drain.begin("asked for")
@@ -255,6 +288,7 @@ class _Api:
         return _json({"gateway": traffic.view(), "changed": changed, "event_id": event_id}, status=status)
 
     async def resume(self, _: web.Request) -> web.Response:
+        """Have the gateway take requests again. 409 with `serve = "router"`, and while the daemon ends."""
         traffic, event_id = self._traffic(), self._bus.last_id
         changed = traffic.drain.end()
         return _json({"gateway": traffic.view(), "changed": changed, "event_id": event_id})
@@ -265,6 +299,7 @@ class _Api:
         return self._daemon.traffic
 
     async def reload(self, _: web.Request) -> web.Response:
+        """Read the configuration and the models folders again; with 422 the old configuration stays in force."""
         event_id = self._bus.last_id
         gateway, applied = await self._daemon.reload()
         changes = {"changed": applied.routers, "models": applied.models, "gateway": gateway}
@@ -272,6 +307,11 @@ class _Api:
         return _json({**body, "event_id": event_id})
 
     async def events(self, request: web.Request) -> web.StreamResponse:
+        """What has happened and what happens, as server-sent events.
+
+        `?since=ID` or the header `Last-Event-ID`: only what comes after that; up to 1,000 are kept. `?follow=false`
+        ends after these. `?all=true` also tells events that are not kept.
+        """
         since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"
         first = _number("since", since, EVENT_ID_MAX)
         follows = request.query.get("follow", "true") != "false"
@@ -297,6 +337,11 @@ class _Api:
         return await _stream(request, "text/event-stream", tell)
 
     async def logs(self, request: web.Request) -> web.StreamResponse:
+        """What llama-server prints.
+
+        `?router=`: only that one; `?lines=`: how many of the past, as far as its last 64 KiB reach, 100 if it is not
+        said; `?follow=true` goes on with what is printed.
+        """
         name = request.query.get("router")
         routers = [self._fleet[name]] if name else list(self._fleet)
         lines = _number("lines", request.query.get("lines", "100"), LOG_LINES_MAX)
@@ -419,7 +464,7 @@ def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware
         if not control_socket.admits(peer):
             bus.publish(PeerRefused(uid=peer.uid, pid=peer.pid, request=f"{request.method} {request.path}"))
             detail = f"uid {peer.uid} may not command this daemon"
-            return problem(HTTPStatus.FORBIDDEN, detail, "forbidden", f"join the group of {control_socket.path}")
+            return problem(HTTPStatus.FORBIDDEN, detail, HttpCode.FORBIDDEN, f"join the group of {control_socket.path}")
         if request.can_read_body and await _body(request, body_s) not in {b"", b"{}"}:
             raise BadRequestError(f"{request.method} {request.path} takes no body; give arguments in the query")
         return await handler(request)

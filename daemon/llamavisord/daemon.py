@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +28,22 @@ from llamavisord.notify import Notifier
 from llamavisord.problems import ConfigError, Problem
 from llamavisord.traffic import Traffic
 from llamavisord.unmatched import unmatched
+from llamavisord.variables import Variable
 
 RELOAD_LOOK_S = 10.0
 """How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
+FIXED: Mapping[str, str] = {
+    "serve": "serve",
+    "socket": "socket",
+    "state_dir": "state_dir",
+    Variable.LOGS_DIRECTORY: "log_dir",
+    "log_size": "log_size_bytes",
+    "log_level": "log_level",
+    "metrics": "metrics",
+}
+"""What a running daemon cannot change: keys of a file, and what they are called in a `Config`."""
+FIXED_DOOR = ("host", "port")
+"""Likewise of the gateway."""
 
 
 class Daemon:
@@ -109,11 +122,10 @@ class Daemon:
 
     def _refuse_fixed(self, config: Config) -> None:
         """Sockets and folders are taken when the daemon starts; a new value needs a new daemon."""
-        fixed = ("serve", "socket", "state_dir", "log_dir", "log_size_bytes", "log_level", "metrics")
-        changed = [key for key in fixed if getattr(config, key) != getattr(self.config, key)]
+        changed = [key for key, name in FIXED.items() if getattr(config, name) != getattr(self.config, name)]
         if config.gateway is not None and self.config.gateway is not None:
             doors = config.gateway, self.config.gateway
-            changed += [key for key in ("host", "port") if len({getattr(door, key) for door in doors}) > 1]
+            changed += [key for key in FIXED_DOOR if len({getattr(door, key) for door in doors}) > 1]
         if changed:
             text = "cannot be changed by a reload: end the daemon and start it again"
             raise ConfigError([Problem(text, key=key) for key in changed])

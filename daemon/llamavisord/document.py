@@ -207,9 +207,14 @@ def _tables(value: object) -> object:
     return value
 
 
-Port = Annotated[int, BeforeValidator(_port)]
-Text = Annotated[str, BeforeValidator(_text)]
-Host = Annotated[str, BeforeValidator(_host)]
+# The title of a type says to people what may be written; the reference page has them.
+Port = Annotated[int, BeforeValidator(_port), Field(title="port, 1 to 65535")]
+Text = Annotated[str, BeforeValidator(_text), Field(title="text")]
+PathText = Annotated[Text, Field(title="path")]
+Host = Annotated[str, BeforeValidator(_host), Field(title="address or host name")]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(title="duration")]
+Retries = Annotated[int, BeforeValidator(_retries), Field(title=f"whole number from 0 to {_RETRIES_MAX}")]
+Many = Annotated[int, BeforeValidator(_many), Field(title=f"whole number from 1 to {_MANY}")]
 Env = dict[str, Annotated[str, Field(strict=True)]]
 _SizesByDevice = dict[Annotated[str, BeforeValidator(_device)], Annotated[int, BeforeValidator(_budget_of_device)]]
 Memory = Annotated[
@@ -217,6 +222,7 @@ Memory = Annotated[
     GetPydanticSchema(
         lambda _, schema_of: core_schema.no_info_wrap_validator_function(_memory, schema_of(_SizesByDevice))
     ),
+    Field(title='"auto", size, or table of sizes by device'),
 ]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -232,15 +238,17 @@ class RouterKeys(_Table):
     """Address to listen on: the gateway's; with serve = "router" a router's."""
     port: Port | None = None
     """TCP port to listen on: the gateway's; with serve = "router" a router's, and several routers need one each."""
-    models_dir: Text | None = None
+    models_dir: PathText | None = None
     """Folder with the GGUF files. `~` is a home; a relative path starts at the folder of the file."""
-    models_max: Annotated[int, BeforeValidator(_count)] | None = None
+    models_max: Annotated[int, BeforeValidator(_count), Field(title="whole number from 0 up")] | None = None
     """How many models a router keeps loaded, 0 = no cap."""
     memory: Memory | None = None
-    """Memory that a router's models may take: "auto", a size for each GPU, or a table of sizes by device."""
-    llama_server: Text | None = None
-    """llama-server to run, a path or a command; else LLAMAVISOR_LLAMA_SERVER, PATH, the llama extra."""
-    api_key_file: Text | None = None
+    """Memory that a router's models may take: "auto", what there is less a reserve; a size, of each GPU that the router
+    sees, or of RAM if it sees none; or sizes of single devices by the names that `llama-server --list-devices` prints,
+    `{ CUDA0 = "22GiB", RAM = "48GiB" }`, while the others are "auto"."""
+    llama_server: Annotated[Text, Field(title="path or command")] | None = None
+    """The llama-server to run; else that of LLAMAVISOR_LLAMA_SERVER, of PATH, or of the llama extra."""
+    api_key_file: PathText | None = None
     """File with the API keys that clients must send, one on each line; with serve = "router" exactly one. A key itself
     is never written here."""
 
@@ -249,11 +257,11 @@ class MetricsTable(_Table):
     """`[metrics]`: the Prometheus endpoint."""
 
     enabled: Annotated[bool, BeforeValidator(_flag)] | None = None
-    """Whether there is one."""
+    """Whether Prometheus can read metrics here."""
     host: Host | None = None
-    """Address that it listens on."""
-    port: Annotated[int, BeforeValidator(_metrics_port)] | None = None
-    """TCP port that it listens on."""
+    """Address that the metrics are read on."""
+    port: Annotated[int, BeforeValidator(_metrics_port), Field(title="port, 1 to 65535")] | None = None
+    """TCP port that the metrics are read on."""
 
 
 Flag = Annotated[bool, BeforeValidator(_flag)]
@@ -264,33 +272,38 @@ class GatewayTable(_Table):
 
     default_model: Text | None = None
     """The model that serves requests which name none; without it they are refused."""
-    allow_origins: Annotated[tuple[str, ...], BeforeValidator(_origins)] | None = None
-    """Web pages that may use it besides those of this machine: a list of origins, or "*" for all."""
-    allow_hosts: Annotated[tuple[str, ...], BeforeValidator(_host_names)] | None = None
-    """Names that clients may call it by besides those of its address: a list of host names, or "*" for all."""
-    max_body: Annotated[int, BeforeValidator(_body)] | None = None
+    allow_origins: (
+        Annotated[tuple[str, ...], BeforeValidator(_origins), Field(title='list of origins, or "*"')] | None
+    ) = None
+    """Web pages that may use it besides those of this machine, such as "https://chat.example.org"; "*" for all."""
+    allow_hosts: (
+        Annotated[tuple[str, ...], BeforeValidator(_host_names), Field(title='list of host names, or "*"')] | None
+    ) = None
+    """Names that clients without a key may call it by besides those of its address; "*" for all."""
+    max_body: Annotated[int, BeforeValidator(_body), Field(title="size")] | None = None
     """What the body of one request may take, such as "256MiB"."""
-    max_held: Annotated[int | Literal["auto"], BeforeValidator(_held)] | None = None
-    """What the bodies of all requests may take together: a size, or "auto", 1 GiB or a quarter of RAM if that is less,
-    but never less than max_body."""
-    max_connections: Annotated[int, BeforeValidator(_many)] | None = None
+    max_held: Annotated[int | Literal["auto"], BeforeValidator(_held), Field(title='"auto" or size')] | None = None
+    """What the bodies of all requests may take together. "auto" is 1 GiB, or a quarter of RAM if that is less, but
+    never less than `max_body`."""
+    max_connections: Many | None = None
     """How many clients may be connected at once."""
-    max_waiting: Annotated[int, BeforeValidator(_many)] | None = None
+    max_waiting: Many | None = None
     """How many requests may wait for models at once; the next is refused."""
-    max_waiting_per_model: Annotated[int, BeforeValidator(_many)] | None = None
-    """How many of them for one model."""
-    max_wait: Annotated[float, BeforeValidator(_patience)] | None = None
+    max_waiting_per_model: Many | None = None
+    """How many requests may wait for one model; the next is refused."""
+    max_wait: Annotated[float, BeforeValidator(_patience), Field(title="duration of at least 1s")] | None = None
     """How long one request waits for its model at most, such as "10m"."""
-    drain: Annotated[float, BeforeValidator(parse_duration)] | None = None
-    """How long answers may go on when the daemon is told to end, such as "30s"."""
-    retries: Annotated[int, BeforeValidator(_retries)] | None = None
+    drain: Duration | None = None
+    """How long answers may go on when the daemon is told to end, such as "30s"; then streams end with an error."""
+    retries: Retries | None = None
     """How often a request is sent again after its model has died before it said anything."""
     public_without_key: Flag | None = None
-    """Whether everybody who reaches its address may use it although no key is set."""
+    """Whether everybody who reaches its address may use it although no key is set. Without a key, and unless this is
+    true, it refuses to listen where other machines reach it."""
     log_requests: Flag | None = None
-    """Whether each request is logged."""
+    """Whether each request has a line in the log."""
     log_bodies: Flag | None = None
-    """Whether with what people have asked their models."""
+    """Whether that line holds what was asked, its first 64 KiB."""
 
 
 class DefaultsTable(ModelOptions):
@@ -303,8 +316,8 @@ class DefaultsTable(ModelOptions):
 class RouterTable(RouterKeys, ModelOptions):
     """`[[router]]`: one router, and the options of its models."""
 
-    name: Annotated[str, BeforeValidator(_name)] | None = None
-    """What the router is called: letters, digits, - and _. A lone router may do without, and is "main"."""
+    name: Annotated[str, BeforeValidator(_name), Field(title="1 to 64 letters, digits, - and _")] | None = None
+    """What the router is called. Only a lone one may do without."""
     env: Env = Field(default_factory=dict)
     """Extra environment of this router and its models, on top of that of `[defaults]`."""
 
@@ -323,22 +336,26 @@ class Document(RouterKeys):
 
     serve: Serve | None = None
     """Who listens on the public address: "gateway", llamavisor for all routers; or "router", each of them itself."""
-    socket: Text | None = None
+    socket: PathText | None = None
     """Unix socket of the control API."""
-    state_dir: Text | None = None
+    state_dir: PathText | None = None
     """Folder for generated files, logs, and what survives a restart of the daemon."""
     log_level: LogLevel | None = None
-    """Which of the daemon's own messages are logged, and all that are graver."""
-    log_size: Annotated[int, BeforeValidator(parse_size), Field(ge=64 * 1024)] | None = None
+    """Which of the daemon's own messages are logged: those of this level, and all that are graver."""
+    log_size: (
+        Annotated[int, BeforeValidator(parse_size), Field(ge=64 * 1024, title="size of at least 64KiB")] | None
+    ) = None
     """Size at which a router's log file is rotated, such as "64MiB"; two older ones are kept."""
-    link_dirs: list[Text] | None = None
-    """Folders outside of models_dir that symlinks in it may lead to; by default none."""
+    link_dirs: Annotated[list[Text], Field(title="list of paths")] | None = None
+    """Folders outside of `models_dir` that symlinks in it may lead to."""
     on_overwrite: OnOverwrite | None = None
-    """What becomes of a loaded model whose file is overwritten in place, once it is idle."""
-    min_residency: Annotated[float, BeforeValidator(parse_duration)] | None = None
+    """What becomes of a loaded model whose file is overwritten in place, once it is idle: it is loaded anew, unloaded,
+    or left as it is."""
+    min_residency: Duration | None = None
     """How long a model that was just loaded is the last to be unloaded to make room, such as "2m"."""
     oversize: Oversize | None = None
-    """What becomes of a demand for a model larger than its budget: "fit" it as llama.cpp can, or "refuse" it."""
+    """What becomes of a demand for a model that is larger than its budget: once all else has left
+    it is loaded as llama.cpp can fit it in, or it is refused."""
     metrics: MetricsTable = Field(default_factory=MetricsTable)
     """Where Prometheus reads."""
     gateway: GatewayTable = Field(default_factory=GatewayTable)

@@ -239,6 +239,7 @@ class Exposition:
         """The web application behind the metrics port: /metrics, /livez, /readyz."""
 
         async def metrics(_: web.Request) -> web.Response:
+            """The metrics, as Prometheus reads them. Reading them loads and wakes no model."""
             self._forget_vanished()
             return web.Response(body=generate_latest(self.registry), headers={"Content-Type": CONTENT_TYPE})
 

@@ -15,10 +15,10 @@ from llamavisord.gateway.keys import Keys, KeysError, read_keys
 from llamavisord.picking import Picked, Picker, Scope
 from llamavisord.problems import Origin, Problem
 from llamavisord.sources import Source
+from llamavisord.variables import Variable
 
 CREDENTIAL = "llamavisor.keys"
 """What the file of keys is called among the credentials of systemd: LoadCredential=llamavisor.keys:/path."""
-_FOLDER = "CREDENTIALS_DIRECTORY"
 _HELD_BYTES = 1024**3
 _T = TypeVar("_T")
 
@@ -85,8 +85,10 @@ def _keys(picker: Picker, top: Scope[Document], environ: Mapping[str, str]) -> K
     written = top.find("api_key_file", lambda table: table.api_key_file)
     if written is not None:
         path, origin = picker.resolved(written), written.origin
-    elif (folder := environ.get(_FOLDER, "")).startswith("/") and os.path.lexists(f"{folder}/{CREDENTIAL}"):
-        path, origin = Path(folder, CREDENTIAL), Origin(_FOLDER)
+    elif (folder := environ.get(Variable.CREDENTIALS_DIRECTORY, "")).startswith("/") and os.path.lexists(
+        f"{folder}/{CREDENTIAL}"
+    ):
+        path, origin = Path(folder, CREDENTIAL), Origin(Variable.CREDENTIALS_DIRECTORY)
     else:
         return Keys()
     picker.show(top, "api_key_file", path, origin)

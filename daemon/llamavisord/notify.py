@@ -9,6 +9,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 
 from llamavisord.plain import plain
+from llamavisord.variables import Variable
 
 
 class Notifier:
@@ -25,8 +26,8 @@ class Notifier:
     """
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
-        self._address = _address(environ.pop("NOTIFY_SOCKET", ""))
-        period_us, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        self._address = _address(environ.pop(Variable.NOTIFY_SOCKET, ""))
+        period_us, pid = environ.pop(Variable.WATCHDOG_USEC, ""), environ.pop(Variable.WATCHDOG_PID, "")
         is_meant = self._address is not None and pid in {"", str(os.getpid())}
         self.watchdog_s = int(period_us) / 1e6 if is_meant and period_us.isdecimal() and int(period_us) else None
 

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from llamavisord.variables import Variable
+
 SOCKET_NAME = "control.sock"
 SOCKET_BYTES_MAX = 107
 """A longer path does not fit into the kernel's `sockaddr_un`, with the NUL at its end."""
@@ -40,7 +42,7 @@ class Places:
     @property
     def home(self) -> Path:
         """The user's home, `/` where there is none (an unknown uid in a container)."""
-        home = self._environ.get("HOME") or os.path.expanduser("~")  # noqa: PTH111 (Path's raises without a home)
+        home = self._environ.get(Variable.HOME) or os.path.expanduser("~")  # noqa: PTH111 (Path's raises without a home)
         return Path(home if home.startswith("/") else "/")
 
     @property
@@ -48,13 +50,13 @@ class Places:
         """Where a configuration file may be, the one that counts first."""
         if self._is_root:
             return (_SYSTEM_CONFIG,)
-        own = self._xdg("XDG_CONFIG_HOME", ".config") / "llamavisor" / "llamavisor.toml"
+        own = self._xdg(Variable.XDG_CONFIG_HOME, ".config") / "llamavisor" / "llamavisor.toml"
         return (own, _SYSTEM_CONFIG)
 
     @property
     def config_file(self) -> Path | None:
         """The configuration file to read when the command line names none; None if there is none."""
-        if named := self._environ.get("LLAMAVISOR_CONFIG"):
+        if named := self._environ.get(Variable.LLAMAVISOR_CONFIG):
             return Path(named)
         return next((path for path in self.config_files if os.path.lexists(path)), None)
 
@@ -65,27 +67,27 @@ class Places:
         Without XDG_RUNTIME_DIR it is inside the user's own state: a predictable name under /tmp could be
         somebody else's.
         """
-        if (given := self._first_of("RUNTIME_DIRECTORY")) is not None:
+        if (given := self._first_of(Variable.RUNTIME_DIRECTORY)) is not None:
             return given
         if self._is_root:
             return _SYSTEM_RUNTIME
-        if (runtime := self._absolute("XDG_RUNTIME_DIR")) is not None:
+        if (runtime := self._absolute(Variable.XDG_RUNTIME_DIR)) is not None:
             return runtime / "llamavisor"
         return self.state_dir / "run"
 
     @property
     def state_dir(self) -> Path:
         """The folder for what survives a restart of the daemon, and for generated files."""
-        if (given := self._first_of("STATE_DIRECTORY")) is not None:
+        if (given := self._first_of(Variable.STATE_DIRECTORY)) is not None:
             return given
         if self._is_root:
             return _SYSTEM_STATE
-        return self._xdg("XDG_STATE_HOME", ".local/state") / "llamavisor"
+        return self._xdg(Variable.XDG_STATE_HOME, ".local/state") / "llamavisor"
 
     @property
     def log_dir(self) -> Path | None:
         """The folder for the routers' output; None leaves it inside the state."""
-        return self._first_of("LOGS_DIRECTORY")
+        return self._first_of(Variable.LOGS_DIRECTORY)
 
     @property
     def socket(self) -> Path:

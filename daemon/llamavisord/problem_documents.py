@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from http import HTTPStatus
 
 from aiohttp import web
@@ -14,11 +15,31 @@ from llamavisor.errors import DemandRefusedError, LlamavisorError
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
 
-_STATUS = {
+
+class HttpCode(StrEnum):
+    """The codes of what no error of ours stands for."""
+
+    NOT_FOUND = "not_found"
+    """There is nothing at this address."""
+    METHOD_NOT_ALLOWED = "method_not_allowed"
+    """This address takes another method."""
+    BODY_TOO_LARGE = "body_too_large"
+    """The request has a larger body than any command takes."""
+    FORBIDDEN = "forbidden"
+    """This user may not command the daemon."""
+    INTERNAL = "internal"
+    """There is a bug in llamavisor; its log holds more."""
+
+
+STATUS: Mapping[str, HTTPStatus] = {
+    HttpCode.NOT_FOUND: HTTPStatus.NOT_FOUND,
+    HttpCode.METHOD_NOT_ALLOWED: HTTPStatus.METHOD_NOT_ALLOWED,
+    HttpCode.BODY_TOO_LARGE: HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HttpCode.FORBIDDEN: HTTPStatus.FORBIDDEN,
+    HttpCode.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
     "model_not_found": HTTPStatus.NOT_FOUND,
     "router_not_found": HTTPStatus.NOT_FOUND,
     "bad_request": HTTPStatus.BAD_REQUEST,
-    "forbidden": HTTPStatus.FORBIDDEN,
     "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
     "wait_timeout": HTTPStatus.GATEWAY_TIMEOUT,
     "router_not_ready": HTTPStatus.SERVICE_UNAVAILABLE,
@@ -29,12 +50,10 @@ _STATUS = {
     "ending": HTTPStatus.CONFLICT,
     "router_api_failed": HTTPStatus.BAD_GATEWAY,
     "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
+    "model_load_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-_HTTP_CODES = {
-    HTTPStatus.NOT_FOUND: "not_found",
-    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "body_too_large",
-}
+"""The codes that people may see on the control socket, and the status of HTTP that goes with each."""
+_HTTP_CODES = {STATUS[code]: code for code in HttpCode}
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +97,7 @@ async def as_problems(request: web.Request, handler: Handler) -> web.StreamRespo
     try:
         return await handler(request)
     except LlamavisorError as error:
-        status = _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
+        status = STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
         headers = {}
         if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
@@ -92,4 +111,4 @@ async def as_problems(request: web.Request, handler: Handler) -> web.StreamRespo
         raise
     except Exception:  # noqa: BLE001 (a request's boundary)
         _log.exception("%s %s failed", request.method, request.path)
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", "internal")
+        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug in llamavisor; see its log", HttpCode.INTERNAL)

@@ -13,34 +13,28 @@ from llamavisord.activation import SOURCE, Activation
 from llamavisord.document import Document, nearest, spell, validate
 from llamavisord.problems import Origin, Problem
 from llamavisord.toml_lines import Location, key_lines, line_of
+from llamavisord.variables import FALLBACKS, KEYS, Variable
 
 FILE_BYTES = 1024 * 1024
 """A longer file is no configuration."""
 
-_VARIABLES: Mapping[str, tuple[str, ...]] = {
-    "LLAMAVISOR_SERVE": ("serve",),
-    "LLAMAVISOR_SOCKET": ("socket",),
-    "LLAMAVISOR_STATE_DIR": ("state_dir",),
-    "LLAMAVISOR_LOG_LEVEL": ("log_level",),
-    "LLAMAVISOR_HOST": ("host",),
-    "LLAMAVISOR_PORT": ("port",),
-    "LLAMAVISOR_MODELS_DIR": ("models_dir",),
-    "LLAMAVISOR_MODELS_MAX": ("models_max",),
-    "LLAMAVISOR_MEMORY": ("memory",),
-    "LLAMAVISOR_METRICS_HOST": ("metrics", "host"),
-    "LLAMAVISOR_METRICS_PORT": ("metrics", "port"),
-}
-_FALLBACKS: Mapping[str, tuple[str, ...]] = {"LLAMAVISOR_LLAMA_SERVER": ("llama_server",)}
-"""Variables that count only where nothing else is written: they describe the machine, not the wish."""
 _NUMBERS = frozenset({"port", "models_max"})
-_NOT_OURS_TO_READ = frozenset(
-    {
-        "LLAMAVISOR_CONFIG",  # names the file itself
-        "LLAMAVISOR_INSTANCE",  # the marker in the environment of what we start
-        "LLAMAVISOR_SPAWN",  # likewise
-        "LLAMAVISOR_CI",
-    }
-)
+FLAGS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "host": ("--host", ("host",)),
+    "port": ("--port", ("port",)),
+    "models_dir": ("--models-dir", ("models_dir",)),
+    "models_max": ("--models-max", ("models_max",)),
+    "memory": ("--memory", ("memory",)),
+    "llama_server": ("--llama-server", ("llama_server",)),
+    "socket": ("--socket", ("socket",)),
+    "state_dir": ("--state-dir", ("state_dir",)),
+    "log_level": ("--log-level", ("log_level",)),
+    "metrics_port": ("--metrics-port", ("metrics", "port")),
+    "metrics": ("--no-metrics", ("metrics", "enabled")),
+    "gpu_layers": ("--gpu-layers", ("defaults", "gpu_layers")),
+    "args": ("the words after --", ("defaults", "args")),
+}
+"""For each of the `Overrides` the flag of `serve`, and the key that it stands for."""
 _WHERE = re.compile(r"\s*\(at (?:line (\d+), column \d+|end of document)\)")
 
 
@@ -139,35 +133,21 @@ def read_file(path: Path, problems: list[Problem]) -> Source:
 
 def read_environment(environ: Mapping[str, str], problems: list[Problem]) -> tuple[Source, Source]:
     """What the LLAMAVISOR_ variables say above the file, and below it. An empty one is not set."""
-    above, below = ({name: at for name, at in table.items() if environ.get(name)} for table in (_VARIABLES, _FALLBACKS))
+    above, below = ({name: at for name, at in table.items() if environ.get(name)} for table in (KEYS, FALLBACKS))
     return _from_variables(above, environ, problems), _from_variables(below, environ, problems)
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """A warning for every LLAMAVISOR_ variable that nothing reads: most likely it was misspelt."""
-    known = {*_VARIABLES, *_FALLBACKS, *_NOT_OURS_TO_READ}
+    known = {*KEYS, *FALLBACKS, *Variable}
     strange = sorted(name for name in environ if name.startswith("LLAMAVISOR_") and name not in known)
     return [f"{name} is set, and nothing reads it{nearest(name, known)}" for name in strange]
 
 
 def read_overrides(overrides: Overrides, problems: list[Problem]) -> Source:
     """What the flags of `serve` say."""
-    flags: dict[tuple[str, ...], tuple[str, object]] = {
-        ("host",): ("--host", overrides.host),
-        ("port",): ("--port", overrides.port),
-        ("models_dir",): ("--models-dir", overrides.models_dir),
-        ("models_max",): ("--models-max", overrides.models_max),
-        ("memory",): ("--memory", overrides.memory),
-        ("llama_server",): ("--llama-server", overrides.llama_server),
-        ("socket",): ("--socket", overrides.socket),
-        ("state_dir",): ("--state-dir", overrides.state_dir),
-        ("log_level",): ("--log-level", overrides.log_level),
-        ("metrics", "port"): ("--metrics-port", overrides.metrics_port),
-        ("metrics", "enabled"): ("--no-metrics", overrides.metrics),
-        ("defaults", "gpu_layers"): ("--gpu-layers", overrides.gpu_layers),
-        ("defaults", "args"): ("the words after --", list(overrides.args) or None),
-    }
-    given = {at: (flag, value) for at, (flag, value) in flags.items() if value is not None}
+    values = {name: getattr(overrides, name) for name in FLAGS}
+    given = {at: (flag, values[name]) for name, (flag, at) in FLAGS.items() if values[name] not in (None, ())}
     source = Source(Document(), _cwd(), names={at: flag for at, (flag, _) in given.items()})
     return _checked(source, _nested({at: value for at, (_, value) in given.items()}), problems)
 

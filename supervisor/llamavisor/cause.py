@@ -12,33 +12,54 @@ from llamavisor.process import ExitStatus
 
 
 class Cause(Enum):
-    """Why a router is started again, or is not, and why a model was lost: the label of their metrics."""
+    """Why a router is started again, or is not, and why a model was lost."""
 
     # what people and we ourselves have decided
-    REQUESTED = "requested"  # a person or a new configuration
-    DEVICE = "device"  # a device that the configuration names appeared late, or one that was there has gone
-    UPGRADE = "upgrade"  # llama-server was replaced on disk
-    UNSOUND = "unsound"  # it went on, but could not be brought up to date, lost sight of a process, or refused a load
+    REQUESTED = "requested"
+    """A person or a new configuration wanted it."""
+    DEVICE = "device"
+    """A device that the configuration names appeared late, or one that was there has gone."""
+    UPGRADE = "upgrade"
+    """The program llama-server was replaced on disk."""
+    UNSOUND = "unsound"
+    """It went on, but could not be brought up to date, lost sight of a process, or refused a load."""
     # what stands in the way of a start
-    SPAWN = "spawn"  # it could not be started for want of something that may come back
+    SPAWN = "spawn"
+    """It could not be started for want of something that may come back."""
     PORT_TAKEN = "port_taken"
-    MODELS_DIR = "models_dir"  # missing, not a folder, or not readable
-    STATE_DIR = "state_dir"  # our own files cannot be written: a full disk is emptied some day
-    START_TIMEOUT = "start_timeout"  # it did not become ready in time
-    STALLED = "stalled"  # its load made no progress for too long
+    """Somebody else listens on its port."""
+    MODELS_DIR = "models_dir"
+    """The models folder is missing, not a folder, or not readable."""
+    STATE_DIR = "state_dir"
+    """Our own files cannot be written: a full disk is emptied some day."""
+    START_TIMEOUT = "start_timeout"
+    """It did not become ready in time."""
+    STALLED = "stalled"
+    """Its load made no progress for too long."""
     # what its last words say
     BAD_OPTION = "bad_option"
-    BAD_BINARY = "bad_binary"  # missing, not executable, without a library, not a llama-server with router mode
-    BAD_FILE = "bad_file"  # llama.cpp cannot make a model of the file
-    NO_MEMORY = "no_memory"  # it asked for memory and did not get it
+    """It was told an option that it does not take."""
+    BAD_BINARY = "bad_binary"
+    """It is missing, not executable, without a library, or no llama-server with router mode."""
+    BAD_FILE = "bad_file"
+    """The file is one that llama.cpp cannot make a model of."""
+    NO_MEMORY = "no_memory"
+    """It asked for memory and did not get it."""
     # what the kernel says
-    OOM = "oom"  # killed for want of memory
-    FILE_CHANGED = "file_changed"  # its file was overwritten or cut off while it was in use
-    KILLED = "killed"  # somebody has ended it by a signal that is for that
-    SIGNAL = "signal"  # a signal ended it: it crashed
-    EXIT = "exit"  # it ended by itself, with whatever exit code
-    HUNG = "hung"  # it lived, did not answer and did nothing
-    UNKNOWN = "unknown"  # it ended, and nothing says why
+    OOM = "oom"
+    """The kernel killed it for want of memory."""
+    FILE_CHANGED = "file_changed"
+    """Its file was overwritten or cut off while it was in use."""
+    KILLED = "killed"
+    """Somebody has ended it by a signal that is for that."""
+    SIGNAL = "signal"
+    """A signal ended it: it crashed."""
+    EXIT = "exit"
+    """It ended by itself, with whatever exit code."""
+    HUNG = "hung"
+    """It lived, did not answer and did nothing."""
+    UNKNOWN = "unknown"
+    """It ended, and nothing says why."""
 
 
 class Consequence(Enum):

@@ -91,10 +91,10 @@ Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)]
-Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1)]
-_Shares = Annotated[tuple[Share, ...], Field(min_length=1)]
+Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1, title="list of names")]
+_Shares = Annotated[tuple[Share, ...], Field(min_length=1, title="list of numbers")]
 _OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_on_off)]
-_IdleSeconds = Annotated[int, BeforeValidator(parse_duration), Field(ge=1)]
+_IdleSeconds = Annotated[int, BeforeValidator(parse_duration), Field(ge=1, title="duration of at least 1s")]
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 
 LoadMode = Literal["auto", "none", "mmap", "mlock", "mmap+mlock", "dio"]
@@ -125,7 +125,9 @@ class ModelOptions(BaseModel):
     flash_attn: _OnOffAuto | None = None
     """Whether to use Flash Attention."""
     ctx_size: Natural | None = None
-    """Context size in tokens, all slots together; 0 takes the model's own."""
+    """Context size in tokens, all slots together; 0 takes the model's own. If it is not said: 4096, doubled as long as
+    context and buffers stay within a quarter of the memory budget and the model within all of it, never beyond what the
+    model was trained for."""
     parallel: Count | None = None
     """Slots: how many requests a model answers at once."""
     threads: Count | None = None
@@ -135,11 +137,11 @@ class ModelOptions(BaseModel):
     ubatch_size: Count | None = None
     """Physical batch size in tokens."""
     cache_type_k: CacheType | None = None
-    """Data type of the KV cache's keys."""
+    """Data type of the keys in the KV cache."""
     cache_type_v: CacheType | None = None
-    """Data type of the KV cache's values."""
+    """Data type of the values in the KV cache."""
     load_mode: LoadMode | None = None
-    """How a file gets into memory: mapped, locked, read directly, or plainly read ("none")."""
+    """How a file gets into memory: mapped, locked, read directly ("dio"), or plainly read ("none")."""
     fit: bool | None = None
     """Whether options that are not set are adjusted to the memory that is free when a model is loaded."""
     jinja: bool | None = None
@@ -147,19 +149,21 @@ class ModelOptions(BaseModel):
     cont_batching: bool | None = None
     """Whether requests are batched continuously."""
     embeddings: bool | None = None
-    """Whether models serve embeddings only."""
+    """Whether models serve embeddings only. If it is not said, true for a model that its header makes out to embed."""
     reranking: bool | None = None
-    """Whether models serve reranking."""
+    """Whether models serve reranking. If it is not said, true for a model that its header makes out to rerank."""
     sleep_idle_seconds: _IdleSeconds | None = None
-    """Seconds (or a duration such as "5m") without requests until a model frees its memory, not its slot."""
-    ttl: Annotated[float, BeforeValidator(_ttl)] | None = None
-    """Seconds (or a duration such as "1h30m") without requests until a model is unloaded; 0 = never."""
-    hang_after: Annotated[float, BeforeValidator(_hang_after)] | None = None
-    """Seconds (or a duration) in which a process neither answers nor does anything until it is ended; 0 = never."""
-    recycle_above: Annotated[int, BeforeValidator(_size)] | None = None
-    """Bytes (or a size such as "12GiB") of anonymous memory and swap above which a model is loaded anew; 0 = never."""
+    """Time without requests, such as "5m", after which a model frees its memory and keeps its process."""
+    ttl: Annotated[float, BeforeValidator(_ttl), Field(title="duration")] | None = None
+    """Time without requests, such as "1h30m", after which a model is unloaded; 0, and if it is not said, never."""
+    hang_after: Annotated[float, BeforeValidator(_hang_after), Field(title="duration, 0 or at least 5s")] | None = None
+    """How long a router or a model may neither answer nor do anything until it is ended; 0 for ever."""
+    recycle_above: Annotated[int, BeforeValidator(_size), Field(title="size, 0 or at least 1MiB")] | None = None
+    """Anonymous memory and swap, such as "12GiB", beyond which a model is loaded anew when nobody uses it, ten minutes
+    after its last load at the earliest; 0, and if it is not said, never."""
     args: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    """Anything else that llama-server takes, one string per word: ["--top-k", "40"]."""
+    """Anything else that llama-server takes, one string per word: ["--top-k", "40"]. Added to those of earlier tables,
+    in the place of the same option there."""
 
 
 @dataclass(frozen=True, slots=True)

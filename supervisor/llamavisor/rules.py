@@ -112,7 +112,8 @@ def _adapters(value: object) -> object:
 
 
 _Text = Annotated[str, BeforeValidator(_path)]
-_PathOrBool = Annotated[str | bool, BeforeValidator(_path_or_bool)]
+_PathText = Annotated[_Text, Field(title="path")]
+_PathOrBool = Annotated[str | bool, BeforeValidator(_path_or_bool), Field(title="path, true or false")]
 
 
 class ModelSettings(ModelOptions):
@@ -127,16 +128,16 @@ class ModelSettings(ModelOptions):
     aliases: Annotated[tuple[str, ...], BeforeValidator(_aliases)] = ()
     """More names that clients may call the model by; only in a table with an exact name."""
     tags: Annotated[tuple[str, ...], BeforeValidator(_tags)] = ()
-    """Words that GET /models shows with the model."""
+    """Words that are shown with the model."""
     load_on_start: bool | None = None
     """Whether the model is loaded as soon as its router is ready."""
     pin: bool | None = None
     """Whether the model, once it is loaded, is unloaded neither to make room nor for being idle."""
-    router: Annotated[tuple[str, ...], BeforeValidator(_texts)] | None = None
-    """The routers that may hold the model, by name; by default all."""
+    router: Annotated[tuple[str, ...], BeforeValidator(_texts), Field(title="name or list of names")] | None = None
+    """The routers that may hold the model; all if it is not said, none for `[]`."""
     chat_template: _Text | None = None
     """Chat template: one that llama-server knows by name, or a file (a name with a / or that ends in .jinja)."""
-    chat_template_kwargs: Annotated[str, BeforeValidator(_json_object)] | None = None
+    chat_template_kwargs: Annotated[str, BeforeValidator(_json_object), Field(title="table")] | None = None
     """Values for the chat template, as a table: { enable_thinking = false }."""
     mmproj: _PathOrBool | None = None
     """Projector file for images and sound; false for none, true for the one found beside the model."""
@@ -149,7 +150,7 @@ class ModelSettings(ModelOptions):
     draft_min: Natural | None = None
     """Tokens to draft at least."""
     draft_p_min: Annotated[Share, Field(le=1)] | None = None
-    """Probability below which drafting stops, 0 to 1."""
+    """Probability below which drafting stops."""
     draft_gpu_layers: GpuLayers | None = None
     """Layers of the draft model in GPU memory: "auto", "all", or a number."""
     draft_devices: Devices | None = None
@@ -160,11 +161,11 @@ class ModelSettings(ModelOptions):
     """Data type of the draft model's KV cache, keys."""
     draft_cache_type_v: CacheType | None = None
     """Data type of the draft model's KV cache, values."""
-    lora: Annotated[tuple[str, ...], BeforeValidator(_adapters)] | None = None
+    lora: Annotated[tuple[str, ...], BeforeValidator(_adapters), Field(title="list of paths")] | None = None
     """LoRA adapter files, each with a scale if need be: ["a.gguf", "b.gguf:0.5"]; [] for none."""
-    grammar_file: _Text | None = None
+    grammar_file: _PathText | None = None
     """File with the grammar that answers follow unless a request brings its own."""
-    slot_save_path: _Text | None = None
+    slot_save_path: _PathText | None = None
     """Folder for saved slots."""
 
     def anchored(self, resolve: Callable[[str], str]) -> ModelSettings:

@@ -14,13 +14,20 @@ from enum import Enum
 class RouterState(Enum):
     """Where a supervised router is in its life."""
 
-    STOPPED = "stopped"  # nobody wants it up
-    STARTING = "starting"  # its process is being started, or does not answer yet
-    READY = "ready"  # serving
-    DEGRADED = "degraded"  # its process is up, but it keeps less than it promised; the reason is shown
-    STOPPING = "stopping"  # the stop ladder is under way
-    BACKOFF = "backoff"  # it ended unasked; the next try is scheduled
-    FAILED = "failed"  # trying again unchanged is pointless; re-armed by a change or a person
+    STOPPED = "stopped"
+    """Nobody wants it up."""
+    STARTING = "starting"
+    """Its process is being started, or does not answer yet."""
+    READY = "ready"
+    """It serves."""
+    DEGRADED = "degraded"
+    """Its process is up, but it keeps less than it promised; the reason is shown."""
+    STOPPING = "stopping"
+    """It is being ended: SIGTERM, and SIGKILL if that does not help."""
+    BACKOFF = "backoff"
+    """It ended unasked; the next try is scheduled."""
+    FAILED = "failed"
+    """Trying again unchanged is pointless; re-armed by a change or a person."""
 
 
 SERVING = frozenset({RouterState.READY, RouterState.DEGRADED})
@@ -30,23 +37,36 @@ class ModelState(Enum):
     """What is known of one model on one router."""
 
     UNLOADED = "unloaded"
+    """It is not in memory, and can be loaded."""
     LOADING = "loading"
+    """Its process is up, and does not answer yet."""
     LOADED = "loaded"
-    SLEEPING = "sleeping"  # the child is alive, the weights are not in memory (--sleep-idle-seconds)
-    UNLOADING = "unloading"  # we asked for it; the router itself has no such state
-    FAILED = "failed"  # its last load did not succeed, or its child ended unasked
+    """It answers."""
+    SLEEPING = "sleeping"
+    """Its process is alive, and its weights are not in memory (`sleep_idle_seconds`)."""
+    UNLOADING = "unloading"
+    """We asked for it; the router itself has no such state."""
+    FAILED = "failed"
+    """Its last load did not succeed, or its process ended unasked."""
     DOWNLOADING = "downloading"
-    UNKNOWN = "unknown"  # a word of a future build
+    """The router fetches its file."""
+    UNKNOWN = "unknown"
+    """The router says a word that we do not know, as a future build may."""
 
 
 class Change(Enum):
     """What has happened to a model since it was loaded."""
 
-    OPTIONS = "options"  # its table in the configuration says something else
-    REPLACED = "replaced"  # another file has its name now; the old one is still mapped, and safe
-    OVERWRITTEN = "overwritten"  # its file was written over in place: it may answer nonsense, or be about to crash
-    MOVED = "moved"  # its table keeps it from this router now
-    GONE = "gone"  # its file is not there any more, or not fit to be served
+    OPTIONS = "options"
+    """Its table in the configuration says something else."""
+    REPLACED = "replaced"
+    """Another file has its name now; the old one is still mapped, and safe."""
+    OVERWRITTEN = "overwritten"
+    """Its file was written over in place: it may answer nonsense, or be about to crash."""
+    MOVED = "moved"
+    """Its table keeps it from this router now."""
+    GONE = "gone"
+    """Its file is not there any more, or not fit to be served."""
 
 
 RESIDENT = frozenset({ModelState.LOADED, ModelState.SLEEPING})

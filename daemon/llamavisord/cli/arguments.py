@@ -59,7 +59,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if _command(words) == "serve" and "--" in words:
         at = words.index("--")
         words, server_args = words[:at], words[at + 1 :]
-    parser = _parser()
+    parser = make_parser()
     arguments = parser.parse_args(words)
     arguments.server_args = tuple(server_args)
     if arguments.socket is not None and arguments.command in _WITHOUT_SOCKET:
@@ -87,7 +87,8 @@ def add_socket(parser: argparse.ArgumentParser, told: str, *, default: str | Non
     parser.add_argument("--socket", metavar="PATH", default=default, help=told)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; its actions are what the reference page tells of."""
     exit_codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
     parser = argparse.ArgumentParser(
         prog="llamavisor",
@@ -167,7 +168,7 @@ def _add_reading(commands: _Commands) -> None:
     logs.add_argument("router", nargs="?", help="only this router's")
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what is printed")
     logs.add_argument(
-        "-n", "--lines", type=_count, default=LOG_LINES, metavar="N", help=f"the last N lines ({LOG_LINES})"
+        "-n", "--lines", type=_count, default=LOG_LINES, metavar="N", help=f"the last N lines (default: {LOG_LINES})"
     )
 
 

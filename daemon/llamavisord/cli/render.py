@@ -11,6 +11,7 @@ from typing import TextIO
 
 from llamavisord.plain import plain
 from llamavisord.units import format_duration
+from llamavisord.variables import Variable
 
 _COLOURS: Mapping[str, str] = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
 _STATE_COLOURS: Mapping[str, str] = {
@@ -56,7 +57,9 @@ class Screen:
         environ = os.environ if environ is None else environ
         self._stream = stream or sys.stdout
         self.is_terminal = self._stream is not None and self._stream.isatty()  # None: it was closed
-        self._has_colours = self.is_terminal and not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+        self._has_colours = (
+            self.is_terminal and not environ.get(Variable.NO_COLOR) and environ.get(Variable.TERM) != "dumb"
+        )
 
     def paint(self, text: str, colour: str) -> str:
         """`text` in that colour, unchanged where there are none."""
@@ -82,7 +85,7 @@ class Screen:
     @property
     def width(self) -> int:
         """Columns of the terminal."""
-        if (told := os.environ.get("COLUMNS", "")).isdecimal():
+        if (told := os.environ.get(Variable.COLUMNS, "")).isdecimal():
             return int(told) or _WIDTH
         try:
             return os.get_terminal_size(self._stream.fileno()).columns or _WIDTH

@@ -15,19 +15,32 @@ from llamavisor.states import Change
 class UnloadReason(Enum):
     """Why a model left memory."""
 
-    REQUESTED = "requested"  # somebody asked us
-    REFRESHED = "refreshed"  # its file or its options had changed, and it was idle
-    EVICTED = "evicted"  # room was made for another model, by us or by the router; or a client asked the router
-    EXPIRED = "expired"  # nobody had used it for as long as its ttl says
-    PRESSURE = "pressure"  # memory was short
-    CANCELLED = "cancelled"  # nobody waited for its load any more
-    STALLED = "stalled"  # its load made no progress for too long
-    CRASHED = "crashed"  # its child ended unasked
-    UNRESPONSIVE = "unresponsive"  # its child lived and did not answer
-    RECYCLED = "recycled"  # its child had grown beyond the bound that is set for it
-    OOM = "oom"  # the kernel killed its child for want of memory
-    FILE_CHANGED = "file_changed"  # its child ended unasked after its file was overwritten or cut off
-    ROUTER = "router"  # its router ended
+    REQUESTED = "requested"
+    """Somebody asked for that."""
+    REFRESHED = "refreshed"
+    """Its file or its options had changed, and it was idle."""
+    EVICTED = "evicted"
+    """Room was made for another model, by us or by the router; or a client asked the router."""
+    EXPIRED = "expired"
+    """Nobody had used it for as long as its ttl says."""
+    PRESSURE = "pressure"
+    """Memory was short."""
+    CANCELLED = "cancelled"
+    """Nobody waited for its load any more."""
+    STALLED = "stalled"
+    """Its load made no progress for too long."""
+    CRASHED = "crashed"
+    """Its process ended unasked."""
+    UNRESPONSIVE = "unresponsive"
+    """Its process lived and did not answer."""
+    RECYCLED = "recycled"
+    """Its process had grown beyond the bound that is set for it (`recycle_above`)."""
+    OOM = "oom"
+    """The kernel killed its process for want of memory."""
+    FILE_CHANGED = "file_changed"
+    """Its process ended unasked after its file was overwritten or cut off."""
+    ROUTER = "router"
+    """Its router ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,64 @@
+"""The variables of the environment that the program knows: what stands for a key, and everything else that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "LLAMAVISOR_SERVE": ("serve",),
+    "LLAMAVISOR_SOCKET": ("socket",),
+    "LLAMAVISOR_STATE_DIR": ("state_dir",),
+    "LLAMAVISOR_LOG_LEVEL": ("log_level",),
+    "LLAMAVISOR_HOST": ("host",),
+    "LLAMAVISOR_PORT": ("port",),
+    "LLAMAVISOR_MODELS_DIR": ("models_dir",),
+    "LLAMAVISOR_MODELS_MAX": ("models_max",),
+    "LLAMAVISOR_MEMORY": ("memory",),
+    "LLAMAVISOR_METRICS_HOST": ("metrics", "host"),
+    "LLAMAVISOR_METRICS_PORT": ("metrics", "port"),
+}
+"""Variables that win over the same key in the file."""
+FALLBACKS: Mapping[str, tuple[str, ...]] = {"LLAMAVISOR_LLAMA_SERVER": ("llama_server",)}
+"""Variables that count only where nothing else is written: they describe the machine, not the wish."""
+
+
+class Variable(StrEnum):
+    """What else is read. An empty variable is not set, and a folder that is no absolute path is not heeded."""
+
+    LLAMAVISOR_CONFIG = "LLAMAVISOR_CONFIG"
+    """The configuration file, if `--config` names none."""
+    LLAMAVISOR_INSTANCE = "LLAMAVISOR_INSTANCE"
+    """Set by the daemon in all that it starts: by that it knows its own left-overs."""
+    LLAMAVISOR_SPAWN = "LLAMAVISOR_SPAWN"
+    """Likewise: tells one process and its children from another."""
+    LLAMAVISOR_CI = "LLAMAVISOR_CI"
+    """Of the tests alone: with `1` a test that would be skipped fails."""
+    RUNTIME_DIRECTORY = "RUNTIME_DIRECTORY"
+    """Of systemd: the folder of the control socket; the first, if there are several with colons between them."""
+    STATE_DIRECTORY = "STATE_DIRECTORY"
+    """Of systemd: the folder for what survives a restart of the daemon, likewise."""
+    LOGS_DIRECTORY = "LOGS_DIRECTORY"
+    """Of systemd: the folder for the routers' output, likewise; else `logs` in the state folder."""
+    CREDENTIALS_DIRECTORY = "CREDENTIALS_DIRECTORY"
+    """Of systemd: the folder where `llamavisor.keys` is looked for if there is no `api_key_file`."""
+    NOTIFY_SOCKET = "NOTIFY_SOCKET"
+    """Of systemd: the socket that hears how the daemon is (`Type=notify`)."""
+    WATCHDOG_USEC = "WATCHDOG_USEC"
+    """Of systemd: how often it wants to hear from the daemon, in microseconds (`WatchdogSec=`)."""
+    WATCHDOG_PID = "WATCHDOG_PID"
+    """Of systemd: the process that this is about; the daemon heeds it only if it is meant."""
+    HOME = "HOME"
+    """The user's home, where the folders of XDG are if their own variables do not say; else the user database."""
+    XDG_CONFIG_HOME = "XDG_CONFIG_HOME"
+    """The folder that holds `llamavisor/llamavisor.toml`; else `~/.config`. Not for root."""
+    XDG_STATE_HOME = "XDG_STATE_HOME"
+    """The folder that holds the state folder `llamavisor`; else `~/.local/state`. Not for root."""
+    XDG_RUNTIME_DIR = "XDG_RUNTIME_DIR"
+    """The folder that holds `llamavisor/control.sock`; else that is in the state folder. Not for root."""
+    COLUMNS = "COLUMNS"
+    """Columns of the terminal, if it is not to be asked itself."""
+    NO_COLOR = "NO_COLOR"
+    """Anything in it: no colours."""
+    TERM = "TERM"
+    """With `dumb`: no colours."""
