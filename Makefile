@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test check bench soak format clean llama
+.PHONY: demo test check bench soak format reference clean llama
 
 demo: llama
 	$(BIN)/llamavisor demo
@@ -28,6 +28,11 @@ soak: llama
 format: $(VENV)/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# By way of a file beside it: a page that cannot be made leaves the last one as it is.
+reference: $(VENV)/dev
+	$(BIN)/python -m llamavisord.reference > REFERENCE.md.new
+	mv REFERENCE.md.new REFERENCE.md
 
 $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

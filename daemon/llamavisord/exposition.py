@@ -90,7 +90,7 @@ class Exposition:
         )
         self._loads = Counter(
             "llamavisor_model_loads",
-            "Loads of a model that ended, by result.",
+            "Loads of a model that ended, by result: loaded or failed.",
             ["router", "model", "result"],
             registry=registry,
         )

@@ -85,7 +85,7 @@ def memory_gauges(occupancy: Occupancy) -> Iterator[Metric]:
 
     resident = gauge(
         "model_resident_bytes",
-        "Memory that a model takes of a device, as it is reckoned and as it was seen.",
+        "Memory that a model takes of a device, as it is reckoned (expected) and as it was seen (measured).",
         *("router", "model", "device", "kind"),
     )
     pinned = gauge("model_pinned", "1 for a model in memory that is to stay there.", "router", "model")

@@ -85,7 +85,13 @@ class RequestCounts(Collector):
             "request_first_data_seconds", "From a request's arrival to the first data of its answer.", "model", "route"
         )
         queue = _histogram("request_queue_seconds", "Time that requests waited for their model.", "model", "route")
-        tokens = _counter("request_tokens", "Tokens that answers say they took.", "model", "route", "kind")
+        tokens = _counter(
+            "request_tokens",
+            "Tokens that answers say they took, of the prompt or the completion.",
+            "model",
+            "route",
+            "kind",
+        )
         retries = _counter("request_retries", "Times that a request was sent again.", "model", "route")
         left = _counter(
             "requests_cancelled", "Requests whose client did not wait for the whole answer.", "model", "route"

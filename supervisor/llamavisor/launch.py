@@ -44,8 +44,8 @@ LOOKS_MAX = 16
 HTTP_THREADS = 256
 """llama-server starves when requests outnumber its HTTP threads; 256 never did in our trials."""
 
-_PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
-_PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
+PASSED_ON = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
+PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "HIP_", "ROCR_", "HSA_", "GGML_", "VK_", "OMP_")
 _START_LINES = 1000
 _SYSTEM_CONFIG = Path("/etc/llama.cpp/config.ini")
 
@@ -419,7 +419,7 @@ class Launcher:
         env = {
             name: value
             for name, value in self._environ.items()
-            if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)
+            if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
         }
         # Without this CUDA numbers devices by speed, nvidia-smi by bus: the same name must mean the same card.
         env["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"

@@ -90,7 +90,9 @@ def _words(value: object) -> object:
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
-GpuLayers = Annotated[Literal["auto", "all"] | int, BeforeValidator(_gpu_layers)]
+GpuLayers = Annotated[
+    Literal["auto", "all"] | int, BeforeValidator(_gpu_layers), Field(title='"auto", "all" or whole number from 0 up')
+]
 Devices = Annotated[tuple[str, ...], BeforeValidator(_device_names), Field(min_length=1, title="list of names")]
 _Shares = Annotated[tuple[Share, ...], Field(min_length=1, title="list of numbers")]
 _OnOffAuto = Annotated[Literal["on", "off", "auto"], BeforeValidator(_on_off)]

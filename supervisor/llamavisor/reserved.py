@@ -126,14 +126,14 @@ _OPTIONS = (
 )
 _BY_SPELLING = {spelling: reserved for reserved in _OPTIONS for spelling in reserved.spellings}
 
-_VARIABLES = {
+VARIABLES = {
     "LLAMA_API_KEY": 'Set api_key_file = "…" instead.',
     "LLAMA_CACHE": "Models come from models_dir.",
     "LLAMA_APP_CMD": "",
     "XDG_CONFIG_HOME": "A stray llama.cpp/config.ini there could turn the router into something else.",
     "NOTIFY_SOCKET": "It belongs to the service manager.",
 }
-_VARIABLE_PREFIXES = {
+VARIABLE_PREFIXES = {
     "LLAMA_ARG_": "Write it as an option instead.",
     "LLAMA_SERVER_": "",
     "LLAMAVISOR_": "It would be taken for the supervisor's own.",
@@ -168,7 +168,7 @@ def check_env(env: Mapping[str, str], *, source: str = "env") -> None:
             raise OptionError(f"{source}: {name!r} cannot be the name of an environment variable")
         if "\0" in value:
             raise OptionError(f"{source}: the value of {name} holds a NUL, which an environment cannot carry")
-        prefix = next((prefix for prefix in _VARIABLE_PREFIXES if name.startswith(prefix)), None)
-        if name in _VARIABLES or prefix is not None:
-            hint = _VARIABLES[name] if name in _VARIABLES else _VARIABLE_PREFIXES[prefix or ""]
+        prefix = next((prefix for prefix in VARIABLE_PREFIXES if name.startswith(prefix)), None)
+        if name in VARIABLES or prefix is not None:
+            hint = VARIABLES[name] if name in VARIABLES else VARIABLE_PREFIXES[prefix or ""]
             raise OptionError(f"{source}: {name} is the supervisor's to set", hint=hint)

@@ -98,7 +98,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_debug(parser)
     add_socket(parser, _SOCKET_HELP)
-    parser.add_argument("--version", action="version", version=f"llamavisor {__version__}")
+    parser.add_argument(
+        "--version", action="version", version=f"llamavisor {__version__}", help="say which version this is"
+    )
     commands = _Commands(parser, "commands", "command")
     _add_serve(commands)
     _add_reading(commands)

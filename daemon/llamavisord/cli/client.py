@@ -26,7 +26,7 @@ EVENT_TIMEOUT_S = 60.0
 _GRACE_S = 10.0
 """How much longer than it was asked to wait the daemon may take to say that it did."""
 
-_EXIT_CODES: Mapping[str, ExitCode] = {
+EXIT_CODES: Mapping[str, ExitCode] = {
     "model_not_found": ExitCode.NOT_FOUND,
     "router_not_found": ExitCode.NOT_FOUND,
     "not_found": ExitCode.NOT_FOUND,
@@ -230,7 +230,7 @@ def _json(status: int, body: bytes, path: Path) -> dict[str, Any]:
         raise CommandError(f"what answers at {path} is no llamavisor (status {status}, not JSON)")
     if status >= 400:
         detail = answer.get("detail") or answer.get("title") or f"status {status}"
-        exit_code = _EXIT_CODES.get(str(answer.get("code")), ExitCode.FAILED)
+        exit_code = EXIT_CODES.get(str(answer.get("code")), ExitCode.FAILED)
         tail = answer.get("log_tail")
         log_tail = [str(line) for line in tail] if isinstance(tail, list) else []
         raise CommandError(str(detail), hint=str(answer.get("hint") or ""), exit_code=exit_code, log_tail=log_tail)

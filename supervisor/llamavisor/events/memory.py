@@ -28,7 +28,7 @@ class DemandMet(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemandRefused(Event):
-    """Somebody does not get a model, for a `demands.Why`; `retry_after_s` is None if coming again is in vain.
+    """Somebody does not get a model; `reason` is a word of `Why`, `retry_after_s` None if coming again is in vain.
 
     `is_repeated`: the same was refused for the same reason a moment ago; it is counted, and no news.
     """

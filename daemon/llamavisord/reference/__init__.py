@@ -1,0 +1,5 @@
+"""The reference page: everything that people can write, call, read or match on, from the code that it is true of."""
+
+from llamavisord.reference.page import page
+
+__all__ = ["page"]

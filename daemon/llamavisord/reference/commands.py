@@ -1,0 +1,114 @@
+"""The commands, from the parser of the command line; its own help is as wide as the terminal, and differs by Python."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from llamavisord.cli.arguments import make_parser
+from llamavisord.reference.markdown import code, prose, table
+from llamavisord.reference.quantities import duration
+
+_ABOUT = """\
+These mean the same everywhere. `--debug` and `--socket` may also stand before the command, `--version` stands alone,
+and every command has `--help`. What a command takes is in its first line."""
+_DEFAULT = re.compile(r" \(default: (%\(default\)s|[^)]*)\)")
+"""It has a column of its own; some versions of Python add one by themselves."""
+
+
+def commands() -> Iterator[str]:
+    """Every command with its arguments; those that most have are told once."""
+    parser = make_parser()
+    found = list(_below(parser, parser.prog))
+    counted = Counter(_key(action) for _, command in found for action in _taken(command))
+    common = {key for key, count in counted.items() if count > len(found) / 2}
+    before = _taken(parser)
+    shown = {_key(action): action for _, command in found for action in _taken(command) if _key(action) in common}
+    yield _ABOUT
+    yield ""
+    yield from _arguments([*({_key(action): action for action in before} | shown).values()])
+    for words, command in found:
+        taken = _taken(command)
+        yield f"### `{words}`"
+        yield ""
+        yield f"`{' '.join([words, *map(_synopsis, taken)])}`"
+        yield ""
+        yield prose(command.description or "")
+        yield ""
+        yield from _arguments([action for action in taken if _key(action) not in common])
+
+
+def _key(action: argparse.Action) -> tuple[str, str | None]:
+    """Arguments of two commands with the same key are the same."""
+    return _spelled(action), action.help
+
+
+def _below(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """The commands of a parser that are no further choice of commands, with the words that lead to them."""
+    for action in parser._actions:  # noqa: SLF001 (argparse tells of them in no other way)
+        if isinstance(action, argparse._SubParsersAction):  # noqa: SLF001 (likewise)
+            for name, command in action.choices.items():
+                deeper = list(_below(command, f"{words} {name}"))
+                yield from deeper or [(f"{words} {name}", command)]
+
+
+def _taken(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """The arguments of a command, the way that they are written; `--help` goes without saying."""
+    actions = [
+        action
+        for action in parser._actions  # noqa: SLF001 (likewise)
+        if not isinstance(action, argparse._HelpAction | argparse._SubParsersAction)  # noqa: SLF001 (likewise)
+        and action.help != argparse.SUPPRESS
+    ]
+    return sorted(actions, key=lambda action: not action.option_strings)
+
+
+def _arguments(actions: list[argparse.Action]) -> Iterator[str]:
+    rows = [(code(_spelled(action)), code(_default(action)), prose(_help(action))) for action in actions]
+    yield from table(("argument", "default", "what it does"), rows)
+
+
+def _help(action: argparse.Action) -> str:
+    return _DEFAULT.sub("", action.help or "") % vars(action)
+
+
+def _value(action: argparse.Action) -> str:
+    """The word that stands for the value of an argument, empty if it takes none."""
+    if action.nargs == 0:
+        return ""
+    if action.choices:
+        return f"{{{','.join(map(str, action.choices))}}}"
+    name = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    return f"{name}..." if action.nargs in ("*", "+") else name
+
+
+def _spelled(action: argparse.Action) -> str:
+    return " ".join(filter(None, [", ".join(action.option_strings), _value(action)]))
+
+
+def _synopsis(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return f"[{_value(action)}]" if action.nargs in ("?", "*") else _value(action)
+    spellings = action.option_strings if isinstance(action, argparse.BooleanOptionalAction) else [_longest(action)]
+    return f"[{' '.join(filter(None, [' | '.join(spellings), _value(action)]))}]"
+
+
+def _longest(action: argparse.Action) -> str:
+    return max(action.option_strings, key=len)
+
+
+def _default(action: argparse.Action) -> str:
+    """What holds if nothing is said, as people write it; empty for nothing, and for a switch that is off."""
+    match action.default:
+        case None | False | argparse.SUPPRESS | []:
+            return ""
+        case True:
+            return (
+                _longest(action) if not isinstance(action, argparse.BooleanOptionalAction) else action.option_strings[0]
+            )
+        case float(seconds):
+            return duration(seconds)
+        case default:
+            return str(default)
