@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +12,7 @@ import anyio
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
+import llamavisord
 from llamavisord.reference.markdown import code, prose, table
 from llamavisord.reference.specimen import exposition
 
@@ -43,8 +47,19 @@ def metrics() -> Iterator[str]:
     families = sorted(anyio.run(_families), key=lambda family: (not family.name.startswith(_OURS), family.name))
     yield _ABOUT
     yield ""
+    yield from (f"- {prose(subject)}" for subject in _subjects())
+    yield ""
     rows = [(code(each.name), each.type, ", ".join(map(code, each.labels)), prose(each.meaning)) for each in families]
     yield from table(("metric", "type", "labels", "meaning"), rows)
+
+
+def _subjects() -> Iterator[str]:
+    """What there are metrics of, by the modules that make them; some are known by name only once a model runs."""
+    for module in pkgutil.iter_modules(llamavisord.__path__):
+        if module.name.startswith("exposition"):
+            about = inspect.getdoc(importlib.import_module(f"llamavisord.{module.name}")) or ""
+            if about.startswith("Metrics of "):
+                yield about.partition("\n\n")[0]
 
 
 async def _families() -> list[Family]:
