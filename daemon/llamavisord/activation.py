@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from llamavisor.errors import LlamavisorError
+from llamavisord.variables import Variable
 
 FIRST_FD = 3
 """Where they begin: SD_LISTEN_FDS_START."""
@@ -65,8 +66,8 @@ def take(environ: MutableMapping[str, str]) -> Activation:
     Raises:
         ActivationError: something else is handed over, or more than there is use for.
     """
-    count, pid = environ.pop("LISTEN_FDS", ""), environ.pop("LISTEN_PID", "")
-    environ.pop("LISTEN_FDNAMES", None)
+    count, pid = environ.pop(Variable.LISTEN_FDS, ""), environ.pop(Variable.LISTEN_PID, "")
+    environ.pop(Variable.LISTEN_FDNAMES, None)
     if pid != str(os.getpid()) or not count.isdecimal():
         return Activation()
     handed = [_adopt(fd) for fd in range(FIRST_FD, FIRST_FD + int(count))]

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 
 from llamavisor.events import Event
+from llamavisord.variables import Variable
 
 ADDRESS = "/run/systemd/journal/socket"
 IDENTIFIER = "llamavisor"
@@ -30,7 +31,7 @@ def is_behind(descriptor: int, environ: Mapping[str, str]) -> bool:
         stream = os.fstat(descriptor)
     except OSError:
         return False
-    return environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+    return environ.get(Variable.JOURNAL_STREAM) == f"{stream.st_dev}:{stream.st_ino}"
 
 
 class JournalHandler(logging.Handler):

@@ -286,7 +286,7 @@ def test_every_problem_code_is_on_it(text: str) -> None:
     """Each code of an error has a row, unless it never comes to the control socket."""
     told_of = rows(part(text, "Problem codes"))
     elsewhere = {
-        *("already_running", "socket_unusable"),  # there is no control socket then
+        *("activation", "already_running", "socket_unusable"),  # there is no control socket then
         "body_refused",  # of the gateway
         *("gguf_invalid", "usage_unknown"),  # told as the state of a model
         *("option_invalid", "llama_server_unusable", "spawn_failed"),  # told as the state of a router
