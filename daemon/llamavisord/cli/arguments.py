@@ -264,12 +264,11 @@ def _add_install(commands: _Commands) -> None:
         "--gpu",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="whether it may use GPUs (default: if there is one now)",
+        help="whether it may use GPUs; if it is not said, whether there is one now",
     )
     add(
         "--no-socket",
-        dest="socket_activation",
-        action="store_false",
+        action="store_true",
         help="do not have systemd listen for it: clients are refused while it restarts",
     )
     add("--remove", action="store_true", help="take the units away again; configuration, models and state stay")

@@ -80,7 +80,7 @@ def _wish(arguments: Namespace) -> Wish:
     return Wish(
         home=Path(pwd.getpwuid(os.getuid()).pw_dir) if arguments.user else None,
         instance=arguments.instance,
-        has_socket=arguments.socket_activation,
+        has_socket=not arguments.no_socket,
         is_started=arguments.now,
     )
 
