@@ -57,6 +57,7 @@ class Model:
         loaded_at: monotonic time at which it was last loaded.
         recency: grows with every load, but not when we load again what was resident; orders what we load again.
         in_flight: requests that it is answering or that wait for it, None when that is not known.
+        metrics: what its process last said on its /metrics, empty before it has; another process has not said it.
         used_at: monotonic time at which it was last seen to do something.
         quiet_since: monotonic time since when it has been seen to do nothing, None while that is not known.
         dead_since: monotonic time at which its process ended while its router goes on calling it loaded.
@@ -84,6 +85,7 @@ class Model:
     recency: int = 0
     in_flight: int | None = None
     work: float = 0.0  # grows whenever it does something
+    metrics: bytes = b""
     used_at: float | None = None
     quiet_since: float | None = None
     dead_since: float | None = None
@@ -241,7 +243,7 @@ class ModelTable:
         """Note which process serves the model."""
         if (model := self._models.get(name)) is not None:
             model.pid, model.port, model.dead_since = pid, port, None
-            model.pulse = model.hung_at = None
+            model.pulse, model.hung_at, model.metrics = None, None, b""
             self._processes[name] = pid
 
     def has_process(self, name: str) -> bool:
@@ -275,6 +277,8 @@ class ModelTable:
         model = self._models.get(name)
         if model is None or model.state not in RESIDENT:
             return
+        if usage is not None and model.pid is not None:
+            model.metrics = usage.text
         pulse = model.pulse or Pulse.begin(now)
         if model.state is ModelState.SLEEPING:  # it repeats what it said before it fell asleep
             model.pulse = pulse.failed(vitals, now) if usage is None and not has_refused else pulse.answered(now)
@@ -315,6 +319,7 @@ class ModelTable:
         model = self._models.get(name)
         if model is not None and model.pid == pid:
             model.pid = model.port = model.pulse = model.hung_at = None
+            model.metrics = b""
             model.dead_since = now if model.state in HAS_CHILD else None
             model.ended, model.ended_pid = status, pid
         return [ModelChildExited(router=self._router, model=name, pid=pid, status=str(status or ""))]
@@ -475,3 +480,4 @@ class ModelTable:
         else:
             self._running.pop(model.name, None)
             model.pid = model.port = model.n_ctx = model.info = None
+            model.metrics = b""

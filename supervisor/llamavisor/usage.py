@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite, nan
 
 import anyio
@@ -25,6 +25,8 @@ READ_TIMEOUT_S = 2.0
 """A process that is being woken answers when it is awake: no answer means unknown, not idle."""
 ANSWER_BYTES = 256 * 1024
 """A longer answer is no answer; b11434 says 3 KB."""
+KEPT_BYTES = 64 * 1024
+"""A longer one is not kept: there may be as many as there are models."""
 _PIECE_BYTES = 64 * 1024
 
 _WORK = frozenset(
@@ -73,10 +75,12 @@ class Usage:
     Attributes:
         in_flight: requests that it answers or that wait for a slot of it.
         work: grows whenever the model does something; of no unit.
+        text: all that it said, for who shows it; empty when that is too long to be kept.
     """
 
     in_flight: int
     work: float
+    text: bytes = field(default=b"", compare=False, repr=False)
 
 
 def parse(text: bytes) -> Usage:
@@ -163,7 +167,8 @@ class UsageReader:
         if rates != self._rates and any(rates):
             self._bursts += 1
         self._rates = rates
-        return Usage(usage.in_flight, usage.work + self._bursts)
+        text = answer if len(answer) <= KEPT_BYTES else b""
+        return Usage(usage.in_flight, usage.work + self._bursts, text)
 
     async def aclose(self) -> None:
         """Close the connection; a later read would open one again."""

@@ -289,7 +289,8 @@ class FakeUsage:
                 if child.is_hung:
                     await anyio.sleep(READ_TIMEOUT_S)
                     break
-                return Usage(in_flight=int(name in process.busy), work=process.work.get(name, 0.0))
+                text = process.metrics.get(name, b"")
+                return Usage(int(name in process.busy), process.work.get(name, 0.0), text)
         raise UsageError(self._port, "nobody answers")
 
     async def aclose(self) -> None:

@@ -232,6 +232,7 @@ class FakeProcess:
         self.failed: set[str] = set()
         self.busy: set[str] = set()  # models that are answering somebody
         self.work: dict[str, float] = {}
+        self.metrics: dict[str, bytes] = {}  # what models say on their /metrics
         self.is_deaf = False  # it reads nothing again, as builds before reloads
         self._sections = self._written()
         self.listed = self._listed()

@@ -23,6 +23,7 @@ from llamavisor.events import (
 )
 from llamavisor.models import DEAD_S, Model, ModelTable
 from llamavisor.states import HAS_CHILD, RESIDENT, ModelState
+from llamavisor.usage import Usage
 
 S = ModelState
 
@@ -347,6 +348,34 @@ def test_the_process_of_a_model(it: Table) -> None:
 
 
 # --- the end of the router --------------------------------------------------------------------------------------------
+
+
+def test_what_a_process_said_is_forgotten_with_it() -> None:
+    """It is kept while the model sleeps or answers nothing, and never told of another process or of none."""
+    it = Table("a")
+    said = Usage(0, 1.0, b"llamacpp:x 1")
+
+    def hears(usage: Usage | None = said) -> bytes:
+        it.table.used("a", usage, now=it.now)
+        return it["a"].metrics
+
+    it.loads("a")
+    assert hears() == b""  # whose word this is nobody knows yet
+    it.table.child_found("a", 77, 40000)
+    assert hears() == b"llamacpp:x 1"
+    assert hears(None) == b"llamacpp:x 1"
+    it.says("a", S.SLEEPING)
+    assert hears(Usage(0, 1.0, b"llamacpp:x 2")) == b"llamacpp:x 2"
+    it.table.child_found("a", 78, 40001)
+    assert it["a"].metrics == b""
+    hears()
+    it.table.child_ended("a", 78, now=it.now)
+    assert it["a"].metrics == b""
+    assert hears() == b""
+    it.table.child_found("a", 79, 40002)
+    hears()
+    it.says("a", S.UNLOADED)
+    assert it["a"].metrics == b""
 
 
 def test_the_end_of_the_router(it: Table) -> None:

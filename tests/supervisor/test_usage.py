@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from fakes.bare_router import free_port
 from llamavisor import usage as usage_module
 from llamavisor.errors import LlamavisorError
-from llamavisor.usage import ANSWER_BYTES, Usage, UsageError, UsageReader, parse
+from llamavisor.usage import ANSWER_BYTES, KEPT_BYTES, Usage, UsageError, UsageReader, parse
 
 KEY = "sesame-0451"
 TEXT = b"""\
@@ -238,6 +238,16 @@ async def test_answers_that_come_in_pieces(whole: bytes, piece: int) -> None:
             # One more than the counters: the text has a rate, which tells of work.
             assert await reader.read() == Usage(3, parse(TEXT).work + 1)
     assert talker.connections == 1
+
+
+@pytest.mark.anyio
+async def test_what_was_said_is_kept_if_it_is_short() -> None:
+    """All of it, for who shows it; it makes no difference between two usages. What is too long is read all the same."""
+    long = TEXT + b"#" * KEPT_BYTES
+    async with talking(answer(), answer(long)) as talker, reading(talker.port) as reader:
+        first, second = await reader.read(), await reader.read()
+    assert (first.text, second.text) == (TEXT, b"")
+    assert first == second
 
 
 @pytest.mark.anyio
