@@ -117,6 +117,18 @@ async def test_a_file_that_is_renamed_in(root: Path) -> None:
         assert time.monotonic() - begin < 1.0  # 30 ms on a quiet machine
 
 
+async def test_the_disk_is_asked_by_the_worker_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look tells how much room there is; in this process the question would hang with the mount."""
+    true = os.statvfs(root)
+    monkeypatch.delattr(os, "statvfs")
+    async with watching(FolderWatch(root, interval_s=NEVER_S)) as listener:
+        (look, *_) = listener.all(Looked)
+    assert isinstance(look, Looked)
+    assert look.disk is not None
+    assert look.disk.total_bytes == true.f_blocks * true.f_frsize
+    assert 0 <= look.disk.free_bytes <= look.disk.total_bytes
+
+
 async def test_a_file_that_is_written_slowly(root: Path) -> None:
     """It is told as ready once it is whole and still, by a look that the last look asked for."""
     async with watching(FolderWatch(root, interval_s=NEVER_S)) as listener:

@@ -10,12 +10,15 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from ggufs import STRING, GgufFile, Tensor, small_model
 from llamavisor.catalog import EntryState, Scan, Scanner
+from llamavisor.catalog import disk as disk_module
 from llamavisor.catalog import walk as walk_module
+from llamavisor.catalog.disk import Disk, disk_of
 from llamavisor.catalog.guard import AGAIN_S
 from llamavisor.catalog.scanner import REREAD_S
 from llamavisor.catalog.settle import HOLE_S, STILL_S
@@ -459,6 +462,22 @@ def test_a_sick_folder_keeps_its_models(looking: Looking, monkeypatch: pytest.Mo
     assert looking.states(5) == {"b": READY, "c": READY, "f": READY, "f/": INVALID}
     monkeypatch.undo()
     assert looking.scan(5).removed == ("f/",)
+
+
+def test_a_look_tells_the_disk(looking: Looking, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size, and what others than root may write; a file system that does not tell has none."""
+    told = {"f_frsize": 512, "f_bsize": 4096, "f_blocks": 100, "f_bfree": 50, "f_bavail": 40}
+    monkeypatch.setattr(disk_module.os, "statvfs", lambda path: SimpleNamespace(**told, asked_for=path))
+    assert looking.scan().disk == Disk(51_200, 20_480)
+    told["f_blocks"] = 0
+    assert looking.scan().disk is None
+    monkeypatch.undo()
+    real = looking.scan(5).disk
+    assert real is not None
+    assert 0 <= real.free_bytes <= real.total_bytes
+    looking.root.rmdir()
+    assert looking.scan(5).disk is None
+    assert disk_of(str(looking.root)) is None
 
 
 def test_a_sick_file_is_read_again(looking: Looking, monkeypatch: pytest.MonkeyPatch) -> None:

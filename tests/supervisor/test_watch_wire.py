@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamavisor.catalog.disk import Disk
 from llamavisor.catalog.entry import Entry, EntryState, FileId, ModelFile, Scan
 from llamavisor.watch.wire import (
     MAX_MESSAGE_BYTES,
@@ -53,6 +54,15 @@ def test_a_large_scan_comes_in_small_parts() -> None:
     assert sum((part.changed for part in parts), ()) == entries
     assert max(len(part.changed) for part in parts) <= MAX_PART_ENTRIES
     assert heard[-1] == ScanDone(Scan(removed=("old",), file_count=9), 5)
+
+
+def test_all_else_that_a_look_found_comes_at_its_end() -> None:
+    """Nothing of it is lost on the way, the disk included."""
+    disk = Disk(10, 3)
+    rest = Scan(removed=("a",), duration_s=1.0, file_count=2, headers_read=3, again_in_s=4.0, disk=disk)
+    (done,) = Decoder().feed(b"".join(encode_scan(rest, 7)))
+    assert done == ScanDone(rest, 7)
+    assert done.scan.disk == disk
 
 
 def test_large_entries_come_in_smaller_parts() -> None:

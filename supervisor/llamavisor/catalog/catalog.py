@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
+from llamavisor.catalog.disk import Disk
 from llamavisor.catalog.entry import Entry, EntryState
 from llamavisor.events import (
     EntryChanged,
@@ -34,6 +35,7 @@ class Catalog:
         entries: all models by name, those that have gone included until they are forgotten.
         stale: why the entries may not be what is there now; empty when they are.
         has_looked: whether the folder has ever been seen.
+        disk: what it lies on, as of the last look; None when that is not known.
         mode: how changes are noticed: "inotify" or "polling"; empty before that is known.
         mode_reason: why it is polling.
         watcher_errors: how often the kernel's hints or the worker have failed.
@@ -43,6 +45,7 @@ class Catalog:
         self.entries: dict[str, Entry] = {}
         self.stale = ""
         self.has_looked = False
+        self.disk: Disk | None = None
         self.mode = ""
         self.mode_reason = ""
         self.watcher_errors = 0
@@ -138,6 +141,7 @@ class Catalog:
             text = f"{self._untold} more models changed; see `llamavisor models`"
             happened.append(Warned(subject=f"folder {self._folder}", text=text))
         self._told = self._untold = 0
+        self.disk = look.disk
         problem = look.problem
         if not problem and self._is_doubtful():
             self._is_doubted = True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
+from llamavisor.catalog.disk import Disk
 from llamavisor.gguf import Header
 
 
@@ -111,6 +112,7 @@ class Scan:
         file_count: model files, readable or not, that were seen.
         headers_read: how many headers had to be read because they were not known.
         again_in_s: when another look is due at the latest, because something is settling or is not believed yet.
+        disk: what the folder lies on; None when that is not known, or there is a problem.
     """
 
     changed: tuple[Entry, ...] = ()
@@ -120,3 +122,4 @@ class Scan:
     file_count: int = 0
     headers_read: int = 0
     again_in_s: float | None = None
+    disk: Disk | None = field(default=None, compare=False)  # others write to it all the time

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from llamavisor.catalog.disk import disk_of
 from llamavisor.catalog.entry import Entry, EntryState, FileId, Scan
 from llamavisor.catalog.group import Past, group, remember
 from llamavisor.catalog.guard import Guard
@@ -184,6 +185,7 @@ class Scanner:
             file_count=_count(self._tree),
             headers_read=self._reads,
             again_in_s=None if self._due is None else max(_LEAST_WAIT_S, self._due - now),
+            disk=disk_of(self.root),
         )
 
     def _keep_unreachable(self, tree: Tree) -> None:

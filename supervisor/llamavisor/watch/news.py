@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from llamavisor.catalog.disk import Disk
 from llamavisor.catalog.entry import Entry
 
 
@@ -40,12 +41,14 @@ class Looked:
         headers_read: how many headers had to be read because they were not known.
         problem: why the folder could not be looked at, or is not believed yet; nothing was told then. Empty if all is
             well.
+        disk: what the folder lies on, None when that is not known.
     """
 
     duration_s: float = 0.0
     file_count: int = 0
     headers_read: int = 0
     problem: str = ""
+    disk: Disk | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,7 @@ class FolderWatch:
         self._expect(anyio.current_time() + (self._interval_s if done.token >= self._token else 0.0))
         if scan.removed:
             tell(Found(removed=scan.removed))
-        tell(Looked(scan.duration_s, scan.file_count, scan.headers_read, scan.problem))
+        tell(Looked(scan.duration_s, scan.file_count, scan.headers_read, scan.problem, scan.disk))
         for token, told in self._waiting:
             if token <= done.token:
                 told.set()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from llamavisor.catalog.entry import Entry, Scan
@@ -99,15 +99,7 @@ def encode_scan(scan: Scan, token: int) -> Iterator[bytes]:
     """The messages that tell a look, each small enough to be unpickled between two breaths of the event loop."""
     for begin in range(0, len(scan.changed), MAX_PART_ENTRIES):
         yield from _encode_part(scan.changed[begin : begin + MAX_PART_ENTRIES])
-    rest = Scan(
-        removed=scan.removed,
-        problem=scan.problem,
-        duration_s=scan.duration_s,
-        file_count=scan.file_count,
-        headers_read=scan.headers_read,
-        again_in_s=scan.again_in_s,
-    )
-    yield encode(ScanDone(rest, token))
+    yield encode(ScanDone(replace(scan, changed=()), token))
 
 
 def _encode_part(entries: tuple[Entry, ...]) -> Iterator[bytes]:
