@@ -26,7 +26,9 @@ from llamavisor.states import ModelState, RouterState
 from llamavisord import __version__
 from llamavisord.control import health_routes
 from llamavisord.daemon import Daemon
-from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges
+from llamavisord.exposition_children import child_metrics
+from llamavisord.exposition_label import OTHER, ModelLabel, folded
+from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges, pressure_gauges
 from llamavisord.exposition_requests import RequestCounts, traffic_gauges
 from llamavisord.lives import Lives
 from llamavisord.view import unix_time
@@ -64,7 +66,8 @@ class Exposition:
         ProcessCollector(registry=registry)
         PlatformCollector(registry=registry)
         GCCollector(registry=registry)
-        registry.register(_Snapshot(daemon, lives or Lives()))
+        self._label = ModelLabel(self._is_known)
+        registry.register(_Snapshot(daemon, lives or Lives(), self._label))
         self._restarts = Counter(
             "llamavisor_router_restarts",
             "Processes that replaced another one, by what ended the other.",
@@ -150,11 +153,12 @@ class Exposition:
             registry=registry,
         )
         self._requests = RequestCounts(
-            is_known=lambda model: any(router.table.get(model) is not None for router in daemon.fleet),
+            is_known=self._is_known,
+            label=self._label,
             routers=lambda: [router.name for router in daemon.fleet],
         )
         registry.register(self._requests)
-        self._memory = MemoryCounts(registry)
+        self._memory = MemoryCounts(registry, self._label)
         self._of_models = (
             self._loads,
             self._load_seconds,
@@ -172,9 +176,12 @@ class Exposition:
             self._servable_seconds,
             *self._of_models,
         )
-        self._counted: set[tuple[str, str]] = set()  # router and model; a router's own with an empty model
+        self._counted: set[tuple[str, str]] = set()  # router and label; a router's own with an empty one
         self._folders: set[str] = set()
         daemon.bus.listen(self._count)
+
+    def _is_known(self, model: str) -> bool:
+        return any(router.table.get(model) is not None for router in self._daemon.fleet)
 
     def _count(self, published: ev.Published) -> None:
         event = published.event
@@ -182,10 +189,11 @@ class Exposition:
             self._requests.count(event)
             return
         self._memory.count(event)
+        label = self._label.of
         if (router := getattr(event, "router", None)) is not None:
             self._counted.add((router, ""))
         if isinstance(event, _COUNTED_BY_MODEL):
-            self._counted.add((event.router, event.model))
+            self._counted.add((event.router, label(event.model)))
         match event:
             case ev.RouterSpawned(router=router, cause=cause) if cause is not None:
                 self._restarts.labels(router, cause.value).inc()
@@ -195,20 +203,20 @@ class Exposition:
                 self._probe_seconds.labels(router).observe(duration_s)
                 self._probe_failures.labels(router).inc(0 if error is None else 1)
             case ev.ModelLoaded(router=router, model=model, load_s=load_s):
-                self._loads.labels(router, model, "loaded").inc()
+                self._loads.labels(router, label(model), "loaded").inc()
                 if load_s is not None:
-                    self._load_seconds.labels(router, model).observe(load_s)
+                    self._load_seconds.labels(router, label(model)).observe(load_s)
             case ev.ModelLoadFailed(router=router, model=model, cause=cause):
-                self._loads.labels(router, model, "failed").inc()
-                self._failures.labels(router, model, cause.value).inc()
+                self._loads.labels(router, label(model), "failed").inc()
+                self._failures.labels(router, label(model), cause.value).inc()
             case ev.ModelUnloaded(router=router, model=model, reason=reason, cause=cause):
-                self._unloads.labels(router, model, reason.value).inc()
+                self._unloads.labels(router, label(model), reason.value).inc()
                 if cause is not None:
-                    self._failures.labels(router, model, cause.value).inc()
+                    self._failures.labels(router, label(model), cause.value).inc()
             case ev.RouterHung(router=router):
                 self._router_hangs.labels(router).inc()
             case ev.ModelHung(router=router, model=model):
-                self._model_hangs.labels(router, model).inc()
+                self._model_hangs.labels(router, label(model)).inc()
             case ev.ModelAdded(router=router, wait_s=wait_s) if wait_s is not None:
                 self._servable_seconds.labels(router).observe(wait_s)
             case ev.FolderLooked(folder=folder, duration_s=duration_s):
@@ -221,11 +229,13 @@ class Exposition:
 
     def _forget_vanished(self) -> None:
         """Drop the series of routers, models and folders that are not there any more: they would stay for ever."""
+        self._label.forget_vanished()
         self._requests.forget_vanished()
         routers = {router.name: router for router in self._daemon.fleet}
         for router, model in list(self._counted):
             there = routers.get(router)
-            if there is not None and (not model or there.table.get(model) is not None):
+            is_shared = model == OTHER and self._label.is_used(OTHER)
+            if there is not None and (not model or is_shared or there.table.get(model) is not None):
                 continue
             self._counted.discard((router, model))
             labels = {"router": router, "model": model} if model else {"router": router}
@@ -251,9 +261,10 @@ class Exposition:
 class _Snapshot(Collector):
     """What is true at the moment of the scrape; series of what has vanished are not there any more."""
 
-    def __init__(self, daemon: Daemon, lives: Lives) -> None:
+    def __init__(self, daemon: Daemon, lives: Lives, label: ModelLabel) -> None:
         self._daemon = daemon
         self._lives = lives
+        self._label = label
 
     def collect(self) -> Iterator[Metric]:
         daemon = self._daemon
@@ -276,11 +287,13 @@ class _Snapshot(Collector):
                 started.add_metric([router.name], unix_time(router.spawned_at))
             missing.add_metric([router.name], len(vanished.get(router.name, ())))
         yield from (state, failures, crash_loop, started, missing)
-        yield from _of_models(daemon.fleet)
+        yield from _of_models(daemon.fleet, self._label)
+        yield from child_metrics(daemon.fleet, self._label)
         yield from _of_folders(daemon.fleet)
-        yield from memory_gauges(daemon.fleet.memory.occupancy())
+        yield from memory_gauges(daemon.fleet.memory.occupancy(), self._label)
+        yield from pressure_gauges(daemon.fleet.memory.capacity.meter.pressure)
         if daemon.traffic is not None:
-            yield from traffic_gauges(daemon.traffic)
+            yield from traffic_gauges(daemon.traffic, self._label)
 
         lag = gauge("event_loop_lag_seconds", "The longest that the event loop was late in the last ten seconds.")
         lag.add_metric([], daemon.loop_lag_s)
@@ -296,7 +309,7 @@ class _Snapshot(Collector):
         yield from (lag, good, when)
 
 
-def _of_models(fleet: Fleet) -> Iterator[Metric]:
+def _of_models(fleet: Fleet, label: ModelLabel) -> Iterator[Metric]:
     """What is true of the models that are in memory or were; ten thousand that never were would bury them."""
     state = gauge("model_state", "1 for the state that a model is in, 0 for the others.", "router", "model", "state")
     stale = gauge("model_stale", "1 for a model in memory whose file or options have changed.", "router", "model")
@@ -306,7 +319,7 @@ def _of_models(fleet: Fleet) -> Iterator[Metric]:
         for model in router.table:
             if model.state is ModelState.UNLOADED and model.loaded_at is None:
                 continue
-            labels = [router.name, model.name]
+            labels = [router.name, label.of(model.name)]
             for known in ModelState:
                 state.add_metric([*labels, known.value], float(model.state is known))
             if model.used_at is not None:
@@ -314,14 +327,16 @@ def _of_models(fleet: Fleet) -> Iterator[Metric]:
             if model.in_flight is not None:
                 in_flight.add_metric(labels, model.in_flight)
         for name, _ in router.shelf.stale(router.table):
-            stale.add_metric([router.name, name], 1.0)
-    yield from (state, stale, last_use, in_flight)
+            stale.add_metric([router.name, label.of(name)], 1.0)
+    yield from (folded(state), folded(stale), folded(last_use, max), folded(in_flight))
 
 
 def _of_folders(fleet: Fleet) -> Iterator[Metric]:
     """What is true of the models folders."""
     models = gauge("catalog_models", "Models of a folder by the state of their files.", "folder", "state")
     stale = gauge("catalog_stale", "1 while what is known of a folder may not be what is there.", "folder")
+    total = gauge("catalog_disk_total_bytes", "Size of the disk that a folder lies on.", "folder")
+    free = gauge("catalog_disk_free_bytes", "What may still be written to that disk, except by root.", "folder")
     mode = gauge("watcher_mode", "1 for the way in which changes of a folder are noticed.", "folder", "mode")
     errors = CounterMetricFamily("llamavisor_watcher_errors", "Failures of what looks at a folder.", labels=["folder"])
     for path, folder in {folder.path: folder for folder in fleet.folders}.items():  # a reload may have two for a moment
@@ -330,10 +345,13 @@ def _of_folders(fleet: Fleet) -> Iterator[Metric]:
         for each in EntryState:
             models.add_metric([label, each.value], counted[each])
         stale.add_metric([label], float(bool(catalog.stale)))
+        if catalog.disk is not None:
+            total.add_metric([label], catalog.disk.total_bytes)
+            free.add_metric([label], catalog.disk.free_bytes)
         for known in _MODES:
             mode.add_metric([label, known], float(catalog.mode == known))
         errors.add_metric([label], catalog.watcher_errors)
-    yield from (models, stale, mode, errors)
+    yield from (models, stale, total, free, mode, errors)
 
 
 def _label(path: str) -> str:

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from llamavisor.events import RequestEnded, RequestOutcome
+from llamavisord.exposition_label import ModelLabel, folded
 from llamavisord.exposition_memory import gauge
 from llamavisord.traffic import Traffic
 
@@ -24,13 +25,17 @@ class RequestCounts(Collector):
 
     Args:
         is_known: whether a model of that name is served.
+        label: decides what a model is called here.
         routers: the names of the routers that there are.
     """
 
-    def __init__(self, *, is_known: Callable[[str], bool], routers: Callable[[], Iterable[str]]) -> None:
+    def __init__(
+        self, *, is_known: Callable[[str], bool], label: ModelLabel, routers: Callable[[], Iterable[str]]
+    ) -> None:
         self._is_known = is_known
+        self._label = label
         self._routers = routers
-        # Invariant: every model in here was served when its first request was counted, or is NOBODY.
+        # Invariant: by label; every model in here was served when its first request was counted, or is NOBODY.
         self._of_models: dict[str, _OfModel] = {}
 
     def __repr__(self) -> str:
@@ -62,15 +67,17 @@ class RequestCounts(Collector):
             route.tokens_out += event.tokens_out
 
     def _first(self, name: str) -> _OfModel:
-        """Where the first request for a model is counted, and each for one that nobody has."""
-        if name and not self._is_known(name):
-            name = NOBODY
-        return self._of_models.setdefault(name, _OfModel())
+        """Where the first request for a model is counted, and each for one that nobody has or that has no label."""
+        label = self._label.of(name) if name and self._is_known(name) else NOBODY
+        return self._of_models.setdefault(label, _OfModel())
 
     def forget_vanished(self) -> None:
-        """Drop the series of models and routers that are not there any more: they would stay for ever."""
-        for name in [name for name in self._of_models if name and not self._is_known(name)]:
-            del self._of_models[name]
+        """Drop the series of models and routers that are not there any more: they would stay for ever.
+
+        Called after the label has forgotten them.
+        """
+        for label in [label for label in self._of_models if label and not self._label.is_used(label)]:
+            del self._of_models[label]
         there = {NOBODY, *self._routers()}
         for model in self._of_models.values():
             for route in model.routes.values():
@@ -157,11 +164,11 @@ class _OfModel:
         self.routes: dict[str, _OfRoute] = {}
 
 
-def traffic_gauges(traffic: Traffic) -> Iterator[Metric]:
+def traffic_gauges(traffic: Traffic, label: ModelLabel) -> Iterator[Metric]:
     """What is true of the gateway now."""
     in_flight = gauge("requests_in_flight", "Requests of the gateway that a model is answering.", "model")
     for model, count in traffic.in_flight.items():
-        in_flight.add_metric([model], count)
+        in_flight.add_metric([label.of(model)], count)
     waiting = gauge("requests_waiting", "Requests of the gateway that no model is answering yet.")
     waiting.add_metric([], traffic.waiting)
     held = gauge("gateway_held_bytes", "Bytes of the bodies of requests that the gateway holds.")
@@ -172,7 +179,7 @@ def traffic_gauges(traffic: Traffic) -> Iterator[Metric]:
     listening.add_metric([], float(bool(traffic.urls)))
     draining = gauge("gateway_draining", "1 while the gateway takes no new requests.")
     draining.add_metric([], float(traffic.drain.is_draining))
-    yield from (in_flight, waiting, held, connections, listening, draining)
+    yield from (folded(in_flight), waiting, held, connections, listening, draining)
 
 
 def _counter(name: str, documentation: str, *labels: str) -> CounterMetricFamily:

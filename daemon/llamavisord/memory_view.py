@@ -61,6 +61,24 @@ def memory_warnings(occupancy: Occupancy) -> list[str]:
     ]
 
 
+def models_bytes(device: DeviceUse, occupancy: Occupancy) -> int | None:
+    """What models take of a device: as measured, else as expected, else nothing if none can be on it."""
+    if device.measured_bytes is not None:
+        return device.measured_bytes
+    if device.expected_bytes:
+        return device.expected_bytes
+    taken = [{*each.expected, *each.measured} for each in occupancy.occupants]
+    return 0 if all(ids and device.id not in ids for ids in taken) else None
+
+
+def others_bytes(device: DeviceUse, of_models: int | None) -> int | None:
+    """What is taken of a device besides; models that are not measured yet may not be in what is taken."""
+    is_measured = device.measured_bytes is not None or of_models == 0
+    if device.used_bytes is None or of_models is None or not is_measured:
+        return None
+    return max(0, device.used_bytes - of_models)
+
+
 def _occupant(occupant: Occupant) -> dict[str, Any]:
     return {
         "model": occupant.model,
@@ -97,7 +115,7 @@ def _quarantined(quarantined: Quarantined) -> dict[str, Any]:
 
 
 def _device(device: DeviceUse, occupancy: Occupancy) -> dict[str, Any]:
-    models_bytes = _of_models(device, occupancy)
+    of_models = models_bytes(device, occupancy)
     return {
         "id": device.id,
         "name": device.name,
@@ -108,28 +126,10 @@ def _device(device: DeviceUse, occupancy: Occupancy) -> dict[str, Any]:
         "budget_auto": device.is_auto,
         "expected_bytes": device.expected_bytes,
         "measured_bytes": device.measured_bytes,
-        "models_bytes": models_bytes,
-        "others_bytes": _of_others(device, models_bytes),
+        "models_bytes": of_models,
+        "others_bytes": others_bytes(device, of_models),
         "reason": device.reason or None,
     }
-
-
-def _of_models(device: DeviceUse, occupancy: Occupancy) -> int | None:
-    """What models take of a device: as measured, else as expected, else nothing if none can be on it."""
-    if device.measured_bytes is not None:
-        return device.measured_bytes
-    if device.expected_bytes:
-        return device.expected_bytes
-    taken = [{*each.expected, *each.measured} for each in occupancy.occupants]
-    return 0 if all(ids and device.id not in ids for ids in taken) else None
-
-
-def _of_others(device: DeviceUse, models_bytes: int | None) -> int | None:
-    """What is taken of a device besides; models that are not measured yet may not be in what is taken."""
-    is_measured = device.measured_bytes is not None or models_bytes == 0
-    if device.used_bytes is None or models_bytes is None or not is_measured:
-        return None
-    return max(0, device.used_bytes - models_bytes)
 
 
 def _queue(queue: Queue) -> dict[str, Any]:

@@ -11,9 +11,11 @@ from typing import Any, cast
 import anyio
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
 from prometheus_client import generate_latest
 
 from daemon.stage import Stage, entry
+from fakes.request import ended
 from llamavisor.events import (
     Bus,
     DemandMet,
@@ -24,6 +26,7 @@ from llamavisor.events import (
     ModelUnloaded,
     UnloadReason,
 )
+from llamavisor.gauge import Pressure
 from llamavisor.occupancy import DeviceUse, Occupancy, Occupant, Queue
 from llamavisord import app
 from llamavisord.daemon import Daemon
@@ -141,6 +144,8 @@ async def test_metrics_tell_what_takes_memory_now(stage: Stage) -> None:
         'llamavisor_demands_waiting{model="gamma"} 3.0',
         'llamavisor_device_budget_bytes{device="GPU-1",name="CUDA0 (H200)"} 3000.0',
         'llamavisor_device_budget_bytes{device="RAM",name="RAM"} 800.0',
+        'llamavisor_device_free_bytes{device="RAM",name="RAM"} 600.0',
+        'llamavisor_device_others_bytes{device="RAM",name="RAM"} 310.0',
         'llamavisor_device_total_bytes{device="RAM",name="RAM"} 1000.0',
         'llamavisor_device_used_bytes{device="RAM",name="RAM"} 400.0',
         "llamavisor_memory_strained 1.0",
@@ -150,6 +155,39 @@ async def test_metrics_tell_what_takes_memory_now(stage: Stage) -> None:
         'llamavisor_model_resident_bytes{device="RAM",kind="expected",model="alpha",router="main"} 100.0',
         'llamavisor_model_resident_bytes{device="RAM",kind="measured",model="alpha",router="main"} 90.0',
     ]
+
+
+@pytest.mark.usefixtures("virtual_time")
+async def test_metrics_tell_how_much_stands_still_for_memory(stage: Stage) -> None:
+    """As a share, of some tasks and of all; nothing where the kernel does not tell."""
+    async with stage.running(stage.config(("main", "a"))) as daemon:
+        exposition, meter = Exposition(daemon), stage.fleet.memory.capacity.meter
+        assert series(exposition, "memory_pressure") == []
+        meter.pressure = Pressure(some_avg10=12.5, full_avg10=2.5)
+        assert series(exposition, "memory_pressure") == [
+            'llamavisor_memory_pressure_ratio{tasks="all"} 0.025',
+            'llamavisor_memory_pressure_ratio{tasks="some"} 0.125',
+        ]
+
+
+@pytest.mark.usefixtures("virtual_time")
+@pytest.mark.parametrize("accept", ["application/openmetrics-text; version=1.0.0", "*/*", "text/plain;version=1.0.0"])
+async def test_one_format_is_told_whatever_is_asked_for(stage: Stage, accept: str) -> None:
+    """The text format 0.0.4, which has no exemplars, no times of creation and no end mark."""
+    async with stage.running(stage.config(("main", "a"))) as daemon:
+        exposition = Exposition(daemon)
+        for event in (ended(model="alpha"), DemandMet(router="main", model="alpha", wait_s=0.0)):
+            stage.bus.publish(event)
+        app = exposition.app()
+        (route,) = (each for each in app.router.routes() if each.method == "GET" and "/metrics" in str(each.resource))
+        response = await route.handler(make_mocked_request("GET", "/metrics", {"Accept": accept}))
+    assert isinstance(response, web.Response)
+    assert response.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert isinstance(response.body, bytes)
+    lines = response.body.decode().splitlines()
+    assert 'llamavisor_demand_wait_seconds_count{model="alpha",router="main"} 1.0' in lines
+    assert not any(" # " in line or "# EOF" in line for line in lines if not line.startswith(("# HELP", "# TYPE")))
+    assert not any("_created" in line for line in lines)
 
 
 @pytest.mark.usefixtures("virtual_time")

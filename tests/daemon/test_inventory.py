@@ -15,11 +15,12 @@ from prometheus_client import generate_latest
 from daemon.stage import Asked, Stage, entry
 from llamavisor.api import RouterApi
 from llamavisor.catalog import Entry, EntryState
+from llamavisor.catalog.disk import Disk
 from llamavisor.errors import ModelNotFoundError
 from llamavisor.events import FolderLooked, ModelAdded
 from llamavisor.gguf import Header, Kind
 from llamavisor.rules import ModelRule, ModelSettings
-from llamavisor.watch import ModeChanged, WorkerDied
+from llamavisor.watch import Looked, ModeChanged, WorkerDied
 from llamavisord.cli.models import _ALL_NAMES
 from llamavisord.control import _Api
 from llamavisord.details import describe
@@ -320,6 +321,13 @@ async def test_metrics_tell_of_folders(stage: Stage) -> None:
             'llamavisor_model_servable_seconds_count{router="main"} 1.0',
         ):
             assert line in shown
+        assert "disk_free_bytes{" not in shown
+        watch.push(Looked(disk=Disk(1000, 250)))
+        shown = generate_latest(exposition.registry).decode()
+        assert f'llamavisor_catalog_disk_total_bytes{{folder="{watch.root}"}} 1000.0' in shown
+        assert f'llamavisor_catalog_disk_free_bytes{{folder="{watch.root}"}} 250.0' in shown
+        watch.push(Looked(problem="is not there"))
+        assert "disk_free_bytes{" not in generate_latest(exposition.registry).decode()
         stage.put(entry("alpha"), folder="b")
         await stage.fleet.apply(stage.config(("main", "b")).fleet_settings())
         exposition._forget_vanished()
