@@ -19,6 +19,7 @@ from prometheus_client.samples import Sample
 from daemon.stage import Stage, entry
 from fakes.request import ended
 from llamavisor.events import DemandMet, ModelHung, ModelLoadFailed, ModelQuarantined, ModelUnloaded, UnloadReason
+from llamavisor.occupancy import Occupancy, Queue
 from llamavisor.router import Router
 from llamavisord.drain import Drain
 from llamavisord.exposition import Exposition
@@ -173,6 +174,33 @@ async def test_250_models_make_series_for_200(tmp_path: Path) -> None:
         shown = {each.labels["model"] for each in scrape(exposition) if "model" in each.labels}
         assert len(shown) == MAX_MODELS + 1
         assert shown.isdisjoint(gone)
+
+
+@pytest.mark.anyio
+@pytest.mark.usefixtures("virtual_time")
+async def test_what_is_shared_stays_as_long_as_somebody_shares_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counters go on from scrape to scrape, and go with the last of those models; queues are added up."""
+    stage = Stage(tmp_path)
+    watch = stage.put(entry("alpha"), entry("beta"), entry("gamma"))
+    queues = tuple(Queue(model=model, demands=2, since=0.0, obstacle="") for model in ("alpha", "beta", "gamma"))
+    occupancy = Occupancy(occupants=(), devices=(), queues=queues, is_enforced=True)
+    async with stage.running(stage.config(("main", "a"))) as daemon:
+        exposition = Exposition(daemon)
+        exposition._label._room = 1
+        for model in ("alpha", "beta", "gamma"):
+            stage.bus.publish(DemandMet(router="main", model=model, wait_s=1.0))
+        monkeypatch.setattr(stage.fleet.memory, "occupancy", lambda: occupancy)
+        for _ in range(2):
+            samples = scrape(exposition)
+            assert total(samples, "llamavisor_demand_wait_seconds_count", model=OTHER) == 2
+            assert total(samples, "llamavisor_demands_waiting", model=OTHER) == 4
+        monkeypatch.undo()
+        watch.remove("beta", "gamma")
+        await stage.until(lambda: len(stage.fleet["main"].table) == 1)
+        waits = [each for each in scrape(exposition) if each.name == "llamavisor_demand_wait_seconds_count"]
+        assert [each.labels["model"] for each in waits] == ["alpha"]
 
 
 @pytest.mark.anyio
