@@ -25,11 +25,6 @@ DEPLOY = Path(__file__).parents[2] / "deploy"
 LLAMA_CPP = "llamacpp:"
 """What models say of themselves begins so; a test asks a true one whether it says it."""
 _STARTED_ANEW = frozenset({"llamacpp:prompt_tokens_seconds", "llamacpp:predicted_tokens_seconds"})
-_AWAITED = {
-    "llamavisor_catalog_disk_total_bytes": {"folder"},
-    "llamavisor_catalog_disk_free_bytes": {"folder"},
-}
-"""Not in the registry yet. Nothing else may be missing there."""
 _SUFFIXES = {
     "counter": {"_total": ()},
     "gauge": {"": ()},
@@ -55,7 +50,7 @@ async def registered(folder: Path) -> dict[str, set[str]]:
                 labels |= {label for sample in family.samples for label in sample.labels} - {"le"}
                 for suffix, more in _SUFFIXES[family.type].items():
                     families[family.name + suffix] = {*labels, *more, *_OF_EVERY_TARGET}
-    return {name: {*labels, *_OF_EVERY_TARGET} for name, labels in _AWAITED.items()} | families
+    return families
 
 
 def recorded(known: dict[str, set[str]], shown: Iterable[str] = ()) -> dict[str, set[str]]:
