@@ -63,9 +63,10 @@ class Builder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._buildah("rm", "--all")
-        self._buildah("rmi", "--all", "--force")
-        shutil.rmtree(self.folder)
+        try:
+            self._buildah("rm", "--all")  # and what of it is mounted
+        finally:
+            shutil.rmtree(self.folder)
 
     def make_base(self, llama_server: Path) -> str:
         """An image as llama.cpp publishes them: a small Debian with llama-server and its libraries in /app."""

@@ -107,3 +107,12 @@ def test_what_it_mounts_is_there(tmp_path: Path) -> None:
             source = Path(volume.split(":")[0])
             if source.is_absolute() and source.name != "models":
                 assert source.is_file(), f"{name}: {volume}"
+
+
+def test_prometheus_reads_the_same_by_another_name() -> None:
+    """Within compose, Prometheus is told what it is told elsewhere; only the daemon has the name of its service."""
+    elsewhere = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())
+    (static,) = elsewhere["scrape_configs"][0]["static_configs"]
+    assert static["targets"] == ["127.0.0.1:9155"]
+    static["targets"] = ["llamavisor:9155"]
+    assert yaml.safe_load((DEPLOY / "compose/prometheus.yml").read_text()) == elsewhere
