@@ -229,6 +229,10 @@ class RunningDaemon:
         eventually(lambda: self.router(name)["state"] == state, what=f"router {name} {state}")
         return self.router(name)
 
+    def wait_for_gateway(self) -> None:
+        """Wait until clients can connect: not before it is known what is in the models folder."""
+        eventually(lambda: self.status()["gateway"]["urls"], what="a gateway that listens")
+
     def wait_for_model(self, name: str, state: str) -> dict[str, Any]:
         """Wait until a model is in `state`."""
         eventually(lambda: self.models().get(name, {}).get("state") == state, what=f"model {name} {state}")

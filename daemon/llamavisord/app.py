@@ -35,7 +35,6 @@ from llamavisor.events import (
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.opening import open_fleet, sweep
-from llamavisor.orphans import reap_orphans
 from llamavisor.pins import Pins
 from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subreaper
 from llamavisor.quarantine_records import QuarantineRecords
@@ -203,7 +202,6 @@ async def _live(
             if service is not None:
                 tasks.start_soon(service.run)
             tasks.start_soon(_measure_lag, daemon)
-            tasks.start_soon(reap_orphans)
             tasks.start_soon(_keep_ledger, ledger, bus)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)

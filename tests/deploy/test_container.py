@@ -84,6 +84,8 @@ def _serves_this_machine(stage: _Stage) -> None:
         _wait_for_the_model(container)
         assert _chat(container) == (200, "I am alpha")
         assert "llamavisor_" in container.run("curl", "-s", "http://127.0.0.1:9155/metrics").stdout
+        assert container.run("sh", "-c", "sleep 0.1 & exit 0").returncode == 0  # as `docker exec` leaves things behind
+        eventually(lambda: "(sleep)" not in container.run("sh", "-c", "cat /proc/[0-9]*/stat").stdout, what="a reaper")
         rights = container.run("grep", "-h", "-E", "^(Uid|CapBnd|NoNewPrivs):", "/proc/1/status").stdout
         assert rights.split() == ["Uid:", *[str(USER)] * 4, "CapBnd:", "0" * 16, "NoNewPrivs:", "1"]
         router = _status(container)["routers"][0]["pid"]

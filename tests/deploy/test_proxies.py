@@ -10,10 +10,11 @@ from contextlib import ExitStack, closing, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deploy.proxy import NAME, Caddy, Nginx, Proxy
-from fakes.bare_router import free_port, make_slow
+from fakes.bare_router import free_port
 from fakes.waiting import PATIENCE_S, eventually
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon
@@ -29,15 +30,15 @@ FREED_S = 5.0
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory, llama_server: Path) -> Iterator[RunningDaemon]:
-    """A gateway without keys that answers to the name of the proxy, over a quick, a slow and an endless model."""
+    """A gateway without keys that answers to the name of the proxy, over two quick models and an endless one."""
     folder = tmp_path_factory.mktemp("behind")
     models = folder / "models"
     models.mkdir()
     write_tiny_model(models / "alpha.gguf", ["I", "am", "alpha"])
     write_tiny_model(models / "ever.gguf", ["on", "and"], loop=True, n_layer=100, n_ctx=20_000)
-    make_slow(models, "slow")
+    write_tiny_model(models / "beta.gguf", ["I", "am", "beta"])
     with _behind(folder, models, llama_server, f'allow_hosts = ["{NAME}"]\nmax_body = {MAX_BODY}') as running:
-        for name in ("alpha", "ever", "slow"):
+        for name in ("alpha", "ever", "beta"):
             running.wait_for_model(name, "unloaded")
         yield running
 
@@ -230,14 +231,19 @@ def test_a_large_body_passes(tmp_path: Path, kind: type[Proxy], daemon: RunningD
 @pytest.mark.real
 def test_a_heartbeat_passes(tmp_path: Path, kind: type[Proxy], daemon: RunningDaemon) -> None:
     """Who waits for a model to load hears of it through the proxy, comment by comment."""
+    router = psutil.Process(daemon.router()["pid"])
     with kind(tmp_path, daemon.port) as proxy, closing(proxy.connect()) as client:
         headers = {**JSON, "X-Llamavisor-Heartbeat": "1"}
-        client.request("POST", CHAT, chat("slow", stream=True, max_tokens=1), headers)
-        with closing(client.getresponse()) as answer:
+        router.suspend()  # nothing is loaded before it goes on
+        try:
+            client.request("POST", CHAT, chat("beta", stream=True, max_tokens=1), headers)
+            answer = client.getresponse()
             assert answer.readline().startswith(b":")
-            assert daemon.model("slow")["state"] != "loaded"  # it was not kept back until there was an answer
-    eventually(lambda: daemon.model("slow")["state"] == "loaded", what="the end of its load")
-    assert daemon.cli("unload", "slow").returncode == 0
+        finally:
+            router.resume()
+        with closing(answer):
+            assert b"data: [DONE]" in answer.read()
+    assert daemon.cli("unload", "beta").returncode == 0
 
 
 @PROXIES
@@ -298,6 +304,7 @@ def test_without_keys_the_name_has_to_be_allowed(
     """A proxy before a gateway that knows neither keys nor its name gets the 403 that says what to do."""
     running = _behind(tmp_path, models_dir, llama_server, "")
     with running, kind(tmp_path, running.port) as proxy, closing(proxy.connect()) as client:
+        running.wait_for_gateway()
         client.request("GET", "/v1/models")
         with closing(client.getresponse()) as answer:
             assert answer.status == 403
