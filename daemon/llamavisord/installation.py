@@ -68,10 +68,11 @@ class Folder:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A command; `needs_systemd` if it is of use only where systemd runs."""
+    """A command; `needs_systemd` if it is of use only where systemd runs, `may_fail` if there may be nothing to do."""
 
     argv: tuple[str, ...]
     needs_systemd: bool = True
+    may_fail: bool = False
 
 
 Step = Write | Remove | Folder | Run
@@ -154,8 +155,8 @@ def plan(wish: Wish, machine: Machine, config: Config | None, models_dir: Path) 
 def removal(wish: Wish) -> Iterator[Step]:
     """What undoes that; configuration, models, state and the user stay."""
     systemctl = _systemctl(is_user=wish.home is not None)
-    units = [wish.unit] if wish.instance else [wish.unit, "llamavisor.socket"]
-    yield Run((*systemctl, "disable", "--now", *units))
+    for unit in [wish.unit] if wish.instance else ["llamavisor.socket", wish.unit]:
+        yield Run((*systemctl, "disable", "--now", unit), may_fail=True)
     folder = _unit_folder(wish)
     names = [] if wish.instance else [*_FILES, "llamavisor.socket", "llamavisor.socket.d/10-install.conf"]
     for name in [*names, *(f"{wish.unit}.d/{each}" for each in _DROP_INS)]:
@@ -245,6 +246,8 @@ def _commands(wish: Wish, *, is_user: bool) -> Iterator[Run]:
     systemctl = _systemctl(is_user=is_user)
     yield Run((*systemctl, "daemon-reload"))
     if wish.is_started:
+        if not wish.instance:  # it goes on to listen where it did, until it is started again with the service
+            yield Run((*systemctl, "stop", "llamavisor.socket"), may_fail=True)
         yield Run((*systemctl, "enable", wish.unit))
         yield Run((*systemctl, "restart", wish.unit))
 

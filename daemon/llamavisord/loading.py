@@ -50,6 +50,7 @@ LOG_SIZE_BYTES = 64 * 1024 * 1024
 ON_OVERWRITE: OnOverwrite = "reload"
 SERVE: Serve = "gateway"
 OVERSIZE: Oversize = "fit"
+_RENEW = "`llamavisor install-service --now`"
 SERVE_FLAGS = frozenset({"--host", "--port", "--models-dir", "--models-max"})
 """What llama-server takes, the supervisor keeps for itself, and `serve` has a flag of the same name for."""
 
@@ -383,16 +384,14 @@ class _Assembly:
         """Nobody may wait at a door that is never opened; what is written and has no effect is told."""
         handed = self._handed.document
         if serve.value == "router" and handed.port is not None:
-            text = (
-                f"{SOURCE} listens on port {handed.port} for the gateway, and there is none: remove that ListenStream="
-            )
+            text = f"{SOURCE} listens on port {handed.port} for the gateway, and there is none: {_RENEW} leaves it out"
             self._picker.problems.append(serve.problem(text))
         for key in ("host", "port", "socket"):
             value: object = getattr(handed, key)
             for source in (self._given, self._above, self._file) if value is not None else ():
                 written: object = getattr(source.document, key)
                 if written not in {None, value}:
-                    text = f"{written} has no effect: {SOURCE} listens on {value}; change its ListenStream="
+                    text = f"{written} has no effect: {SOURCE} listens on {value}; {_RENEW} changes that"
                     self._picker.warnings.append(str(source.problem((key,), text)))
 
     def _check_socket(self, socket: Picked[Path]) -> None:

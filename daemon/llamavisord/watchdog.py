@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -39,10 +40,18 @@ async def report(notifier: Notifier, daemon: Daemon, control_socket: Path) -> No
 async def _tell_status(notifier: Notifier, daemon: Daemon) -> None:
     told = None
     while True:
-        if (text := "; ".join(map(_summary, daemon.fleet))) != told:
+        if (text := "; ".join(_parts(daemon))) != told:
             notifier.status(text)
             told = text
         await anyio.sleep(STATUS_S)
+
+
+def _parts(daemon: Daemon) -> Iterator[str]:
+    yield from map(_summary, daemon.fleet)
+    if daemon.traffic is not None and daemon.traffic.drain.is_draining:
+        yield "the gateway takes no new requests"
+    if daemon.config_error is not None:
+        yield "the last change of the configuration is refused"
 
 
 def _summary(router: Router) -> str:

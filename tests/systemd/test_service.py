@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fakes.bare_router import free_port
 from fakes.waiting import eventually
 from llamavisord.tiny_model import write_tiny_model
 from systemd.installed import PROGRAM, START_S, UNIT, Installed, open_to_all
@@ -128,6 +129,9 @@ def test_a_reload_is_in_force_when_it_returns_or_fails(service: Installed) -> No
     assert "at most 2" in service.cli("status").stdout
     assert service.show("ActiveState")["ActiveState"] == "active"
     assert service.main_pid == pid
+    eventually(
+        lambda: service.show("StatusText")["StatusText"].endswith("; the last change of the configuration is refused")
+    )
 
 
 def test_the_watchdog_ends_a_daemon_that_is_stopped(service: Installed) -> None:
@@ -216,6 +220,24 @@ def connecting(port: int, refused: list[OSError], made: list[int]) -> Iterator[N
     finally:
         ended.set()
         thread.join()
+
+
+def test_another_port_is_taken_over(service: Installed) -> None:
+    """By the socket unit when it is installed again, and by the daemon itself where nobody wants that unit."""
+    before, service.port = service.port, free_port()
+    service.configure()
+    service.systemd.run("systemctl", "restart", UNIT, timeout_s=START_S)
+    told = service.cli("status").stdout
+    assert f"{service.port} has no effect: the socket unit of systemd listens on {before}" in told
+    service.install("--now")
+    assert service.ask("alpha") == (200, "I am alpha")
+    assert "has no effect" not in service.cli("status").stdout
+    service.port = free_port()
+    service.configure()
+    service.install("--now", "--no-socket")
+    eventually(service.is_up)
+    assert service.ask("alpha") == (200, "I am alpha")
+    assert service.systemd.show("llamavisor.socket", "ActiveState")["ActiveState"] == "inactive"
 
 
 def test_who_may_command_and_drop_models(service: Installed) -> None:

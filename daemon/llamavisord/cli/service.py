@@ -194,12 +194,8 @@ def _carry_out_one(step: Step, *, is_dry: bool) -> str | None:
             return f"remove {path}"
         case Folder():
             return _make_folder(step, is_dry=is_dry)
-        case Run(argv=argv, needs_systemd=needs_systemd):
-            if needs_systemd and not _BOOTED.exists():
-                return f"leave out, as systemd does not run here: {' '.join(argv)}"
-            if not is_dry:
-                _run(argv)
-            return f"run {' '.join(argv)}"
+        case Run():
+            return _run(step, is_dry=is_dry)
 
 
 def _write(step: Write, *, is_dry: bool) -> str | None:
@@ -251,13 +247,18 @@ def _group_name(gid: int) -> str:
         return str(gid)
 
 
-def _run(argv: tuple[str, ...]) -> None:
-    try:
-        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=_COMMAND_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"not done after {_COMMAND_TIMEOUT_S:.0f} s") from None
-    if done.returncode != 0:
-        raise OSError(done.stderr.strip() or f"exit code {done.returncode}")
+def _run(step: Run, *, is_dry: bool) -> str:
+    told = " ".join(step.argv)
+    if step.needs_systemd and not _BOOTED.exists():
+        return f"leave out, as systemd does not run here: {told}"
+    if not is_dry:
+        try:
+            done = subprocess.run(step.argv, capture_output=True, text=True, check=False, timeout=_COMMAND_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"not done after {_COMMAND_TIMEOUT_S:.0f} s") from None
+        if done.returncode != 0 and not step.may_fail:
+            raise OSError(done.stderr.strip() or f"exit code {done.returncode}")
+    return f"run {told}"
 
 
 def _object_of(step: Step) -> str:
@@ -272,7 +273,7 @@ def _say_what_next(wish: Wish, models_dir: Path) -> None:
     screen = Screen()
     systemctl = "systemctl --user" if wish.home is not None else "systemctl"
     if not wish.is_started:
-        screen.line(f"start it, now and at each boot: {systemctl} enable --now {wish.unit}")
+        screen.line("have it start, now and at each boot, or take over what has changed: the same with --now")
     screen.line(f"put models into {models_dir}")
     if wish.home is None:
         screen.line("who is to do that, and to command it, joins the group: usermod -aG llamavisor NAME")
