@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,9 +167,25 @@ def test_what_makes_no_sense_is_refused(
 
 def test_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     """It tells every step, with what would be written."""
-    if subprocess.run(["which", "systemctl"], check=False, capture_output=True).returncode != 0:
+    if shutil.which("systemctl") is None:
         pytest.skip("no systemd: systemctl is not installed here")
     assert main(["install-service", "--dry-run", "--instance", "test"]) == 0
     said = capsys.readouterr().out
     assert "would write /etc/llamavisor/test.toml\n  | # Everything that can stand here" in said
     assert not Path("/etc/llamavisor/test.toml").exists()
+
+
+def test_a_link_in_the_place_of_a_folder_is_not_followed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write where models are to be could have another folder opened to the group."""
+    if shutil.which("systemctl") is None:
+        pytest.skip("no systemd: systemctl is not installed here")
+    (tmp_path / "secrets").mkdir(mode=0o700)
+    (tmp_path / "models").symlink_to("secrets")
+    monkeypatch.setattr(
+        "llamavisord.cli.service.plan", lambda *_: iter([Folder(tmp_path / "models", 0o2775, added=0o2070)])
+    )
+    assert main(["install-service", "--models-dir", str(tmp_path / "models"), "--instance", "test"]) == 1
+    assert f"{tmp_path}/models: Not a directory" in capsys.readouterr().err
+    assert (tmp_path / "secrets").stat().st_mode & 0o7777 == 0o700

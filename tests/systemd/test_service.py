@@ -71,7 +71,7 @@ def test_a_new_service(systemd: Systemd, llama_server: Path) -> None:
         "KillMode": "mixed",
     }
     again = service.install()
-    assert not [line for line in again.splitlines() if line.startswith(("write", "make", "give", "remove"))], again
+    assert not [line for line in again.splitlines() if line.startswith(("write", "make", "change", "remove"))], again
 
     service.put("alpha")
     assert service.ask("alpha") == (200, "I am alpha")

@@ -6,6 +6,7 @@ import grp
 import os
 import pwd
 import shutil
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -218,26 +219,34 @@ def _write(step: Write, *, is_dry: bool) -> str | None:
 
 
 def _make_folder(step: Folder, *, is_dry: bool) -> str | None:
-    """Make it, or give one that is there what it lacks."""
-    told = f"{step.path} (mode {step.mode:o}{f', group {step.group}' if step.group else ''})"
-    if not step.path.exists():
+    """Make it, or give one that is there what it lacks.
+
+    By a descriptor and not by its path: who may write where it is could put a link in its place, and have root open
+    another folder to a group.
+    """
+    is_new = not os.path.lexists(step.path)
+    if is_new:
+        if is_dry:
+            return f"make the folder {step.path} ({_rights(step.mode, step.group)})"
+        step.path.mkdir(mode=0o700, parents=True)
+    folder = os.open(step.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        before = os.fstat(folder)
+        mode = step.mode if is_new else stat.S_IMODE(before.st_mode) | step.added
+        has_group = step.group is None or _group_name(before.st_gid) == step.group
+        if mode == stat.S_IMODE(before.st_mode) and has_group:
+            return f"make the folder {step.path}" if is_new else None
         if not is_dry:
-            step.path.mkdir(parents=True)
-            _give(step, step.mode)
-        return f"make the folder {told}"
-    before = step.path.stat()
-    mode = before.st_mode & 0o7777 | step.added
-    if mode == before.st_mode & 0o7777 and (step.group is None or _group_name(before.st_gid) == step.group):
-        return None
-    if not is_dry:
-        _give(step, mode)
-    return f"give the folder {step.path} mode {mode:o} and group {step.group or _group_name(before.st_gid)}"
+            if step.group is not None:
+                os.fchown(folder, -1, grp.getgrnam(step.group).gr_gid)
+            os.fchmod(folder, mode)  # last: a change of the group takes the bits away that pass it on
+        return f"{'make' if is_new else 'change'} the folder {step.path} ({_rights(mode, step.group)})"
+    finally:
+        os.close(folder)
 
 
-def _give(step: Folder, mode: int) -> None:
-    if step.group is not None:
-        os.chown(step.path, -1, grp.getgrnam(step.group).gr_gid)
-    step.path.chmod(mode)  # last: a change of the group takes the bits away that pass it on
+def _rights(mode: int, group: str | None) -> str:
+    return f"mode {mode:o}" + (f", group {group}" if group else "")
 
 
 def _group_name(gid: int) -> str:
