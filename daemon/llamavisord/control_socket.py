@@ -108,16 +108,18 @@ class ControlSocket:
     def __init__(self, path: Path, handed: socket.socket | None = None) -> None:
         self.path = path
         self._lock = _claim(path)
-        # Somebody may have deleted its file; then nobody finds what was handed over.
-        self._is_handed = handed is not None and path.is_socket()
         try:
+            # Somebody may have deleted its file, and a daemon that was killed left another there: then nobody finds it.
+            self._is_handed = handed is not None and _is_served(path)
             if handed is not None and self._is_handed:
                 self.listener, self._file = handed, path.lstat()
             else:
                 _remove_stale(path)
                 self.listener, self._file = _bind(path)
-        except BaseException:
+        except BaseException as error:
             self._lock.close()
+            if isinstance(error, OSError):
+                raise _cannot_create(path, error) from error
             raise
 
     def __repr__(self) -> str:
@@ -262,16 +264,28 @@ def _remove_stale(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise SocketPathError(f"{path} is in the way and is not a socket", hint="move it away, or use --socket")
+    try:
+        if not _is_served(path):
+            path.unlink()
+            return
+    except OSError as error:
+        raise SocketPathError(f"{path} cannot be replaced: {error.strerror or error}", hint="remove it") from error
+    raise AlreadyRunningError(f"already running: another program serves {path}", hint="use --socket")
+
+
+def _is_served(path: Path) -> bool:
+    """Whether somebody listens on the socket at `path`, if there is one.
+
+    Raises:
+        OSError: it cannot be asked.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(1.0)
         try:
             probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-        except OSError as error:
-            raise SocketPathError(f"{path} cannot be replaced: {error.strerror or error}", hint="remove it") from error
-    raise AlreadyRunningError(f"already running: another program serves {path}", hint="use --socket")
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+    return True
 
 
 def _bind(path: Path) -> tuple[socket.socket, os.stat_result]:

@@ -31,8 +31,14 @@ _SAMPLE = re.compile(
 )
 _LABEL = re.compile(r'[ \t]*([a-zA-Z_][a-zA-Z0-9_]*)[ \t]*=[ \t]*"((?:[^"\\]|\\.)*)"[ \t]*(?:,[ \t]*|$)')
 _ESCAPED = re.compile(r'\\([\\"n])')
-_SUFFIXES = {"counter": ("",), "gauge": ("",), "untyped": ("",), "histogram": ("_bucket", "_sum", "_count")}
-"""What the samples of each type are called. The quantiles of summaries cannot be added up: they are left out."""
+_SUFFIXES = {
+    "counter": ("",),
+    "gauge": ("",),
+    "untyped": ("",),
+    "histogram": ("_bucket", "_sum", "_count"),
+    "summary": ("", "_sum", "_count"),
+}
+"""What the samples of each type are called."""
 
 _Labels = tuple[tuple[str, str], ...]
 
@@ -75,12 +81,8 @@ class Gathered:
 
     def take(self, text: bytes, *, router: str, model: str) -> None:
         """Add what one process says to what others with these labels have said."""
-        try:
-            lines = text.decode().split("\n")
-        except UnicodeDecodeError:
-            return
         said: set[tuple[str, _Labels]] = set()
-        for line in map(str.strip, lines):
+        for line in map(_decoded, text.split(b"\n")):
             if comment := _COMMENT.fullmatch(line):
                 self._explain(*comment.groups(default=""))
             elif sample := _SAMPLE.fullmatch(line):
@@ -90,7 +92,8 @@ class Gathered:
                     continue
                 key = name, _with_owner(labels, {"router": router, "model": model})
                 family = self._family_of(name)
-                if family is None or key in said:
+                # The quantiles of summaries cannot be added up.
+                if family is None or family.kind == "summary" or key in said:
                     continue
                 if len(said) >= MAX_SERIES:
                     break
@@ -128,6 +131,14 @@ class Gathered:
         if sample not in self._by_sample:
             self._declare(sample, "untyped")
         return self._by_sample.get(sample)
+
+
+def _decoded(line: bytes) -> str:
+    """A line; an empty one for what is no text."""
+    try:
+        return line.decode().strip()
+    except UnicodeDecodeError:
+        return ""
 
 
 def _labels(text: str) -> dict[str, str] | None:

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, M
 from prometheus_client.registry import Collector
 
 from llamavisor.events import RequestEnded, RequestOutcome
-from llamavisord.exposition_label import ModelLabel, folded
+from llamavisord.exposition_label import OTHER, ModelLabel, folded
 from llamavisord.exposition_memory import gauge
 from llamavisord.traffic import Traffic
 
@@ -44,7 +44,8 @@ class RequestCounts(Collector):
     def count(self, event: RequestEnded) -> None:
         """Count a request that has ended. This is on the way of every request: a few additions, and no labels."""
         name = event.model or NOBODY
-        model = self._of_models.get(name) or self._first(name)
+        # What clients call so is no model as a rule, and not those that share the label.
+        model = (self._of_models.get(name) if name != OTHER else None) or self._first(name)
         route = model.routes.get(event.route)
         if route is None:
             route = model.routes[event.route] = _OfRoute()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from llamavisord.addresses import LOOPBACK, is_loopback
 from llamavisord.config import Config
+from llamavisord.loading import METRICS_PORT, PORT
 
 PROGRAM = "/usr/bin/llamavisor"
 """Where the shipped units have it."""
@@ -31,10 +32,10 @@ models_dir = {models_dir}
 _INSTANCE_CONFIG = """\
 
 # Every llamavisor on this machine needs ports of its own.
-port = 8081
+port = {port}
 
 [metrics]
-port = 9156
+port = {metrics_port}
 """
 
 
@@ -58,21 +59,28 @@ class Remove:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """A folder that is to be there; of one that is, only bits of `added` and the group are changed."""
+    """A folder that is to be there; one that is, is a person's, and stays as it is."""
 
     path: Path
     mode: int
     group: str | None = None
-    added: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A command; `needs_systemd` if it is of use only where systemd runs, `may_fail` if there may be nothing to do."""
+    """A command.
+
+    Attributes:
+        argv: its words.
+        needs_systemd: it is of use only where systemd runs.
+        may_fail: there may be nothing to do for it.
+        only_after: it is run only if one of these files was written or removed; always without any.
+    """
 
     argv: tuple[str, ...]
     needs_systemd: bool = True
     may_fail: bool = False
+    only_after: tuple[Path, ...] = ()
 
 
 Step = Write | Remove | Folder | Run
@@ -85,12 +93,14 @@ class Wish:
     Attributes:
         home: folder of the user whose service it is to be; None for one of the machine.
         instance: the name behind the @, None for the only one.
+        number: how many other instances there are.
         has_socket: whether systemd listens for it.
         is_started: whether it is enabled and started, too.
     """
 
     home: Path | None = None
     instance: str | None = None
+    number: int = 0
     has_socket: bool = True
     is_started: bool = False
 
@@ -137,38 +147,48 @@ def plan(wish: Wish, machine: Machine, config: Config | None, models_dir: Path) 
     is_user = wish.home is not None
     folders = sorted({router.models_dir for router in config.routers}) if config else [models_dir]
     linked = config.link_dirs if config else ()
+    units = _units(wish, machine, folders, linked, config)
     if not is_user:
         for name in ("sysusers", "tmpfiles"):
             yield Write(Path(f"/etc/{name}.d/llamavisor.conf"), _shipped(f"llamavisor.{name}"))
         yield Run(("systemd-sysusers", "/etc/sysusers.d/llamavisor.conf"), needs_systemd=False)
         yield Run(("systemd-tmpfiles", "--create", "/etc/tmpfiles.d/llamavisor.conf"), needs_systemd=False)
         yield Folder(Path("/etc/credstore"), 0o700)
+        yield Folder(Path("/etc/llamavisor"), 0o755)
     for folder in folders:
-        yield Folder(folder, 0o755) if is_user else Folder(folder, 0o2775, GROUP, added=0o2070)
+        yield Folder(folder, 0o755) if is_user else Folder(folder, 0o2775, GROUP)
     if config is None:
         yield _config_file(wish, models_dir, machine.llama_server)
-    for path, text in _units(wish, machine, [*folders, *linked], config).items():
+    for path, text in units.items():
         yield Remove(path) if text is None else Write(path, text)
-    yield from _commands(wish, is_user=is_user)
+    yield from _commands(wish, [path for path in units if "llamavisor.socket" in str(path)])
 
 
-def removal(wish: Wish) -> Iterator[Step]:
-    """What undoes that; configuration, models, state and the user stay."""
+def removal(wish: Wish, *, is_last: bool) -> Iterator[Step]:
+    """What undoes that; configuration, models, state and the user stay.
+
+    Args:
+        wish: what is to go.
+        is_last: whether no other instance needs what all share.
+    """
     systemctl = _systemctl(is_user=wish.home is not None)
     for unit in [wish.unit] if wish.instance else ["llamavisor.socket", wish.unit]:
         yield Run((*systemctl, "disable", "--now", unit), may_fail=True)
     folder = _unit_folder(wish)
-    names = [] if wish.instance else [*_FILES, "llamavisor.socket", "llamavisor.socket.d/10-install.conf"]
+    names = [] if wish.instance else ["llamavisor.service", "llamavisor.socket", "llamavisor.socket.d/10-install.conf"]
+    names += _SHARED if is_last else ()
     for name in [*names, *(f"{wish.unit}.d/{each}" for each in _DROP_INS)]:
         yield Remove(folder / name)
     yield Run((*systemctl, "daemon-reload"))
 
 
-_FILES = ("llamavisor.service", "llamavisor@.service", "llamavisor-nvidia.service")
+_SHARED = ("llamavisor@.service", "llamavisor-nvidia.service")
 _DROP_INS = ("10-install.conf", "20-no-gpu.conf", "30-systemd-254.conf")
 
 
-def _units(wish: Wish, machine: Machine, folders: Sequence[Path], config: Config | None) -> dict[Path, str | None]:
+def _units(
+    wish: Wish, machine: Machine, folders: Sequence[Path], linked: Sequence[Path], config: Config | None
+) -> dict[Path, str | None]:
     """All unit files by their paths; None for one that does not belong there."""
     at = _unit_folder(wish)
     program = _quoted(machine.program)
@@ -177,8 +197,9 @@ def _units(wish: Wish, machine: Machine, folders: Sequence[Path], config: Config
         files: dict[str, str | None] = {"llamavisor.service": _shipped("user/llamavisor.service")}
         socket = _shipped("user/llamavisor.socket")
     else:
-        files = {name: _shipped(name) for name in _FILES}
-        files[f"{wish.unit}.d/10-install.conf"] = _drop_in(folders, machine.needs)
+        names = _SHARED if wish.instance else ("llamavisor.service", *_SHARED)
+        files = {name: _shipped(name) for name in names}
+        files[f"{wish.unit}.d/10-install.conf"] = _drop_in(folders, linked, machine.needs)
         files[f"{wish.unit}.d/20-no-gpu.conf"] = None if machine.has_gpu else _shipped("no-gpu.conf")
         socket = _shipped("llamavisor.socket")
     is_new = machine.systemd >= NEW_SETTINGS
@@ -189,23 +210,27 @@ def _units(wish: Wish, machine: Machine, folders: Sequence[Path], config: Config
     return {at / name: text and text.replace(PROGRAM, program) for name, text in files.items()}
 
 
-def _drop_in(folders: Sequence[Path], needs: Sequence[Path]) -> str:
+def _drop_in(folders: Sequence[Path], linked: Sequence[Path], needs: Sequence[Path]) -> str:
     """What is particular to this machine: which folders are mounted first, and seen although others there are not."""
+    models, seen = _with_targets(folders), [*_with_targets(linked), *needs]
     lines = [
         "[Unit]",
-        *(f"RequiresMountsFor={_quoted(path)}" for path in dict.fromkeys([*folders, *needs])),
+        *(f"RequiresMountsFor={_quoted(path)}" for path in dict.fromkeys([*models, *seen])),
         "",
         "[Service]",
     ]
     lines += [
-        f"BindPaths={_bound(path)}" if _is_hidden(path) else f"ReadWritePaths={_quoted(path, '-')}" for path in folders
+        f"BindPaths={_bound(path)}" if _is_hidden(path) else f"ReadWritePaths={_quoted(path, '-')}" for path in models
     ]
-    lines += [f"BindReadOnlyPaths={_bound(path)}" for path in needs if _is_hidden(path)]
-    if any(path.is_relative_to("/root") for path in (*folders, *needs)):
-        lines.append(
-            "TemporaryFileSystem=/root:ro,mode=0755"
-        )  # else it has the mode of the true one in later versions of systemd
+    lines += [f"BindReadOnlyPaths={_bound(path)}" for path in seen if _is_hidden(path)]
+    if any(path.is_relative_to("/root") for path in (*models, *seen)):
+        lines.append("TemporaryFileSystem=/root:ro,mode=0755")  # else it has the mode of the true one in later versions
     return "\n".join([_WRITTEN, *lines, ""])
+
+
+def _with_targets(folders: Sequence[Path]) -> list[Path]:
+    """These folders, and where they are if they are links."""
+    return list(dict.fromkeys(each for folder in folders for each in (folder, folder.resolve())))
 
 
 def _listening(config: Config, shipped: str) -> str | None:
@@ -236,18 +261,18 @@ def _config_file(wish: Wish, models_dir: Path, llama_server: Path | None) -> Wri
     if llama_server is not None:
         text += f"llama_server = {_toml(llama_server)}\n"
     if wish.instance:
-        text += _INSTANCE_CONFIG
+        text += _INSTANCE_CONFIG.format(port=PORT + 1 + wish.number, metrics_port=METRICS_PORT + 1 + wish.number)
     if wish.home is not None:
         return Write(wish.config_file, text, 0o600, is_theirs=True)
     return Write(wish.config_file, text, 0o640, GROUP, is_theirs=True)
 
 
-def _commands(wish: Wish, *, is_user: bool) -> Iterator[Run]:
-    systemctl = _systemctl(is_user=is_user)
+def _commands(wish: Wish, sockets: Sequence[Path]) -> Iterator[Run]:
+    systemctl = _systemctl(is_user=wish.home is not None)
     yield Run((*systemctl, "daemon-reload"))
     if wish.is_started:
-        if not wish.instance:  # it goes on to listen where it did, until it is started again with the service
-            yield Run((*systemctl, "stop", "llamavisor.socket"), may_fail=True)
+        # It goes on to listen where it did, until it is started again with the service.
+        yield Run((*systemctl, "stop", "llamavisor.socket"), may_fail=True, only_after=tuple(sockets))
         yield Run((*systemctl, "enable", wish.unit))
         yield Run((*systemctl, "restart", wish.unit))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import sys
 from collections.abc import Mapping
 
 from llamavisor.events import Event
@@ -25,11 +24,13 @@ _NAMED = {"router": "ROUTER", "model": "MODEL"}
 """Fields of events by which people search."""
 
 
-def is_behind(descriptor: int, environ: Mapping[str, str]) -> bool:
+def is_behind(descriptor: int, environ: Mapping[str, str], address: str = ADDRESS) -> bool:
     """Whether what is written there goes to the journal, as systemd says in JOURNAL_STREAM; see systemd.exec(5)."""
     try:
         stream = os.fstat(descriptor)
     except OSError:
+        return False
+    if not os.path.exists(address):  # noqa: PTH110 (Path's raises where it may not look)
         return False
     return environ.get(Variable.JOURNAL_STREAM) == f"{stream.st_dev}:{stream.st_ino}"
 
@@ -37,8 +38,8 @@ def is_behind(descriptor: int, environ: Mapping[str, str]) -> bool:
 class JournalHandler(logging.Handler):
     """Hands records over, with the event that they tell of.
 
-    Nobody waits for the journal. What it does not take at once is written to stderr, which it also reads, without
-    fields.
+    Nobody waits for the journal: what it does not take at once is lost, and how many were is told with the next that it
+    takes.
 
     Args:
         address: where it listens.
@@ -49,6 +50,7 @@ class JournalHandler(logging.Handler):
         self._address = address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
+        self._lost = 0
 
     def __repr__(self) -> str:
         return f"<JournalHandler {self._address}>"
@@ -56,15 +58,23 @@ class JournalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Hand one over."""
         try:
-            text, priority = self.format(record), _priority(record.levelno)
-            fields = {"MESSAGE": text, "PRIORITY": str(priority), "SYSLOG_IDENTIFIER": IDENTIFIER}
-            fields |= _fields_of(getattr(record, "event", None))
-            try:
-                self._socket.sendto(b"".join(_field(name, value) for name, value in fields.items()), self._address)
-            except OSError:
-                sys.stderr.write("".join(f"<{priority}>{line}\n" for line in text.splitlines()))
+            if self._lost:
+                self._send(
+                    {"MESSAGE": f"{self._lost} lines before this were lost: the journal took none", "PRIORITY": "4"}
+                )
+                self._lost = 0
+            priority = str(_priority(record.levelno))
+            self._send(
+                {"MESSAGE": self.format(record), "PRIORITY": priority} | _fields_of(getattr(record, "event", None))
+            )
+        except OSError:
+            self._lost += 1
         except Exception:  # noqa: BLE001 (as every handler: a line that cannot be written ends nothing)
             self.handleError(record)
+
+    def _send(self, fields: Mapping[str, str]) -> None:
+        fields = {**fields, "SYSLOG_IDENTIFIER": IDENTIFIER}
+        self._socket.sendto(b"".join(_field(name, value) for name, value in fields.items()), self._address)
 
     def close(self) -> None:
         """Let go of the socket."""

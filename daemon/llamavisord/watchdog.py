@@ -9,6 +9,7 @@ from pathlib import Path
 
 import anyio
 
+from llamavisor.events import Published
 from llamavisor.fleet import Fleet
 from llamavisor.router import Router
 from llamavisord.daemon import Daemon
@@ -16,7 +17,9 @@ from llamavisord.inventory import counts
 from llamavisord.notify import Notifier
 
 STATUS_S = 1.0
-"""How often it is looked whether there is something new to say."""
+"""How often it is looked whether there is something new to say, if nothing happens."""
+STATUS_PAUSE_S = 0.1
+"""Between two looks at least: a thousand models may come at once."""
 LOOK_S = 3.0
 """How long one look at the daemon may take at least: what works every second has done so twice by then."""
 RETRY_S = 1.0
@@ -38,12 +41,22 @@ async def report(notifier: Notifier, daemon: Daemon, control_socket: Path) -> No
 
 
 async def _tell_status(notifier: Notifier, daemon: Daemon) -> None:
+    """Tell every change, at once where an event goes with it."""
+    happened = anyio.Event()
+
+    def hear(_: Published) -> None:
+        happened.set()
+
+    daemon.bus.listen(hear, hears_frequent=False)
     told = None
     while True:
+        happened = anyio.Event()
         if (text := "; ".join(_parts(daemon))) != told:
             notifier.status(text)
             told = text
-        await anyio.sleep(STATUS_S)
+        await anyio.sleep(STATUS_PAUSE_S)
+        with anyio.move_on_after(STATUS_S):
+            await happened.wait()
 
 
 def _parts(daemon: Daemon) -> Iterator[str]:

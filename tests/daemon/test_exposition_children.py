@@ -113,8 +113,16 @@ def test_a_line_that_is_not_well_formed_is_left_out(line: bytes) -> None:
 
 
 def test_what_is_no_text_is_left_out() -> None:
-    """The other models are shown."""
-    assert series(("alpha", b"llamacpp:n_total 1\n\xff\xfe"), ("beta", TEXT)) == series(("beta", TEXT))
+    """All other lines are shown."""
+    assert series(("alpha", b"\xff\xfe 1\n" + TEXT)) == series(("alpha", TEXT))
+
+
+def test_summaries_are_left_out() -> None:
+    """Their quantiles cannot be added up."""
+    text = (
+        b'# TYPE llamacpp:wait summary\nllamacpp:wait{quantile="0.5"} 1\nllamacpp:wait_sum 3\nllamacpp:wait_count 2\n'
+    )
+    assert series(("alpha", text + TEXT)) == series(("alpha", TEXT))
 
 
 def test_the_first_type_counts() -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from llamavisord.cli import main
+from llamavisord.cli.errors import CommandError
+from llamavisord.cli.installer import Installer
+from llamavisord.cli.machine import is_roots_alone
 from llamavisord.config import Config
 from llamavisord.installation import Folder, Machine, Remove, Run, Wish, Write, plan, removal
 from llamavisord.loading import load
@@ -71,8 +74,7 @@ def test_the_program_is_where_it_was_installed() -> None:
     machine = Machine(program=Path("/opt/my 100%/bin/llamavisor"), needs=(), systemd=254, has_gpu=True)
     made = files(Wish(), machine)
     assert 'ExecStart="/opt/my 100%%/bin/llamavisor" serve\n' in made[str(SYSTEM / "llamavisor.service")]
-    drop_in = made[str(SYSTEM / "llamavisor.service.d/30-systemd-254.conf")]
-    assert 'ExecReload="/opt/my 100%%/bin/llamavisor" config check\n' in drop_in
+    assert 'ExecReload="/opt/my 100%%/bin/llamavisor" reload\n' in made[str(SYSTEM / "llamavisor@.service")]
 
 
 def test_what_the_sandbox_hides_is_shown() -> None:
@@ -122,11 +124,28 @@ def test_drop_ins_are_those_of_the_machine(has_gpu: bool, systemd: int) -> None:
 
 
 def test_folders_of_models_are_for_a_group() -> None:
-    """A new one is 2775; of one that is there nothing is taken away. A user's own is theirs alone."""
+    """The service's is 2775, a user's own theirs alone."""
     (folder,) = [s for s in plan(Wish(), DEBIAN, None, MODELS) if isinstance(s, Folder) and s.path == MODELS]
-    assert (folder.mode, folder.group, folder.added) == (0o2775, "llamavisor", 0o2070)
+    assert (folder.mode, folder.group) == (0o2775, "llamavisor")
     steps = plan(Wish(home=Path("/home/al")), DEBIAN, None, Path("/home/al/models"))
-    assert [(s.path, s.group, s.added) for s in steps if isinstance(s, Folder)] == [(Path("/home/al/models"), None, 0)]
+    assert [(s.path, s.group) for s in steps if isinstance(s, Folder)] == [(Path("/home/al/models"), None)]
+
+
+def test_a_folder_that_is_a_link_is_seen_with_what_it_leads_to(tmp_path: Path) -> None:
+    """Both are mounted before the service starts; hidden is what it leads to, and that is shown."""
+    (tmp_path / "true").mkdir()
+    (tmp_path / "link").symlink_to("true")
+    text = files(Wish(), models_dir=tmp_path / "link")[str(SYSTEM / "llamavisor.service.d/10-install.conf")]
+    for name in ("link", "true"):
+        assert f"RequiresMountsFor={tmp_path / name}\n" in text
+        assert f"BindPaths=-{tmp_path / name}\n" in text
+
+
+def test_further_instances_have_ports_of_their_own() -> None:
+    """Each one more than the last."""
+    texts = [files(Wish(instance=name, number=n))[f"/etc/llamavisor/{name}.toml"] for n, name in enumerate("ab")]
+    assert [text.count("port = 8081") + text.count("port = 9156") for text in texts] == [2, 0]
+    assert [text.count("port = 8082") + text.count("port = 9157") for text in texts] == [0, 2]
 
 
 def test_a_user_needs_no_root() -> None:
@@ -138,21 +157,31 @@ def test_a_user_needs_no_root() -> None:
 
 
 def test_removal_is_of_all_that_was_written() -> None:
-    """But for the configuration, the user and their folders."""
+    """But for the configuration, the user and their folders; and for what other instances need."""
     machine = Machine(program=DEBIAN.program, needs=(), systemd=254, has_gpu=False)
     written = {step.path for step in plan(Wish(), machine, None, MODELS) if isinstance(step, Write)}
-    removed = {step.path for step in removal(Wish()) if isinstance(step, Remove)}
+    removed = {step.path for step in removal(Wish(), is_last=True) if isinstance(step, Remove)}
     kept = {"/etc/llamavisor/llamavisor.toml", "/etc/sysusers.d/llamavisor.conf", "/etc/tmpfiles.d/llamavisor.conf"}
     assert {str(path) for path in written - removed} == kept
+    not_last = {step.path for step in removal(Wish(), is_last=False) if isinstance(step, Remove)}
+    assert {path.name for path in removed - not_last} == {"llamavisor@.service", "llamavisor-nvidia.service"}
+
+
+def test_the_socket_is_started_anew_only_where_it_has_changed() -> None:
+    """Nobody is refused while the service is installed again, as after an upgrade."""
+    steps = [step for step in plan(Wish(is_started=True), DEBIAN, None, MODELS) if isinstance(step, Run)]
+    (stop,) = [step for step in steps if "stop" in step.argv]
+    assert {path.name for path in stop.only_after} == {"llamavisor.socket", "10-install.conf"}
 
 
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        (["--instance", "llamavisor"], 2, "that is not llamavisor"),
         (["--models-dir", "/"], 2, "is not for models alone"),
         (["--models-dir", "/home"], 2, "is not for models alone"),
         (["--models-dir", "~root"], 2, "is not for models alone"),
-        (["--instance", "a/b"], 2, "a name is made of"),
+        (["--instance", "a/b"], 2, "expected a name of letters"),
         (["--user", "--instance", "a"], 2, "--instance is for services of the machine"),
     ],
 )
@@ -175,17 +204,38 @@ def test_a_dry_run_does_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert not Path("/etc/llamavisor/test.toml").exists()
 
 
-def test_a_link_in_the_place_of_a_folder_is_not_followed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever may write where models are to be could have another folder opened to the group."""
-    if shutil.which("systemctl") is None:
-        pytest.skip("no systemd: systemctl is not installed here")
-    (tmp_path / "secrets").mkdir(mode=0o700)
-    (tmp_path / "models").symlink_to("secrets")
-    monkeypatch.setattr(
-        "llamavisord.cli.service.plan", lambda *_: iter([Folder(tmp_path / "models", 0o2775, added=0o2070)])
-    )
-    assert main(["install-service", "--models-dir", str(tmp_path / "models"), "--instance", "test"]) == 1
-    assert f"{tmp_path}/models: Not a directory" in capsys.readouterr().err
-    assert (tmp_path / "secrets").stat().st_mode & 0o7777 == 0o700
+def test_root_makes_folders_only_where_root_alone_says_what_they_are(tmp_path: Path) -> None:
+    """Whoever may write on the way there could have another folder made, and opened to the group."""
+    if os.geteuid() != 0:
+        pytest.skip("it takes root")
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    assert is_roots_alone(Path("/srv/models"))
+    assert is_roots_alone(Path("/usr/share/nothing/models"))
+    assert not is_roots_alone(theirs / "models")  # /tmp is everybody's
+    with pytest.raises(CommandError, match="not root alone can say what it is; make it: mkdir"):
+        Installer(is_dry=False).carry_out([Folder(theirs / "models", 0o2775, "root")])
+    assert not list(theirs.iterdir())
+
+
+def test_a_folder_that_is_there_stays_as_it_is(tmp_path: Path) -> None:
+    """It is a person's."""
+    (tmp_path / "models").mkdir(mode=0o700)
+    Installer(is_dry=False).carry_out([Folder(tmp_path / "models", 0o2775, "root")])
+    assert (tmp_path / "models").stat().st_mode & 0o7777 == 0o700
+
+
+def test_files_are_readable_whatever_the_umask_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That of a careful root would keep the service out of its own configuration; afterwards it is as it was."""
+    before = os.umask(0o077)
+    try:
+        Installer(is_dry=False).carry_out([Write(tmp_path / "etc" / "file", "text"), Folder(tmp_path / "made", 0o755)])
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    assert (tmp_path / "etc").stat().st_mode & 0o7777 == 0o755
+    assert (tmp_path / "etc" / "file").stat().st_mode & 0o7777 == 0o644
+    assert capsys.readouterr().out.splitlines() == [
+        f"write {tmp_path}/etc/file",
+        f"make the folder {tmp_path}/made (mode 755)",
+    ]

@@ -69,14 +69,16 @@ def test_it_may_do_nothing_else(tmp_path: Path) -> None:
 
 
 def test_only_this_machine_reaches_it(tmp_path: Path) -> None:
-    """Nothing is published beyond loopback, and the metrics not even there, unless somebody says so and has keys."""
+    """Nothing is published beyond loopback, whatever port it is, and the metrics not even there; keys are a secret."""
     plain = composed(tmp_path)
+    other = composed(tmp_path, PORT="9000")
+    assert other["services"]["llamavisor"]["ports"] == ["127.0.0.1:9000:8080/tcp"]
     published = [port for service in plain["services"].values() for port in service["ports"]]
     assert all(port.startswith("127.0.0.1:") for port in published), published
     assert plain["services"]["llamavisor"]["ports"] == ["127.0.0.1:8080:8080/tcp"]
     keys = tmp_path / "keys"
-    opened = composed(tmp_path, "compose.keys.yaml", KEYS=str(keys), PUBLISH="8080")
-    assert opened["services"]["llamavisor"]["ports"] == [{"published": 8080, "target": 8080}]
+    opened = composed(tmp_path, "compose.keys.yaml", KEYS=str(keys))
+    assert opened["services"]["llamavisor"]["ports"] == plain["services"]["llamavisor"]["ports"]
     (secret,) = opened["services"]["llamavisor"]["secrets"]
     assert secret["source"] == "llamavisor.keys"  # the name of the file in /run/secrets
     assert opened["secrets"]["llamavisor.keys"]["file"] == str(keys)

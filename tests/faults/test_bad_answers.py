@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -189,8 +188,7 @@ def test_h6_a_flood_of_lines(tmp_path: Path, models_dir: Path, fake_llama_server
 
 def test_h6_a_line_without_an_end(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
     """H6: a line of 100 MB is cut to the cap within seconds, costs no memory, and neither router nor model blocks."""
-    size = 100_000_000
-    giant = fake_llama_server(log_giant_line_bytes=size)
+    giant = fake_llama_server(log_giant_line_bytes=100_000_000)
     daemon = RunningDaemon(tmp_path, models_dir, giant, config="")
     daemon.config.write_text(f'log_size = "1MiB"\n{config_of(models_dir, daemon.port)}', encoding="utf-8")
     with daemon:
@@ -200,10 +198,9 @@ def test_h6_a_line_without_an_end(tmp_path: Path, models_dir: Path, fake_llama_s
         with following_logs(daemon) as follower:
             assert daemon.cli("logs", "--lines", "5").returncode == 0
             log = Path(daemon.router()["log_file"])
-            rotated = daemon.wait_for_event("LogRotated")
-            assert rotated["size_bytes"] > size
-            kept = [os.stat(path).st_size for path in log.parent.glob(f"{log.name}*")]
-            assert sum(kept) < 3 * MIB
+            # On a busy machine it is looked at amid the line, and cut more than once.
+            assert daemon.wait_for_event("LogRotated")["size_bytes"] > MIB
+            eventually(lambda: sum(path.stat().st_size for path in log.parent.glob(f"{log.name}*")) < 3 * MIB)
             assert daemon.chat("alpha")
             assert follower.memory_info().rss < 100e6
         assert process.memory_info().rss - before < 50e6

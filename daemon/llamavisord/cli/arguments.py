@@ -267,9 +267,11 @@ def _add_install(commands: _Commands) -> None:
         help="whether it may use GPUs; if it is not said, whether there is one now",
     )
     add(
-        "--no-socket",
-        action="store_true",
-        help="do not have systemd listen for it: clients are refused while it restarts",
+        "--socket-unit",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether systemd listens for it, so that nobody is refused while it restarts; if it is not said, as "
+        "before, and at first it does",
     )
     add("--remove", action="store_true", help="take the units away again; configuration, models and state stay")
 
