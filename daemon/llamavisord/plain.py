@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_COMMANDS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""C0 and C1: all that a terminal can take for a command, or for the beginning of one."""
+
 
 def plain(text: object, *, keep: str = "") -> str:
     """`text` with every character escaped that is not printable: a name must not command a terminal nor forge lines.
@@ -18,3 +21,8 @@ def plain(text: object, *, keep: str = "") -> str:
         char if char.isprintable() or char in keep else char.encode("unicode_escape", "surrogatepass").decode("ascii")
         for char in whole
     )
+
+
+def tame(text: str) -> str:
+    """Prose of any language as it is, with only those characters escaped that could command a terminal."""
+    return text.translate(_COMMANDS)

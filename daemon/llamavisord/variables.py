@@ -28,6 +28,8 @@ class Variable(StrEnum):
 
     LLAMAVISOR_CONFIG = "LLAMAVISOR_CONFIG"
     """The configuration file, if `--config` names none."""
+    LLAMAVISOR_API_KEY = "LLAMAVISOR_API_KEY"
+    """Of `run`: the key that it sends to the gateway, if `--api-key-file` names none."""
     LLAMAVISOR_INSTANCE = "LLAMAVISOR_INSTANCE"
     """Set by the daemon in all that it starts: by that it knows its own left-overs."""
     LLAMAVISOR_SPAWN = "LLAMAVISOR_SPAWN"

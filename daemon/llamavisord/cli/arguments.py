@@ -60,11 +60,22 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         at = words.index("--")
         words, server_args = words[:at], words[at + 1 :]
     parser = make_parser()
-    arguments = parser.parse_args(words)
+    arguments, late = parser.parse_known_args(words)
+    if arguments.command == "run":
+        late = _take_prompt(arguments, late)
+    if late:
+        parser.error(f"unrecognized arguments: {' '.join(late)}")
     arguments.server_args = tuple(server_args)
     if arguments.socket is not None and arguments.command in _WITHOUT_SOCKET:
         parser.error(f"--socket means nothing to {arguments.command}")
     return arguments
+
+
+def _take_prompt(arguments: argparse.Namespace, late: list[str]) -> list[str]:
+    """Take in the words of a prompt that stand behind flags, for which argparse has no place; what is left is wrong."""
+    at = late.index("--") if "--" in late else len(late)
+    arguments.prompt += [*(word for word in late[:at] if not word.startswith("-")), *late[at + 1 :]]
+    return [word for word in late[:at] if word.startswith("-")]
 
 
 def _command(words: Sequence[str]) -> str:
@@ -104,6 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = _Commands(parser, "commands", "command")
     _add_serve(commands)
     _add_reading(commands)
+    _add_run(commands)
     _add_acting(commands)
     _add_config(commands)
     _add_install(commands)
@@ -171,6 +183,40 @@ def _add_reading(commands: _Commands) -> None:
     logs.add_argument("-f", "--follow", action="store_true", help="go on with what is printed")
     logs.add_argument(
         "-n", "--lines", type=_count, default=LOG_LINES, metavar="N", help=f"the last N lines (default: {LOG_LINES})"
+    )
+
+
+def _add_run(commands: _Commands) -> None:
+    run = commands.add(
+        "run",
+        "ask a model, or chat with it",
+        details="The answer is streamed to standard output; what is piped in follows the prompt. Without a prompt, on "
+        "a terminal: a chat, line by line, with /clear and /bye. Ctrl-C ends an answer, and Ctrl-D the chat.",
+        talks=True,
+    )
+    add = run.add_argument
+    add("model", help="name of the model, or an alias")
+    add("prompt", nargs="*", default=[], metavar="PROMPT", help="what to ask")
+    add("--system", metavar="TEXT", help="how the model is to behave: a system prompt")
+    add(
+        "--image", type=Path, action="append", default=[], metavar="FILE", help="an image to ask about; may be repeated"
+    )
+    form = run.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="a JSON schema that the answer is to follow")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="a grammar (GBNF) that the answer is to follow")
+    add("--temperature", type=_amount, metavar="N", help="how freely to choose among tokens; 0 takes the likeliest")
+    add("--top-p", type=_share, metavar="N", help="choose among the likeliest tokens that have this share together")
+    add("--top-k", type=_count, metavar="N", help="choose among the N likeliest tokens; 0 for all")
+    add("--min-p", type=_share, metavar="N", help="leave out tokens below this share of the likeliest")
+    add("--repeat-penalty", type=_amount, metavar="N", help="how much to hold back what was said; 1 for not at all")
+    add("--max-tokens", type=_count, metavar="N", help="the longest answer, in tokens")
+    add("--seed", type=_count, metavar="N", help="begin chance here: the same question then has the same answer")
+    add("--stats", action="store_true", help="say afterwards how fast it was")
+    add(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="a file with the API key on its only line (else LLAMAVISOR_API_KEY)",
     )
 
 
@@ -306,6 +352,23 @@ def _duration(text: str) -> float:
     if not 0 < seconds <= WAIT_MAX_S:
         raise argparse.ArgumentTypeError("expected more than nothing and at most 1h")
     return seconds
+
+
+def _amount(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError("expected a number from 0 up")
+    return number
+
+
+def _share(text: str) -> float:
+    number = _amount(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError("expected a number from 0 to 1")
+    return number
 
 
 def _count(text: str) -> int:

@@ -23,6 +23,7 @@ _COMMANDS: Mapping[str, str] = {
     "ps": "memory:ps",
     "events": "look:events",
     "logs": "look:logs",
+    "run": "run:run",
     "load": "act:load",
     "unload": "act:unload",
     "pin": "act:pin",

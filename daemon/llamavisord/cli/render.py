@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from llamavisord.plain import plain
+from llamavisord.plain import plain, tame
 from llamavisord.units import format_duration
 from llamavisord.variables import Variable
 
@@ -72,6 +72,10 @@ class Screen:
     def raw(self, text: str) -> None:
         """Write text that is not to be read by people but by programs, as it is; on a terminal escaped all the same."""
         print(plain(text, keep="\n\t") if self.is_terminal else text, end="", file=self._stream)
+
+    def prose(self, text: str, colour: str = "") -> None:
+        """Write what a model says, at once: on a terminal it commands nothing, elsewhere it is as it is."""
+        print(self.paint(tame(text), colour) if self.is_terminal else text, end="", file=self._stream, flush=True)
 
     def flush(self) -> None:
         """Have everything seen that was written."""
