@@ -18,6 +18,7 @@ from fakes.waiting import PATIENCE_S
 
 INTERRUPT, END = "\x03", "\x04"
 """What Ctrl-C and Ctrl-D type."""
+_AGAIN_S = 1.0
 _ROWS_AND_COLUMNS = (40).to_bytes(2, sys.byteorder) + (120).to_bytes(2, sys.byteorder) + bytes(4)
 
 
@@ -74,25 +75,37 @@ class Terminal:
         """Press these keys."""
         os.write(self._fd, keys.encode())
 
-    def until(self, text: str) -> str:
-        """Wait until `text` is shown, beyond what was waited for before; all that was shown up to its end."""
+    def until(self, text: str, *, press: str = "") -> str:
+        """Wait until `text` is shown, beyond what was waited for before; all that was shown up to its end.
+
+        Args:
+            text: what is waited for.
+            press: keys to press, and to press again after a while: a Ctrl-C in the moment before somebody waits for
+                keys is heeded with the next key alone, and people press it twice.
+        """
         deadline = time.monotonic() + PATIENCE_S
+        self.type(press)
         while text not in self.seen[self._at :]:
-            assert self._read(deadline - time.monotonic()), f"no {text!r} in {self.seen!r}"
+            assert time.monotonic() < deadline, f"no {text!r} in {self.seen!r}"
+            if self._is_silent(_AGAIN_S if press else PATIENCE_S):
+                self.type(press)
+            else:
+                assert self._read(), f"ended without {text!r}: {self.seen!r}"
         begin, self._at = self._at, self.seen.index(text, self._at) + len(text)
         return self.seen[begin : self._at]
 
     def wait(self) -> int:
         """Wait for the end of the program; its exit code."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self._read(deadline - time.monotonic()):
-            pass
-        return self._popen.wait(PATIENCE_S)
+        while not self._is_silent(PATIENCE_S):
+            if not self._read():
+                return self._popen.wait(PATIENCE_S)
+        raise AssertionError(f"nothing more after {self.seen!r}")
 
-    def _read(self, timeout_s: float) -> bool:
+    def _is_silent(self, timeout_s: float) -> bool:
+        return not select.select([self._fd], [], [], timeout_s)[0]
+
+    def _read(self) -> bool:
         """Whether there was more; nobody has the terminal any more when there is not."""
-        if not select.select([self._fd], [], [], max(0.0, timeout_s))[0]:
-            raise AssertionError(f"nothing more after {self.seen!r}")
         try:
             chunk = os.read(self._fd, 65536)
         except OSError:  # the last process has let go of it

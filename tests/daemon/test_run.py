@@ -294,12 +294,10 @@ def test_an_interrupt_ends_the_answer_and_not_the_chat(env: dict[str, str], talk
         terminal.until(">>> ")
         terminal.type("a\r")
         terminal.until("for ever")
-        terminal.type(INTERRUPT)
-        terminal.until("stopped")
+        terminal.until("stopped", press=INTERRUPT)
         assert talker.left.wait(PATIENCE_S)
         terminal.until(">>> ")
-        terminal.type(INTERRUPT)  # on an empty line: nothing to stop
-        terminal.until(">>> ")
+        terminal.until(">>> ", press=INTERRUPT)  # on an empty line: nothing to stop
         terminal.type("b\r")
         terminal.until("then\n")
         terminal.until(">>> ")
