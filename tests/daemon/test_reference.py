@@ -288,6 +288,7 @@ def test_every_problem_code_is_on_it(text: str) -> None:
     elsewhere = {
         *("activation", "already_running", "socket_unusable"),  # there is no control socket then
         "body_refused",  # of the gateway
+        "quantize_failed",  # of a command alone
         *("gguf_invalid", "usage_unknown"),  # told as the state of a model
         *("option_invalid", "llama_server_unusable", "spawn_failed"),  # told as the state of a router
     }

@@ -116,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_reading(commands)
     _add_run(commands)
+    _add_quantize(commands)
     _add_acting(commands)
     _add_config(commands)
     _add_install(commands)
@@ -218,6 +219,29 @@ def _add_run(commands: _Commands) -> None:
         metavar="FILE",
         help="a file with the API key on its only line (else LLAMAVISOR_API_KEY)",
     )
+
+
+def _add_quantize(commands: _Commands) -> None:
+    quantize = commands.add(
+        "quantize",
+        "make a smaller model of a large one",
+        details="With the llama-quantize beside llama-server. The result appears whole or not at all.",
+        talks=True,
+    )
+    add = quantize.add_argument
+    add("source", metavar="SRC", help="a GGUF file, or the name of a model")
+    add("type", metavar="TYPE", help="what to make of it, such as Q4_K_M")
+    add(
+        "destination",
+        nargs="?",
+        type=Path,
+        metavar="DST",
+        help="file or folder for the result (default: beside the source, with the type in the name)",
+    )
+    add("--threads", type=_positive, metavar="N", help="CPU threads (default: all)")
+    add("--imatrix", type=Path, metavar="FILE", help="importance of weights, which the smallest types need")
+    add("--allow-requantize", action="store_true", help="take a source that is quantized already, at a loss")
+    add("--force", action="store_true", help="replace a file that is there")
 
 
 def _add_acting(commands: _Commands) -> None:
@@ -368,6 +392,13 @@ def _share(text: str) -> float:
     number = _amount(text)
     if number > 1:
         raise argparse.ArgumentTypeError("expected a number from 0 to 1")
+    return number
+
+
+def _positive(text: str) -> int:
+    number = _count(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("expected a whole number from 1 up")
     return number
 
 

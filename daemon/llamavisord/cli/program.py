@@ -24,6 +24,7 @@ _COMMANDS: Mapping[str, str] = {
     "events": "look:events",
     "logs": "look:logs",
     "run": "run:run",
+    "quantize": "quantize:quantize",
     "load": "act:load",
     "unload": "act:unload",
     "pin": "act:pin",

@@ -1,0 +1,136 @@
+"""`llamavisor quantize`: makes a smaller model of a large one, beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+from llamavisor import binary, gguf
+from llamavisor.errors import BinaryError, LlamavisorError
+from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, free_bytes, parts_of, target_beside
+from llamavisord.cli.client import Client, model_path
+from llamavisord.cli.errors import CommandError, UnreachableError
+from llamavisord.cli.look import client_of
+from llamavisord.cli.render import Progress, Screen
+from llamavisord.exit_codes import ExitCode
+from llamavisord.loading import load
+from llamavisord.places import Places
+from llamavisord.plain import plain
+from llamavisord.problems import ConfigError
+from llamavisord.units import format_size
+
+
+def quantize(arguments: Namespace) -> int:
+    """Quantize a model, and say what came of it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal leaves as little behind as Ctrl-C
+        signal.signal(number, signal.default_int_handler)
+    try:
+        return _quantize(arguments)
+    except LlamavisorError as exc:
+        exit_code = ExitCode.USAGE if isinstance(exc, UnknownTypeError) else ExitCode.FAILED
+        raise CommandError(str(exc), hint=exc.hint, exit_code=exit_code, log_tail=exc.log_tail) from exc
+
+
+def _quantize(arguments: Namespace) -> int:
+    client = client_of(arguments)
+    quantizer = Quantizer(_llama_server(client), os.environ)
+    type_ = quantizer.type_named(arguments.type)
+    source = _source(client, arguments.source)
+    target = _target(arguments, source, target_beside(source, type_, list(quantizer.types)))
+    order = Order(
+        source=source,
+        target=target,
+        type=type_,
+        threads=arguments.threads,
+        imatrix=arguments.imatrix,
+        may_requantize=arguments.allow_requantize,
+    )
+    _check_room(quantizer.expected_bytes(order), target.parent)
+    progress = Progress(f"quantizing {source.name} to {type_}", Screen(sys.stderr))
+    try:
+        header = quantizer.make(order, progress.show)
+    finally:
+        progress.close()
+    _tell(header, source, target)
+    return ExitCode.OK
+
+
+def _tell(header: gguf.Header, source: Path, target: Path) -> None:
+    before, after = sum(part.stat().st_size for part in parts_of(source)), target.stat().st_size
+    Screen().line(f"{plain(target)}: {header.quantization}, {format_size(after)} of {format_size(before)}")
+
+
+def _llama_server(client: Client) -> Path:
+    """The llama-server that the tool stands beside: the daemon's; without one the configured one, else any.
+
+    Raises:
+        BinaryError: there is none.
+    """
+    configured = None
+    try:
+        routers = client.get("/control/v1/routers")["routers"]
+        configured = next((router["llama_server"] for router in routers if router["llama_server"]), None)
+    except CommandError:  # no daemon: files can be quantized all the same
+        try:
+            configured = load(Places(os.environ).config_file, os.environ).routers[0].llama_server
+        except ConfigError:
+            configured = None
+    try:
+        return binary.find(configured)
+    except BinaryError:
+        if configured is None:
+            raise
+        return binary.find(None)  # the daemon's own is not for everybody to see
+
+
+def _source(client: Client, named: str) -> Path:
+    """The file that is meant: one at that path, else that of the model that is called so."""
+    path = Path(named)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise CommandError(f"{named} is a folder", hint="name the file in it", exit_code=ExitCode.USAGE)
+    try:
+        files = client.get(model_path(named, "").rstrip("/"))["files"]
+    except UnreachableError as exc:
+        raise CommandError(
+            f"there is no file {named}, and no daemon to ask for a model of that name",
+            hint=exc.hint,
+            exit_code=ExitCode.NOT_FOUND,
+        ) from exc
+    if not files:
+        raise CommandError(f"model {named} has no file any more", exit_code=ExitCode.NOT_FOUND)
+    return Path(files[0]["path"])
+
+
+def _target(arguments: Namespace, source: Path, beside: Path) -> Path:
+    """Where the result goes; never onto the source, and onto another file only by --force."""
+    target: Path = arguments.destination or beside
+    if target.is_dir():
+        target /= beside.name
+    if target.name.startswith(".") or target.suffix != ".gguf":
+        raise CommandError(
+            f"{target} would be no model: its name must end in .gguf and begin with no dot", exit_code=ExitCode.USAGE
+        )
+    if not target.parent.is_dir():
+        raise CommandError(f"there is no folder {target.parent}", exit_code=ExitCode.NOT_FOUND)
+    if not os.access(target.parent, os.W_OK):
+        raise CommandError(
+            f"{target.parent} may not be written", hint="name another place", exit_code=ExitCode.NOT_PERMITTED
+        )
+    if any(part.exists() and target.exists() and part.samefile(target) for part in parts_of(source)):
+        raise CommandError(f"{target} is the source itself", hint="name another file", exit_code=ExitCode.USAGE)
+    if target.exists() and not arguments.force:
+        raise CommandError(f"{target} exists already", hint="--force replaces it", exit_code=ExitCode.USAGE)
+    return target
+
+
+def _check_room(needed: int, folder: Path) -> None:
+    if needed > (free := free_bytes(folder)):
+        raise CommandError(
+            f"{folder} has {format_size(free)} free, and the result takes {format_size(needed)}",
+            hint="name another place, or make room",
+        )
