@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from llamavisor.budgets import Allowance, GpuAllowance
-from llamavisor.flags import typed_name
 from llamavisor.footprint import (
     LEAST_CTX,
     Device,
@@ -28,6 +27,7 @@ from llamavisor.footprint import (
 from llamavisor.gguf import Header, Kind
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.rules import ModelSettings
+from llamavisor.spellings import typed_name
 
 CTX_SIZE_MAX = 8192
 """Tokens of context for an embedding or rerank model when nobody has said: its batch is as large, and costs memory."""

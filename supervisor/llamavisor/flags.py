@@ -10,90 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NoReturn
 
 from llamavisor import loadmode
 from llamavisor.errors import OptionError
 from llamavisor.helptext import FlagSet, HelpOption, normal
-from llamavisor.ini import value_problem
 from llamavisor.options import ModelOptions, OptionLayer
-from llamavisor.reserved import find_reserved
-from llamavisor.rules import is_template_file, split_scale
-
-__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "find_typed", "resolve", "spelled", "typed_name"]
-
-SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "gpu_layers": ("--n-gpu-layers", "--gpu-layers", "-ngl"),
-    "devices": ("--device", "-dev"),
-    "split_mode": ("--split-mode", "-sm"),
-    "tensor_split": ("--tensor-split", "-ts"),
-    "main_gpu": ("--main-gpu", "-mg"),
-    "flash_attn": ("--flash-attn", "-fa"),
-    "ctx_size": ("--ctx-size", "-c"),
-    "parallel": ("--parallel", "-np"),
-    "threads": ("--threads", "-t"),
-    "batch_size": ("--batch-size", "-b"),
-    "ubatch_size": ("--ubatch-size", "-ub"),
-    "cache_type_k": ("--cache-type-k", "-ctk"),
-    "cache_type_v": ("--cache-type-v", "-ctv"),
-    "load_mode": loadmode.SPELLINGS,
-    "fit": ("--fit", "-fit"),
-    "jinja": ("--jinja", "--no-jinja"),
-    "cont_batching": ("--cont-batching", "-cb", "--no-cont-batching", "-nocb"),
-    "embeddings": ("--embeddings", "--embedding"),
-    "reranking": ("--reranking", "--rerank"),
-    "sleep_idle_seconds": ("--sleep-idle-seconds",),
-}
-"""Every typed option, with its spellings in all builds since routers exist."""
-
-MODEL_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "chat_template": ("--chat-template", "--chat-template-file"),
-    "chat_template_kwargs": ("--chat-template-kwargs",),
-    "mmproj": ("--mmproj", "-mm"),
-    "draft": ("--spec-draft-model", "--model-draft", "-md"),
-    "draft_type": ("--spec-type",),
-    "draft_max": ("--spec-draft-n-max", "--draft-max", "--draft-n", "--draft"),
-    "draft_min": ("--spec-draft-n-min", "--draft-min", "--draft-n-min"),
-    "draft_p_min": ("--spec-draft-p-min", "--draft-p-min"),
-    "draft_gpu_layers": ("--spec-draft-ngl", "--n-gpu-layers-draft", "--gpu-layers-draft", "-ngld"),
-    "draft_devices": ("--spec-draft-device", "--device-draft", "-devd"),
-    "draft_threads": ("--spec-draft-threads", "--threads-draft", "-td"),
-    "draft_cache_type_k": ("--spec-draft-type-k", "--cache-type-k-draft", "-ctkd"),
-    "draft_cache_type_v": ("--spec-draft-type-v", "--cache-type-v-draft", "-ctvd"),
-    "lora": ("--lora", "--lora-scaled"),
-    "grammar_file": ("--grammar-file",),
-    "slot_save_path": ("--slot-save-path",),
-}
-"""The same for what only tables of single models have as typed options."""
-
-_ALL_SPELLINGS = {**SPELLINGS, **MODEL_SPELLINGS}
-
-LISTENER = frozenset(
-    {
-        "--cors-origins",
-        "--cors-methods",
-        "--cors-headers",
-        "--cors-credentials",
-        "--ui",
-        "--webui",
-        "--ui-config",
-        "--webui-config",
-        "--ui-config-file",
-        "--webui-config-file",
-        "--ui-mcp-proxy",
-        "--webui-mcp-proxy",
-        "--path",
-        "--log-verbose",
-        "--log-verbosity",
-        "--log-prefix",
-        "--log-timestamps",
-    }
+from llamavisor.refusals import (
+    looks_like_option,
+    refuse_listener,
+    refuse_reserved,
+    refuse_twice,
+    refuse_two_in_one,
+    refuse_unfit,
+    refuse_unknown_choice,
 )
-"""Options that mean something to the router's own process, so they alone go onto its command line.
+from llamavisor.rules import is_template_file, split_scale
+from llamavisor.spellings import ALL_SPELLINGS, LISTENER, typed_name
 
-They are what `server.cpp`, `server-http.cpp` and the log of llama.cpp read in router mode, less what is
-reserved; the models inherit them and do not mind.
-"""
+__all__ = ["LaunchOptions", "ModelOptions", "OptionLayer", "check", "resolve", "spelled"]
 
 _ALL_LAYERS = "999"
 """More layers than any model has: how "all" was said before builds knew the word."""
@@ -114,11 +48,7 @@ _MAY_COME_IN_PIECES = (
     *("draft_devices", "draft_type", "chat_template", "lora"),
 )
 """What args may say in several words, as far as that can be known without the build's help."""
-_TEMPLATES = re.compile(r"list of built-in templates: ((?:[\w.-]+, )*[\w.-]+)")
-_OPTION = re.compile(r"--?[A-Za-z]")
-_TWO_IN_ONE = re.compile(r"(--?[A-Za-z][\w.-]*)[= ]\s*(.+)", re.DOTALL)
 _WORDS = 'Write one string per word: ["--threads", "8"].'
-_TYPED_BY_SPELLING = {spelling: name for name, spellings in _ALL_SPELLINGS.items() for spelling in spellings}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,26 +109,26 @@ def check(layers: Sequence[OptionLayer]) -> None:
     """
     for layer in layers:
         source, options = layer.source, layer.options
-        seen = {name: name for name in _ALL_SPELLINGS if getattr(options, name, None) is not None}
+        seen = {name: name for name in ALL_SPELLINGS if getattr(options, name, None) is not None}
         for name in seen:
             value = getattr(options, name)
             if value and isinstance(value, str | tuple):
-                _refuse_unfit(source, name, spelled(value))
+                refuse_unfit(source, name, spelled(value))
         previous = ""
         for word in options.args:
-            if _looks_like_option(word):
-                _refuse_two_in_one(source, word)
-                _refuse_reserved(source, word, (word,))
-                _refuse_listener(layer, word, (word,))
+            if looks_like_option(word):
+                refuse_two_in_one(source, word)
+                refuse_reserved(source, word, (word,))
+                refuse_listener(layer, word, (word,))
                 typed = typed_name(word)
                 if typed in seen and (typed not in _MAY_COME_IN_PIECES or seen[typed] == typed):
-                    _refuse_twice(source, seen[typed], word)
+                    refuse_twice(source, seen[typed], word)
                 if typed is not None:
                     seen[typed] = word
             elif not previous:
                 raise OptionError(f"{source}: args begin with {word!r}, which is not an option", hint=_WORDS)
             elif normal(previous) not in LISTENER:
-                _refuse_unfit(source, previous, word)
+                refuse_unfit(source, previous, word)
             previous = word
 
 
@@ -242,18 +172,8 @@ def resolve(layers: Sequence[OptionLayer], flags: FlagSet, *, binary: str) -> La
     )
 
 
-def typed_name(spelling: str) -> str | None:
-    """The typed option that `spelling` (dashes included) is another word for, None if it is for none."""
-    return _TYPED_BY_SPELLING.get(normal(spelling))
-
-
-def find_typed(name: str, flags: FlagSet) -> HelpOption | None:
-    """The option of a build that a typed option stands for, None if the build has none."""
-    return next((known for spelling in _ALL_SPELLINGS[name] if (known := flags.find(spelling))), None)
-
-
 def _typed_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_Choice]:
-    for name in _ALL_SPELLINGS:
+    for name in ALL_SPELLINGS:
         value = getattr(layer.options, name, None)
         if value is None:
             continue
@@ -273,8 +193,8 @@ def _typed_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[
             )
         text = None if _is_nothing(name, value) else _typed_text(name, value, option)
         if option.values and text is not None:
-            _refuse_unknown_choice(layer.source, name, text, option, binary)
-            _refuse_unfit(layer.source, name, text)
+            refuse_unknown_choice(layer.source, name, text, option, binary)
+            refuse_unfit(layer.source, name, text)
         yield _Choice(option.key, name, option, text, is_typed=True)
 
 
@@ -284,7 +204,7 @@ def _spellings(name: str, value: object) -> tuple[str, ...]:
         return ("--chat-template-file",) if is_template_file(value) else ("--chat-template",)
     if name == "lora" and isinstance(value, tuple):
         return ("--lora-scaled",) if any(map(_is_scaled, value)) else ("--lora",)
-    return _ALL_SPELLINGS[name]
+    return ALL_SPELLINGS[name]
 
 
 def _is_nothing(name: str, value: object) -> bool:
@@ -341,7 +261,7 @@ def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_
             mode_words.append((word, text))
         else:
             if takes_value and not _is_listener(option):
-                _refuse_unfit(layer.source, word, text, flags)
+                refuse_unfit(layer.source, word, text, flags)
             yield _Choice(option.key, word, option, text)
         previous = word
     if mode_words:
@@ -353,13 +273,13 @@ def _args_choices(layer: OptionLayer, flags: FlagSet, binary: str) -> Iterator[_
 def _find(layer: OptionLayer, word: str, previous: str, flags: FlagSet, binary: str) -> HelpOption | None:
     """The option that `word` stands for; None if it is about load modes, in the words of another build."""
     source = layer.source
-    if not _looks_like_option(word):
+    if not looks_like_option(word):
         after = f" after {previous}" if previous else ""
         raise OptionError(f"{source}: {word!r} in args{after} is not an option", hint=_WORDS)
-    _refuse_two_in_one(source, word)
+    refuse_two_in_one(source, word)
     option = flags.find(word)
-    _refuse_reserved(source, word, option.spellings if option else (word,))
-    _refuse_listener(layer, word, option.spellings if option else (word,))
+    refuse_reserved(source, word, option.spellings if option else (word,))
+    refuse_listener(layer, word, option.spellings if option else (word,))
     if option is None:
         if normal(word) in loadmode.SPELLINGS:
             return None
@@ -394,7 +314,7 @@ def _joined(source: str, first: _Choice, second: _Choice) -> _Choice:
     """One choice of two that a table makes of one option, if both stand in args and it may be repeated."""
     option = second.option
     if first.is_typed or option is None or not option.values or not option.is_repeatable:
-        _refuse_twice(source, first.written, second.written)
+        refuse_twice(source, first.written, second.written)
     return replace(second, text=f"{first.text},{second.text}")
 
 
@@ -403,7 +323,7 @@ def _siblings(source: str, table: Mapping[str, _Choice]) -> Iterator[str]:
     for family in _SIBLINGS:
         here = [choice for name, choice in table.items() if name in family]
         if len(here) > 1 and any(choice.is_typed for choice in here):
-            _refuse_twice(source, here[0].written, here[1].written)
+            refuse_twice(source, here[0].written, here[1].written)
         if here:
             yield from family
 
@@ -446,62 +366,3 @@ def _offloads(preset: Mapping[str, str], flags: FlagSet) -> bool:
         return False
     text = preset.get(layers.key, "")
     return text == "all" or (text.isdecimal() and int(text) > 0)
-
-
-def _looks_like_option(word: str) -> bool:
-    return _OPTION.match(word) is not None
-
-
-def _refuse_two_in_one(source: str, word: str) -> None:
-    if two := _TWO_IN_ONE.fullmatch(word):
-        raise OptionError(
-            f"{source}: {word!r} in args is one word, and llama-server wants two",
-            hint=f'Write "{two[1]}", "{two[2]}".',
-        )
-
-
-def _refuse_reserved(source: str, word: str, spellings: Sequence[str]) -> None:
-    if reserved := find_reserved(spellings):
-        raise OptionError(f"{source}: {word} in args is refused: {reserved.reason}", hint=reserved.instead)
-
-
-def _refuse_listener(layer: OptionLayer, word: str, spellings: Sequence[str]) -> None:
-    positive = [normal(spelling).replace("--no-", "--", 1) for spelling in spellings]
-    if layer.options.is_per_model and not LISTENER.isdisjoint(positive):
-        raise OptionError(
-            f"{layer.source}: {word} in args is refused: it is about the router itself, not about one model",
-            hint="Write it into args of [defaults] or of a [[router]].",
-        )
-
-
-def _refuse_twice(source: str, first: str, second: str) -> NoReturn:
-    what = f"{first} is given twice" if first == second else f"{first} and {second} set the same option"
-    raise OptionError(f"{source}: {what}", hint="Keep one of them; a later table may set it again.")
-
-
-def _refuse_unfit(source: str, written: str, value: str, flags: FlagSet | None = None) -> None:
-    problem = value_problem(value)
-    if problem is None:
-        return
-    in_file = flags.find(f"{written}-file") if flags else None
-    if in_file:
-        hint = f"Put the value into a file and name that with {in_file.spelling}."
-    elif normal(written) == "--samplers":
-        hint = "Write the same with --sampling-seq, one letter for each sampler."
-    else:
-        hint = "It reaches models through a preset file, which cannot quote." if value else f"Leave {written} out."
-    raise OptionError(f"{source}: the value {value!r} of {written} {problem}", hint=hint)
-
-
-def _refuse_unknown_choice(source: str, name: str, text: str, option: HelpOption, binary: str) -> None:
-    choices, asked = option.choices, [text]
-    if name == "draft_type":  # a list of choices, and the help shows them as one
-        choices, asked = tuple(option.placeholder.split(",")), text.split(",")
-    elif name == "chat_template" and (listed := _TEMPLATES.search(" ".join(option.help.split()))):
-        # With Jinja on, llama-server takes a name that it does not know for the text of a template.
-        choices = () if option.key.endswith("-file") else tuple(listed[1].split(", "))
-    if choices and not set(asked) <= set(choices):
-        raise OptionError(
-            f"{source}: {name} = {text!r} is not known to {binary}",
-            hint=f"It takes {', '.join(choices)}.",
-        )

@@ -89,6 +89,11 @@ def _words(value: object) -> object:
 
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Natural = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+_Temperature = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=10, allow_inf_nan=False)]
+_Probability = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
+_Penalty = Annotated[
+    float, BeforeValidator(_no_bool), Field(gt=0, le=10, allow_inf_nan=False, title="number above 0, at most 10")
+]
 Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, allow_inf_nan=False)]
 GpuLayers = Annotated[
     Literal["auto", "all"] | int, BeforeValidator(_gpu_layers), Field(title='"auto", "all" or whole number from 0 up')
@@ -156,6 +161,18 @@ class ModelOptions(BaseModel):
     """Whether models serve reranking. If it is not said, true for a model that its header makes out to rerank."""
     sleep_idle_seconds: _IdleSeconds | None = None
     """Time without requests, such as "5m", after which a model frees its memory and keeps its process."""
+    temperature: _Temperature | None = None
+    """How freely models choose among tokens if a request does not say; 0 takes the likeliest."""
+    top_p: _Probability | None = None
+    """Likewise: they choose among the likeliest tokens that have this share together; 1 for all."""
+    top_k: Natural | None = None
+    """Likewise: they choose among so many of the likeliest tokens; 0 for all."""
+    min_p: _Probability | None = None
+    """Likewise: tokens below this share of the likeliest are left out; 0 for none."""
+    repeat_penalty: _Penalty | None = None
+    """Likewise: how much is held back what was said just before; 1 for not at all."""
+    max_tokens: Count | None = None
+    """Likewise: the longest answer, in tokens."""
     ttl: Annotated[float, BeforeValidator(_ttl), Field(title="duration")] | None = None
     """Time without requests, such as "1h30m", after which a model is unloaded; 0, and if it is not said, never."""
     hang_after: Annotated[float, BeforeValidator(_hang_after), Field(title="duration, 0 or at least 5s")] | None = None

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from llamavisor import ini
 from llamavisor.errors import OptionError
-from llamavisor.flags import typed_name
 from llamavisor.helptext import FlagSet
 from llamavisor.reserved import find_reserved, find_reserved_key
+from llamavisor.spellings import typed_name
 
 STOP_TIMEOUT_S = 3
 """How long the router waits for a model to stop before it kills it.

@@ -13,11 +13,12 @@ from llamavisor import automatic, ini
 from llamavisor.budgets import Allowance
 from llamavisor.catalog import Entry, FileId
 from llamavisor.errors import OptionError
-from llamavisor.flags import OptionLayer, find_typed, resolve
+from llamavisor.flags import OptionLayer, resolve
 from llamavisor.gguf import Header, Kind
 from llamavisor.helptext import FlagSet
 from llamavisor.options import HANG_AFTER_S, hang_after_s, without_ours
 from llamavisor.rules import ModelRule, alias_problem, is_template_file, matching, split_scale
+from llamavisor.spellings import find_typed
 
 _DRAFT_TYPES = {
     "mtp-": "draft-mtp",

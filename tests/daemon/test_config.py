@@ -405,6 +405,22 @@ def test_a_user_without_a_home_still_has_places(monkeypatch: pytest.MonkeyPatch)
         ('[defaults]\nttl = "soon"\n', f'2: defaults.ttl: {DURATION}; 0 for never, found "soon"'),
         ("[defaults]\nttl = true\n", f"2: defaults.ttl: {DURATION}; 0 for never, found true"),
         ('[[router]]\nname = "a"\nttl = { a = 1 }\n', f"3: router[0].ttl: {DURATION}; 0 for never, found a table"),
+        (
+            "[defaults]\ntemperature = -0.1\n",
+            "2: defaults.temperature: expected greater than or equal to 0, found -0.1",
+        ),
+        (
+            "[defaults]\ntemperature = true\n",
+            "2: defaults.temperature: must be a number, not true or false, found true",
+        ),
+        ("[defaults]\ntop_p = 1.01\n", "2: defaults.top_p: expected less than or equal to 1, found 1.01"),
+        ("[defaults]\ntop_k = 1.5\n", "2: defaults.top_k: expected a whole number, found 1.5"),
+        (
+            "[defaults]\nmin_p = nan\n",
+            "2: defaults.min_p: expected greater than or equal to 0, found a number beyond all bounds",
+        ),
+        ("[defaults]\nrepeat_penalty = 0\n", "2: defaults.repeat_penalty: expected greater than 0, found 0"),
+        ("[defaults]\nmax_tokens = 0\n", "2: defaults.max_tokens: expected greater than or equal to 1, found 0"),
         ("ttl = 60\n", "1: ttl: unknown key here: it belongs in [defaults] or a [[router]]"),
         ("[defaults]\npin = true\n", '2: defaults.pin: unknown key here: it belongs in a [model."NAME"]'),
         ("pin = true\n", '1: pin: unknown key here: it belongs in a [model."NAME"]'),

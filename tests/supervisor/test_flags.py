@@ -15,21 +15,12 @@ from builds import NEW, OLD, OLDEST
 from fakes.bare_router import BareRouter
 from llamavisor.binary import probe
 from llamavisor.errors import OptionError
-from llamavisor.flags import (
-    LISTENER,
-    MODEL_SPELLINGS,
-    SPELLINGS,
-    LaunchOptions,
-    ModelOptions,
-    OptionLayer,
-    check,
-    resolve,
-    typed_name,
-)
+from llamavisor.flags import LaunchOptions, ModelOptions, OptionLayer, check, resolve
 from llamavisor.helptext import FlagSet, HelpOption
 from llamavisor.preset import ALWAYS, Preset, lint
 from llamavisor.reserved import find_reserved
 from llamavisor.rules import ModelSettings
+from llamavisor.spellings import LISTENER, MODEL_SPELLINGS, SPELLINGS, typed_name
 
 BINARY = "/opt/llama-server"
 
@@ -54,6 +45,12 @@ _TYPED: Mapping[str, st.SearchStrategy[object]] = {
     "embeddings": st.booleans(),
     "reranking": st.booleans(),
     "sleep_idle_seconds": st.integers(1, 86400),
+    "temperature": st.sampled_from([0.0, 0.7, 2.0]),
+    "top_p": st.sampled_from([0.0, 0.95, 1.0]),
+    "top_k": st.integers(0, 100),
+    "min_p": st.sampled_from([0.0, 0.05, 1.0]),
+    "repeat_penalty": st.sampled_from([0.5, 1.1]),
+    "max_tokens": st.integers(1, 1 << 20),
 }
 _OPTIONS = st.fixed_dictionaries({}, optional=dict(_TYPED)).map(lambda fields: ModelOptions(**fields))
 
@@ -150,6 +147,12 @@ def test_each_typed_option_has_one_key() -> None:
         embeddings=True,
         reranking=False,
         sleep_idle_seconds=300,
+        temperature=0.7,
+        top_p=0.95,
+        top_k=40,
+        min_p=0.05,
+        repeat_penalty=1.1,
+        max_tokens=512,
     )
     assert list(_preset(options).items()) == [
         ("batch-size", "512"),
@@ -164,13 +167,19 @@ def test_each_typed_option_has_one_key() -> None:
         ("jinja", "0"),
         ("load-mode", "mlock"),
         ("main-gpu", "1"),
+        ("min-p", "0.05"),
         ("n-gpu-layers", "all"),
+        ("n-predict", "512"),
         ("parallel", "2"),
+        ("repeat-penalty", "1.1"),
         ("reranking", "0"),
         ("sleep-idle-seconds", "300"),
         ("split-mode", "layer"),
+        ("temperature", "0.7"),
         ("tensor-split", "3,1.5"),
         ("threads", "4"),
+        ("top-k", "40"),
+        ("top-p", "0.95"),
         ("ubatch-size", "64"),
     ]
 
@@ -198,7 +207,11 @@ def test_what_is_resolved_passes_the_lint(options: ModelOptions) -> None:
 @given(st.data())
 def test_args_say_the_same_as_typed_options(data: st.DataObject) -> None:
     """A typed option and its spelling in args are one option: same entry, and each replaces the other."""
-    name = data.draw(st.sampled_from(["ctx_size", "parallel", "threads", "batch_size", "main_gpu", "flash_attn"]))
+    name = data.draw(
+        st.sampled_from(
+            ["ctx_size", "parallel", "threads", "batch_size", "main_gpu", "flash_attn", "top_k", "max_tokens"]
+        )
+    )
     value = data.draw(_TYPED[name])
     typed = ModelOptions.model_validate({name: value})
     args = [data.draw(st.sampled_from(SPELLINGS[name])), str(value)]

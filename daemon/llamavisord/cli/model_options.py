@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
-from llamavisor.flags import OptionLayer, typed_name
+from llamavisor.flags import OptionLayer
 from llamavisor.options import OURS
 from llamavisor.rules import matching
 from llamavisor.sections import ModelSpec, layers_in_force, specify
 from llamavisor.settings import RouterSettings
+from llamavisor.spellings import typed_name
 from llamavisord.cli.errors import CommandError
 from llamavisord.config import Config, Setting
 from llamavisord.exit_codes import ExitCode

@@ -9,10 +9,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel
 
-from llamavisor.flags import MODEL_SPELLINGS, SPELLINGS
 from llamavisor.options import ModelOptions, OptionLayer, hang_after_s
 from llamavisor.rules import ModelSettings
 from llamavisor.settings import MemoryBudget, RouterSettings
+from llamavisor.spellings import MODEL_SPELLINGS, SPELLINGS
 from llamavisord.daemon import FIXED, FIXED_DOOR
 from llamavisord.document import Document, RouterKeys
 from llamavisord.problems import DEFAULT

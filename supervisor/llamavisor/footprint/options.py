@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from llamavisor.flags import MODEL_SPELLINGS, SPELLINGS, spelled
+from llamavisor.flags import spelled
 from llamavisor.options import OptionLayer
 from llamavisor.rules import split_scale
+from llamavisor.spellings import MODEL_SPELLINGS, SPELLINGS
 
 AUTO_SLOTS = 4
 """Slots of a llama-server that is told no number; they share one KV cache (tools/server/server.cpp)."""
