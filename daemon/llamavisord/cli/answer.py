@@ -124,7 +124,7 @@ class Answer:
                     return
                 if kind == "data":
                     yield _parsed(data)
-                elif self.first_piece_s is None:
+                elif line.startswith(b":") and self.first_piece_s is None:
                     self._tick()  # a sign of life of the gateway
         except TimeoutError as exc:
             raise CommandError(

@@ -14,7 +14,7 @@ from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, free_bytes,
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.look import client_of
-from llamavisord.cli.render import Progress, Screen
+from llamavisord.cli.render import NAME_WIDTH, Progress, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
 from llamavisord.places import Places
@@ -49,7 +49,7 @@ def _quantize(arguments: Namespace) -> int:
         may_requantize=arguments.allow_requantize,
     )
     _check_room(quantizer.expected_bytes(order), target.parent)
-    progress = Progress(f"quantizing {source.name} to {type_}", Screen(sys.stderr))
+    progress = Progress(f"quantizing {shortened(source.name, NAME_WIDTH)} to {type_}", Screen(sys.stderr))
     try:
         header = quantizer.make(order, progress.show)
     finally:

@@ -16,7 +16,7 @@ from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
 from llamavisord.cli.look import client_of
 from llamavisord.cli.question import Question, prompt_of
-from llamavisord.cli.render import Progress, Screen
+from llamavisord.cli.render import NAME_WIDTH, Progress, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
 from llamavisord.units import format_duration
@@ -128,7 +128,7 @@ class _Waiting:
     def __init__(self, client: Client, model: str, screen: Screen) -> None:
         self._client = client
         self._model = model
-        self._progress = Progress(model, screen)
+        self._progress = Progress(shortened(model, NAME_WIDTH), screen)
         self._is_wanted = screen.is_terminal
         self._is_shown = False
 
