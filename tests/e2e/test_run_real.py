@@ -99,7 +99,7 @@ def test_an_interrupt_in_a_chat_cancels_the_generation(tmp_path: Path, models_di
 
 def test_a_load_is_shown_until_the_answer_comes(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """A model that takes seconds to load; the line of its progress is gone when it speaks."""
-    write_tiny_model(models_dir / "slow.gguf", ["at", "last"], n_layer=300, n_ctx=100_000)
+    write_tiny_model(models_dir / "slow.gguf", ["at", "last"], n_layer=150, n_ctx=100_000)
     options = ("--threads", "1", "--ctx-size", "100000")
     with RunningDaemon(tmp_path, models_dir, llama_server, options=options) as daemon:
         daemon.wait_for_gateway()
