@@ -114,3 +114,27 @@ class DeviceMissingError(LlamavisorError):
     """Raised when a model needs a device that llama-server does not see: it is never moved to the CPU silently."""
 
     code = "device_missing"
+
+
+class ModelInUseError(LlamavisorError):
+    """Raised when a model is to be removed that is in memory, in use or pinned, and nobody has said to force it."""
+
+    code = "model_in_use"
+
+
+class ModelAmbiguousError(LlamavisorError):
+    """Raised when models folders have a model of the same name each, and none of them was named."""
+
+    code = "model_ambiguous"
+
+
+class FilesChangedError(LlamavisorError):
+    """Raised when files are not those any more that were looked at, or agreed upon, before they are removed."""
+
+    code = "files_changed"
+
+
+class NotRemovableError(LlamavisorError):
+    """Raised when files cannot be removed: the rights or the disk forbid it, or they lie outside of the folder."""
+
+    code = "not_removable"

@@ -34,7 +34,8 @@ from llamavisor.router import Router
 from llamavisor.sections import ModelSpec
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisor.states import HAS_CHILD, Change, RouterState
-from llamavisor.supply import FIRST_LOOK_S, Supply
+from llamavisor.storage import Storage
+from llamavisor.supply import FIRST_LOOK_S, Sized, Supply
 
 REAP_INTERVAL_S = 1.0
 
@@ -108,6 +109,14 @@ class Fleet:
             resize=self._size_up_all,
             clock=clock,
         )
+        self.storage = Storage(
+            self._routers,
+            self.folders,
+            memory=self.memory,
+            rules=lambda: self._settings.rules,
+            unload=self.unload,
+            bus=bus,
+        )
         self._tasks: anyio.abc.TaskGroup | None = None
 
     def __repr__(self) -> str:
@@ -149,7 +158,7 @@ class Fleet:
         assert self._tasks is not None  # noqa: S101 (called from run, or while it runs)
         folder = self._folder(settings.models_dir, self._settings.link_dirs)
         supply = self._supply(folder, settings)
-        host = self._make_host(settings, _Sized(self, settings.name, supply))
+        host = self._make_host(settings, Sized(supply, partial(self.size_up, settings.name, supply)))
         router = Router(host, bus=self.bus, random=self._jitter, arbiter=self.memory.scheduler)
         self._routers[settings.name] = router
         self._told[settings.name] = settings
@@ -297,7 +306,9 @@ class Fleet:
                 self._told[name] = each
                 needs_restart = told.without_models() != each.without_models()
                 changed += [name] if needs_restart else []
-                router.reconfigure(self._make_host(each, _Sized(self, name, supply)), restart=needs_restart)
+                router.reconfigure(
+                    self._make_host(each, Sized(supply, partial(self.size_up, name, supply))), restart=needs_restart
+                )
         self.memory.note_specs()
         self._drop_unused_folders()
         return Applied(tuple(changed), tuple(sorted(models)))
@@ -451,24 +462,6 @@ class Fleet:
         async with anyio.create_task_group() as group:
             for router in self:
                 group.start_soon(partial(router.shut_down, grace_s=grace_s))
-
-
-class _Sized:
-    """A supply that is told before every start what its router may take of this machine; a `launch.ModelSource`."""
-
-    def __init__(self, fleet: Fleet, router: str, supply: Supply) -> None:
-        self._fleet = fleet
-        self._router = router
-        self._supply = supply
-
-    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
-        """What there is to be served, by name, or why that is not known."""
-        await self._fleet.size_up(self._router, self._supply)
-        return await self._supply.take()
-
-    async def look_again(self) -> None:
-        """See that what is known is not older than this call."""
-        await self._supply.look_again()
 
 
 def _reluctance(router: Router) -> tuple[bool, bool, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import anyio
@@ -134,6 +134,31 @@ class Supply:
         """See that what is known of the files is not older than this call, or give up soon."""
         if not self.folder.catalog.stale and not self.folder.is_late:  # the second of two need not wait for nothing
             await self.folder.look(within_s=LOOK_AGAIN_S)
+
+
+class Sized:
+    """A supply that is told before every start what its router may take of this machine; a `launch.ModelSource`.
+
+    Args:
+        supply: what there is to be served.
+        size_up: tells it that.
+    """
+
+    def __init__(self, supply: Supply, size_up: Callable[[], Awaitable[None]]) -> None:
+        self._supply = supply
+        self._size_up = size_up
+
+    def __repr__(self) -> str:
+        return f"<Sized {self._supply!r}>"
+
+    async def take(self) -> Mapping[str, ModelSpec] | Verdict:
+        """What there is to be served, by name, or why that is not known."""
+        await self._size_up()
+        return await self._supply.take()
+
+    async def look_again(self) -> None:
+        """See that what is known is not older than this call."""
+        await self._supply.look_again()
 
 
 def _is_same(one: Mapping[str, ModelSpec], other: Mapping[str, ModelSpec]) -> bool:

@@ -102,3 +102,28 @@ class WatcherFailed(Event):
 
     def message(self) -> str:
         return f"folder {self.folder}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelDeleted(Event):
+    """The files of a model were removed from the disk because a person wanted that."""
+
+    folder: str
+    model: str
+    files: tuple[str, ...]
+    freed_bytes: int
+
+    def message(self) -> str:
+        return f"model {self.model}: removed from {self.folder}, {len(self.files)} files, {self.freed_bytes} bytes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageCleaned(Event):
+    """Staging leftovers or old revisions were removed from a models folder because a person wanted that."""
+
+    folder: str
+    gone: tuple[str, ...]
+    freed_bytes: int
+
+    def message(self) -> str:
+        return f"folder {self.folder}: {len(self.gone)} leftovers removed, {self.freed_bytes} bytes"

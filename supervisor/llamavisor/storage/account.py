@@ -1,0 +1,265 @@
+"""Who takes the disk of a models folder: its models, and all that is none.
+
+Whatever a look at the disk finds belongs to the model whose content it is, by device and inode; a link takes nothing.
+What then belongs to nobody is told by what it seems to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from llamavisor.catalog import Entry, EntryState, ModelFile
+from llamavisor.catalog.disk import Disk, disk_of
+from llamavisor.catalog.hub import SNAPSHOTS
+from llamavisor.storage.anchor import Anchor, Thing
+from llamavisor.storage.cache import Repository, place_of, repository_of
+
+STAGING = ".llamavisor"
+"""What the names of folders begin with, at the top of a models folder, in which downloads are staged."""
+LEFTOVERS_MAX = 1000
+"""Of more leftovers than these the smallest are not told one by one."""
+
+_PARTIAL = (".partial", ".part", ".incomplete", ".aria2", ".crdownload", ".download", ".tmp")
+"""How the names of files end that a download has not finished."""
+_BROKEN = frozenset({EntryState.INVALID, EntryState.INCOMPLETE})
+
+
+class Kind(Enum):
+    """What something on the disk seems to be that is no model."""
+
+    STAGING = "staging"
+    """What a download of llamavisor has staged."""
+    PARTIAL = "partial"
+    """A download of somebody else that has not ended."""
+    REVISION = "revision"
+    """What only revisions of a repository hold, in a cache of the hub, that are not used any more."""
+    BROKEN = "broken"
+    """A model that cannot be used."""
+    OTHER = "other"
+    """Anything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One file of a model.
+
+    Attributes:
+        path: absolute.
+        size_bytes: of its content.
+        shared_with: other models that use it.
+        is_outside: whether its content does not lie in the folder: a link leads to it.
+    """
+
+    path: str
+    size_bytes: int
+    shared_with: tuple[str, ...] = ()
+    is_outside: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one model takes.
+
+    Attributes:
+        model: its name.
+        state: of its files.
+        files: its own, then its projector and its draft.
+    """
+
+    model: str
+    state: EntryState
+    files: tuple[Item, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """What would be free without it: without what others use, or does not lie in the folder."""
+        return sum(item.size_bytes for item in self.files if not item.shared_with and not item.is_outside)
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What lies in the folder and belongs to no model.
+
+    Attributes:
+        kind: what it seems to be.
+        rel: its path, relative to the models folder.
+        size_bytes: what it takes.
+        changed_at: Unix seconds of the last change of anything in it.
+        reason: what is wrong with it; empty if nothing is known to be.
+        model: the name under which it can be removed, for what is broken.
+    """
+
+    kind: Kind
+    rel: str
+    size_bytes: int
+    changed_at: float
+    reason: str = ""
+    model: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """The whole folder.
+
+    Attributes:
+        folder: its absolute path.
+        disk: what it lies on, None if that does not tell.
+        models: the largest first.
+        leftovers: likewise.
+        models_bytes: what models take, each content once.
+        leftover_bytes: what is left over takes, also what was too little to be told.
+    """
+
+    folder: str
+    disk: Disk | None
+    models: tuple[Share, ...]
+    leftovers: tuple[Leftover, ...]
+    models_bytes: int
+    leftover_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Old:
+    """A revision of a repository that no model needs.
+
+    Attributes:
+        repository: its folder, relative to the models folder.
+        revision: its name.
+        things: its links and files.
+        blobs: what nothing leads to but such revisions.
+    """
+
+    repository: str
+    revision: str
+    things: tuple[Thing, ...]
+    blobs: tuple[Thing, ...]
+
+    @property
+    def rel(self) -> str:
+        """Its path."""
+        return f"{self.repository}/{SNAPSHOTS}/{self.revision}"
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes."""
+        return sum(thing.size_bytes for thing in (*self.things, *self.blobs))
+
+    @property
+    def changed_at(self) -> float:
+        """Unix seconds of the last change of any of that."""
+        return max((thing.status.st_ctime for thing in (*self.things, *self.blobs)), default=0.0)
+
+    def told(self) -> Leftover:
+        """What people see of it."""
+        return Leftover(Kind.REVISION, self.rel, self.size_bytes, self.changed_at)
+
+
+def account(root: str, entries: Iterable[Entry]) -> Account:
+    """Who takes the disk of a models folder. Blocking; what cannot be looked into is left out.
+
+    Args:
+        root: its absolute path.
+        entries: the models that are known there.
+
+    Raises:
+        OSError: the folder itself cannot be opened.
+    """
+    known = [entry for entry in entries if entry.state is not EntryState.GONE]
+    users = _users(known)
+    with Anchor(root) as anchor:
+        found: dict[tuple[int, int], Thing] = {}
+        for thing in anchor.walk():
+            found.setdefault(thing.key, thing)
+        old = list(old_revisions(anchor, known, found.values()))
+    usable = [entry for entry in known if entry.state not in _BROKEN]
+    taken = {_key(file): found.pop(_key(file)) for entry in usable for file in _files(entry) if _key(file) in found}
+    shares = [_share(entry, users, taken) for entry in usable]
+    leftovers = [_broken(root, entry, found) for entry in known if entry.state in _BROKEN]
+    in_old = {thing.rel for each in old for thing in (*each.things, *each.blobs)}
+    rest = [thing for thing in found.values() if thing.rel not in in_old]
+    leftovers += [*staged(rest), *_others(rest)]
+    leftovers += [each.told() for each in old]
+    leftovers.sort(key=lambda each: (-each.size_bytes, each.rel))
+    return Account(
+        root,
+        disk_of(root),
+        tuple(sorted(shares, key=lambda each: (-each.size_bytes, each.model))),
+        tuple(leftovers[:LEFTOVERS_MAX]),
+        sum(thing.size_bytes for thing in taken.values()),
+        sum(each.size_bytes for each in leftovers),
+    )
+
+
+def old_revisions(anchor: Anchor, entries: Iterable[Entry], things: Iterable[Thing]) -> Iterator[Old]:
+    """The revisions in caches of the hub that no model has a file of, and that are not the one that counts.
+
+    Args:
+        anchor: the models folder.
+        entries: the models that are known there.
+        things: all that lies in it.
+    """
+    files = [file for entry in entries for file in _files(entry)]
+    keys = {_key(file) for file in files}
+    rels = [file.path[len(anchor.path.rstrip("/")) + 1 :] for file in files]
+    used = {(place.repository, place.revision) for rel in rels if (place := place_of(rel)) is not None}
+    for rel in sorted({repo for thing in things if (repo := repository_of(thing.rel)) is not None}):
+        repository = Repository(anchor, rel)
+        old = [name for name in repository.revisions if (rel, name) not in used and name != repository.first]
+        leaving = [thing for name in old for thing in repository.revisions[name]]
+        blobs = {blob.rel: blob for blob in repository.only_of(leaving) if blob.key not in keys}
+        for name in old:
+            own = repository.revisions[name]
+            mine = [blob for thing in own if (blob := repository.blob_of(thing)) is not None]
+            yield Old(rel, name, own, tuple(blobs.pop(blob.rel) for blob in mine if blob.rel in blobs))
+
+
+def _files(entry: Entry) -> list[ModelFile]:
+    return [file for file in (*entry.files, entry.projector, entry.draft) if file is not None]
+
+
+def _key(file: ModelFile) -> tuple[int, int]:
+    return file.id.device, file.id.inode
+
+
+def _users(entries: Iterable[Entry]) -> Mapping[tuple[int, int], list[str]]:
+    users: dict[tuple[int, int], list[str]] = {}
+    for entry in entries:
+        for key in {_key(file) for file in _files(entry)}:
+            users.setdefault(key, []).append(entry.name)
+    return users
+
+
+def _share(entry: Entry, users: Mapping[tuple[int, int], list[str]], found: Mapping[tuple[int, int], Thing]) -> Share:
+    items = []
+    for file in _files(entry):
+        others = tuple(name for name in users[_key(file)] if name != entry.name)
+        items.append(Item(file.path, file.id.size, others, _key(file) not in found))
+    return Share(entry.name, entry.state, tuple(items))
+
+
+def _broken(root: str, entry: Entry, found: dict[tuple[int, int], Thing]) -> Leftover:
+    """A model that cannot be used. What it has in common with one that can is that one's."""
+    own = [found.pop(_key(file)) for file in entry.files if _key(file) in found]
+    size = sum(thing.size_bytes for thing in own)
+    rel = entry.path[len(root.rstrip("/")) + 1 :]
+    return Leftover(Kind.BROKEN, rel, size, entry.changed_at, entry.reason, entry.name)
+
+
+def staged(rest: Iterable[Thing]) -> Iterator[Leftover]:
+    """What of `rest` is staged, each thing at the top of a staging folder as a whole."""
+    units: dict[str, list[Thing]] = {}
+    for thing in rest:
+        if thing.rel.startswith(STAGING):
+            units.setdefault("/".join(thing.rel.split("/")[:2]), []).append(thing)
+    for rel, things in units.items():
+        size = sum(thing.size_bytes for thing in things)
+        yield Leftover(Kind.STAGING, rel, size, max(thing.status.st_ctime for thing in things))
+
+
+def _others(rest: Iterable[Thing]) -> Iterator[Leftover]:
+    for thing in rest:
+        if not thing.rel.startswith(STAGING) and thing.size_bytes:
+            kind = Kind.PARTIAL if thing.rel.endswith(_PARTIAL) else Kind.OTHER
+            yield Leftover(kind, thing.rel, thing.size_bytes, thing.status.st_ctime)

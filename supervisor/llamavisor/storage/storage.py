@@ -1,0 +1,252 @@
+"""The models folders of a fleet as a person tidies them: what takes the disk, and what leaves it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+import anyio
+
+from llamavisor.catalog import Entry, EntryState
+from llamavisor.errors import (
+    FilesChangedError,
+    ModelAmbiguousError,
+    ModelInUseError,
+    ModelNotFoundError,
+    NotRemovableError,
+)
+from llamavisor.events import Bus, ModelDeleted, StorageCleaned
+from llamavisor.folder import Folder
+from llamavisor.memory import Memory
+from llamavisor.models import Model
+from llamavisor.router import Router
+from llamavisor.rules import ModelRule, split_scale
+from llamavisor.states import HAS_CHILD
+from llamavisor.storage.account import Account, account
+from llamavisor.storage.cleaning import Cleaned, clean
+from llamavisor.storage.removal import Removal, carry_out, plan
+from llamavisor.threads import run_in_thread
+
+LOOK_S = 10.0
+"""How long a look at a folder may take, before something is removed and after that."""
+UNLOADS_MAX = 3
+"""A model that clients ask for again and again is unloaded so often before its removal is given up."""
+
+_R = TypeVar("_R")
+
+
+class Storage:
+    """What a fleet's folders hold.
+
+    Args:
+        routers: those of the fleet, by name; the fleet changes them.
+        folders: the folders of the fleet; likewise.
+        memory: knows what is used and pinned.
+        rules: the option tables of single models, as they are now.
+        unload: has a router unload a model when its last answer has ended.
+        bus: where the events go.
+        wall: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        folders: Sequence[Folder],
+        *,
+        memory: Memory,
+        rules: Callable[[], Sequence[ModelRule]],
+        unload: Callable[[Router, str], Awaitable[bool]],
+        bus: Bus,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._routers = routers
+        self._folders = folders
+        self._memory = memory
+        self._rules = rules
+        self._unload = unload
+        self._bus = bus
+        self._wall = wall
+        self._deed = anyio.Lock()  # two at once would plan over each other's files
+
+    def __repr__(self) -> str:
+        return f"<Storage {', '.join(str(folder.path) for folder in self._folders)}>"
+
+    async def remove(
+        self,
+        model: str,
+        *,
+        folder: str | None = None,
+        force: bool = False,
+        is_dry: bool = False,
+        token: str | None = None,
+    ) -> Removal:
+        """Remove all files of a model: parts, its projector and draft if no other model uses them, and its folder.
+
+        With `force` it is unloaded first, which waits for the answers that are on their way; who is cancelled before
+        that is done has removed nothing.
+
+        Args:
+            model: its name, or an alias.
+            folder: the models folder, if several have a model of that name.
+            force: whether it goes although it is in memory, in use or pinned.
+            is_dry: whether nothing is done, and only told.
+            token: of the plan that somebody has agreed to; only that is carried out.
+
+        Returns:
+            What was removed, or would be.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or it is gone already.
+            ModelAmbiguousError: several folders have it.
+            ModelInUseError: it may only be removed by force.
+            FilesChangedError: its files are not those any more that were looked at or agreed upon.
+            NotRemovableError: they lie outside of the folder, or the rights or the disk do not allow it.
+            LlamavisorError: it could not be unloaded.
+        """
+        place, entry = self._find(model, folder)
+        await self._look(place)
+        place, entry = self._find(model, folder)
+        removal = await self._plan(place, entry)
+        if is_dry:
+            return removal
+        _check(removal, token, force=force)
+        for _ in range(UNLOADS_MAX if force else 0):
+            if not (holders := list(self._holders(place, entry.name))):
+                break
+            for router, _ in holders:
+                await self._unload(router, entry.name)
+        async with self._deed:
+            place, entry = self._find(entry.name, str(place.path))
+            removal = await self._plan(place, entry)
+            _check(removal, token, force=force)
+            if list(self._holders(place, entry.name)):
+                raise ModelInUseError(f"model {entry.name} was loaded again meanwhile", hint="try again")
+            with anyio.CancelScope(shield=True):  # what has begun is told, whoever has gone meanwhile
+                await run_in_thread(carry_out, removal)
+                paths, freed = tuple(removal.paths()), removal.size_bytes
+                self._bus.publish(ModelDeleted(folder=removal.folder, model=entry.name, files=paths, freed_bytes=freed))
+                await place.look(within_s=LOOK_S)
+        return removal
+
+    async def accounts(self) -> list[Account]:
+        """Who takes the disk, folder by folder.
+
+        Raises:
+            NotRemovableError: a folder cannot be opened.
+        """
+        return [await self._ask(folder, account, str(folder.path), list(folder.catalog)) for folder in self._folders]
+
+    async def clean(self, *, revisions: bool = False, is_dry: bool = False) -> list[Cleaned]:
+        """Remove staging leftovers that are older than a day and that nobody writes.
+
+        Args:
+            revisions: whether old revisions in caches of the hub go as well.
+            is_dry: whether nothing is done, and only told.
+        """
+        done = []
+        async with self._deed:
+            for folder in list(self._folders):
+                await self._look(folder)
+
+                def work(folder: Folder = folder, entries: Sequence[Entry] = tuple(folder.catalog)) -> Cleaned:
+                    return clean(str(folder.path), entries, revisions=revisions, is_dry=is_dry, now=self._wall())
+
+                with anyio.CancelScope(shield=True):
+                    cleaned = await self._ask(folder, work)
+                    if cleaned.gone and not is_dry:
+                        gone = tuple(each.rel for each in cleaned.gone)
+                        self._bus.publish(
+                            StorageCleaned(folder=cleaned.folder, gone=gone, freed_bytes=cleaned.size_bytes)
+                        )
+                done.append(cleaned)
+        return done
+
+    def _find(self, model: str, folder: str | None) -> tuple[Folder, Entry]:
+        found: dict[str, tuple[Folder, Entry]] = {}
+        for each in self._folders:
+            entry = self._entry(each, model)
+            if entry is not None and folder in (None, str(each.path)):
+                found.setdefault(str(each.path), (each, entry))
+        if not found:
+            where = f" in {folder}" if folder is not None else ""
+            raise ModelNotFoundError(f"no model {model!r}{where}", hint="see `llamavisor models`")
+        if len(found) > 1:
+            text = f"model {model} is in several folders: {', '.join(found)}"
+            raise ModelAmbiguousError(text, hint="name one with --folder")
+        place, entry = next(iter(found.values()))
+        if entry.state is EntryState.GONE:
+            raise ModelNotFoundError(f"model {entry.name}: its files are gone already")
+        return place, entry
+
+    def _entry(self, folder: Folder, word: str) -> Entry | None:
+        """A name goes before what a table calls a model besides, and that before an alias by its place."""
+        entries = folder.catalog.entries
+        names = [word, self._memory.scheduler.where.name_of(word)]
+        for name in names:
+            if name in entries:
+                return entries[name]
+        return next((entry for entry in folder.catalog if word in entry.aliases), None)
+
+    async def _look(self, folder: Folder) -> None:
+        """See the folder as it is now: what is removed must be what is there.
+
+        Raises:
+            NotRemovableError: that cannot be seen.
+        """
+        has_looked = await folder.look(within_s=LOOK_S)
+        if folder.catalog.stale or not has_looked:
+            why = folder.catalog.stale or f"does not answer within {LOOK_S:.0f} s"
+            raise NotRemovableError(f"folder {folder.path}: {why}", hint="nothing was removed")
+
+    async def _plan(self, folder: Folder, entry: Entry) -> Removal:
+        others = [each for each in folder.catalog if each.name != entry.name]
+        needed = dict(_named_files(self._rules(), entry.name))
+        removal = await run_in_thread(plan, str(folder.path), entry, others, needed.keys())
+        obstacles = list(self._obstacles(folder, entry))
+        obstacles += [f"{path} is named by {needed[path]}" for path in removal.paths() if path in needed]
+        return replace(removal, obstacles=tuple(obstacles))
+
+    def _obstacles(self, folder: Folder, entry: Entry) -> Iterator[str]:
+        """Why a model is not removed unless that is forced."""
+        for router, model in self._holders(folder, entry.name):
+            is_used = self._memory.scheduler.is_used(router.name, entry.name)
+            yield f"{'in use' if is_used else model.state.value} on router {router.name}"
+        if self._memory.scheduler.is_pinned(entry.name):
+            yield "pinned"
+        if entry.state is EntryState.SETTLING:
+            yield f"settling: {entry.reason}"
+
+    def _holders(self, folder: Folder, name: str) -> Iterator[tuple[Router, Model]]:
+        for router in self._routers.values():
+            model = router.table.get(name)
+            if router.settings.models_dir == folder.path and model is not None and model.state in HAS_CHILD:
+                yield router, model
+
+    async def _ask(self, folder: Folder, work: Callable[..., _R], *args: object) -> _R:
+        try:
+            return await run_in_thread(work, *args)
+        except OSError as exc:
+            raise NotRemovableError(f"folder {folder.path} cannot be looked at: {exc.strerror or exc}") from exc
+
+
+def _check(removal: Removal, token: str | None, *, force: bool) -> None:
+    """Whether a plan may be carried out."""
+    if token not in {None, removal.token}:
+        raise FilesChangedError(f"model {removal.model}: its files are others than a moment ago", hint="look again")
+    if removal.obstacles and not force:
+        text = f"model {removal.model} is not removed: it is {', '.join(removal.obstacles)}"
+        raise ModelInUseError(text, hint="--force unloads it first, when its answers have ended")
+
+
+def _named_files(rules: Iterable[ModelRule], model: str) -> Iterator[tuple[str, str]]:
+    """Paths of files that tables name for other models, each with what names it."""
+    for rule in rules:
+        if rule.name == model:
+            continue
+        settings = rule.settings
+        adapters = (split_scale(each)[0] for each in settings.lora or ())
+        for path in (settings.mmproj, settings.draft, *adapters):
+            if isinstance(path, str):
+                yield path, rule.source
