@@ -26,14 +26,15 @@ from llamavisord.drain import NoGatewayError
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.memory_view import forecast_view, memory_view, ps_view
 from llamavisord.problem_documents import HttpCode, as_problems, problem
+from llamavisord.query import BadRequestError, WaitTimeoutError, number, wait_s
 from llamavisord.search import Search
+from llamavisord.tidying import tidying_routes
 from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
 
 BODY_BYTES = 64 * 1024
 BODY_S = 10.0
 """How long the body of a request may take, although no command takes one."""
-WAIT_MAX_S = 3600.0
 GLANCE_S = 0.05
 """A command that nobody waits for is given this long, so that what can be refused at once is refused."""
 FORECAST_S = 30.0
@@ -51,22 +52,10 @@ _log = logging.getLogger(__name__)
 _Write = Callable[[bytes], Awaitable[None]]
 
 
-class BadRequestError(LlamavisorError):
-    """Raised when a request to the control API cannot be understood."""
-
-    code = "bad_request"
-
-
 class RequestTimeoutError(LlamavisorError):
     """Raised when the body of a request does not come."""
 
     code = "request_timeout"
-
-
-class WaitTimeoutError(LlamavisorError):
-    """Raised when a command was not done within the time that its caller was ready to wait; it goes on."""
-
-    code = "wait_timeout"
 
 
 def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
@@ -102,6 +91,7 @@ def control_routes(daemon: Daemon) -> list[web.RouteDef]:
         web.post(f"{base}/reload", api.reload),
         web.get(f"{base}/events", api.events),
         web.get(f"{base}/logs", api.logs),
+        *tidying_routes(daemon, base),
         *health_routes(daemon),
     ]
 
@@ -227,15 +217,15 @@ class _Api:
     ) -> web.Response:
         name = request.match_info["name"]
         search = Search(self._fleet, self._daemon.config.rules, name, router=request.query.get("router"))
-        event_id, wait_s = self._bus.last_id, _wait_s(request)
+        event_id, within_s = self._bus.last_id, wait_s(request)
         router, changed = None, True
-        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
-            router = await search.wait() if waits_for_files and wait_s else search.now()
+        with anyio.move_on_after(max(within_s, GLANCE_S)) as scope:
+            router = await search.wait() if waits_for_files and within_s else search.now()
             changed = await move(router, search.name_on(router))
         if router is None:
-            text = f"{search.awaited()}; not loaded within {wait_s:g} s"
+            text = f"{search.awaited()}; not loaded within {within_s:g} s"
             raise WaitTimeoutError(text, hint="see `llamavisor models`, and load it again")
-        status = _outcome(scope, wait_s, f"model {name}")
+        status = _outcome(scope, within_s, f"model {name}")
         inventory = self._daemon.inventory()
         known = next((each for each in inventory.called(search.name_on(router)) if each.router is router), None)
         model = inventory.item(known) if known is not None else None
@@ -268,10 +258,10 @@ class _Api:
     async def _settle(
         self, request: web.Request, router: Router, is_done: Callable[[], bool], *, changed: bool = True
     ) -> web.Response:
-        event_id, wait_s = self._bus.last_id, _wait_s(request)
-        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
+        event_id, within_s = self._bus.last_id, wait_s(request)
+        with anyio.move_on_after(max(within_s, GLANCE_S)) as scope:
             await router.wait_until(is_done)
-        status = _outcome(scope, wait_s, f"router {router.name}")
+        status = _outcome(scope, within_s, f"router {router.name}")
         return _json({"router": router_view(router), "changed": changed, "event_id": event_id}, status=status)
 
     async def drain(self, request: web.Request) -> web.Response:
@@ -280,11 +270,11 @@ class _Api:
         Models stay loaded. With `?wait=` it is answered when the last request has ended. 409 with `serve = "router"`.
         """
         traffic = self._traffic()
-        event_id, wait_s = self._bus.last_id, _wait_s(request)
+        event_id, within_s = self._bus.last_id, wait_s(request)
         changed = traffic.drain.begin("asked for")
-        with anyio.move_on_after(max(wait_s, GLANCE_S)) as scope:
+        with anyio.move_on_after(max(within_s, GLANCE_S)) as scope:
             await traffic.drain.wait_empty()
-        status = _outcome(scope, wait_s, "gateway")
+        status = _outcome(scope, within_s, "gateway")
         return _json({"gateway": traffic.view(), "changed": changed, "event_id": event_id}, status=status)
 
     async def resume(self, _: web.Request) -> web.Response:
@@ -313,7 +303,7 @@ class _Api:
         ends after these. `?all=true` also tells events that are not kept.
         """
         since = request.headers.get("Last-Event-ID") or request.query.get("since") or "0"
-        first = _number("since", since, EVENT_ID_MAX)
+        first = number("since", since, EVENT_ID_MAX)
         follows = request.query.get("follow", "true") != "false"
         # Probes and progress are for metrics and debugging: they would bury what happens.
         wants_all = request.query.get("all") == "true"
@@ -344,7 +334,7 @@ class _Api:
         """
         name = request.query.get("router")
         routers = [self._fleet[name]] if name else list(self._fleet)
-        lines = _number("lines", request.query.get("lines", "100"), LOG_LINES_MAX)
+        lines = number("lines", request.query.get("lines", "100"), LOG_LINES_MAX)
         follows = request.query.get("follow") == "true"
 
         async def tell(write: _Write) -> None:
@@ -403,14 +393,6 @@ async def _stream(
     return response
 
 
-def _number(name: str, text: str, most: int) -> int:
-    """An argument that is a whole number from 0 up."""
-    # "²".isdigit() is true, and int() fails on it.
-    if not (text.isascii() and text.isdecimal()) or len(text) > len(str(most)) or int(text) > most:
-        raise BadRequestError(f"{name}: not a number from 0 to {most}: {text[:40]!r}")
-    return int(text)
-
-
 def _has_settled(router: Router) -> bool:
     return router.state in SERVING | {RouterState.FAILED, RouterState.BACKOFF, RouterState.STOPPED}
 
@@ -426,22 +408,6 @@ def _outcome(scope: anyio.CancelScope, wait_s: float, what: str) -> int:
     if wait_s == 0:
         return HTTPStatus.ACCEPTED
     raise WaitTimeoutError(f"{what}: not done within {wait_s:g} s; it goes on", hint="see `llamavisor events`")
-
-
-def _wait_s(request: web.Request) -> float:
-    """Seconds that the caller is ready to wait: `wait=true` (as long as it takes), a number, or nothing."""
-    text = request.query.get("wait", "false")
-    if text in {"true", ""}:
-        return WAIT_MAX_S
-    if text == "false":
-        return 0.0
-    try:
-        seconds = float(text)
-    except ValueError:
-        raise BadRequestError(f"wait: neither true, false nor a number of seconds: {text[:40]!r}") from None
-    if not 0 <= seconds <= WAIT_MAX_S:  # also refuses nan
-        raise BadRequestError(f"wait: not between 0 and {WAIT_MAX_S:g} seconds: {text[:40]!r}")
-    return seconds
 
 
 def _sse(published: Published) -> bytes:

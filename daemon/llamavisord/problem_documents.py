@@ -46,6 +46,10 @@ STATUS: Mapping[str, HTTPStatus] = {
     "models_max_reached": HTTPStatus.SERVICE_UNAVAILABLE,
     "device_missing": HTTPStatus.SERVICE_UNAVAILABLE,
     "demand_refused": HTTPStatus.CONFLICT,  # 503 if the same demand may succeed later
+    "model_in_use": HTTPStatus.CONFLICT,
+    "model_ambiguous": HTTPStatus.CONFLICT,
+    "files_changed": HTTPStatus.CONFLICT,
+    "not_removable": HTTPStatus.CONFLICT,
     "no_gateway": HTTPStatus.CONFLICT,
     "ending": HTTPStatus.CONFLICT,
     "router_api_failed": HTTPStatus.BAD_GATEWAY,

@@ -79,11 +79,12 @@ def management() -> Iterator[Case]:
     for name, case in {
         "POST /models": post("POST /models", "/models", {"model": "ggml-org/nothing"}),
         "POST /models of nothing": post("POST /models of nothing", "/models", {}),
-        "DELETE /models": Case("DELETE /models", "DELETE", "/models?model=alpha"),
-        "DELETE /models of nothing": Case("DELETE /models of nothing", "DELETE", "/models"),
     }.items():
         refused = Instead(501, "not_supported_error", downloads)
         yield Case(name, case.method, case.target, case.body, case.headers, instead=refused)
+    yield Case("DELETE /models of nothing", "DELETE", "/models")
+    yield Case("DELETE /models of nobody", "DELETE", "/models?model=nobody")
+    yield Case("DELETE /models of an empty name", "DELETE", "/models?model=")
 
 
 def paths() -> Iterator[Case]:

@@ -118,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_quantize(commands)
     _add_acting(commands)
+    _add_tidying(commands)
     _add_config(commands)
     _add_install(commands)
     demo = commands.add("demo", "show it working, with tiny models made on the spot")
@@ -297,6 +298,43 @@ def _add_acting(commands: _Commands) -> None:
         talks=True,
         json=True,
     )
+
+
+def _add_tidying(commands: _Commands) -> None:
+    rm = commands.add(
+        "rm",
+        "remove models from the disk",
+        details="All files of a model go, and nothing else; what other models use stays. One that is loaded, in use or "
+        "pinned is refused.",
+        talks=True,
+        json=True,
+    )
+    rm.add_argument("models", nargs="+", metavar="MODEL", help="name of a model, or an alias")
+    rm.add_argument("--force", action="store_true", help="unload it first, when its answers have ended; pinned or not")
+    rm.add_argument("--folder", metavar="DIR", help="the models folder, if several have a model of that name")
+    rm.add_argument(
+        "--timeout",
+        type=_duration,
+        default=ROUTER_TIMEOUT_S,
+        metavar="TIME",
+        help=f"how long the unload may take (default: {ROUTER_TIMEOUT_S / 60:.0f}m)",
+    )
+    du = commands.add(
+        "du",
+        "show who takes the disk, and what is no model",
+        details="What is shared is counted once; a link takes nothing.",
+        talks=True,
+        json=True,
+    )
+    du.add_argument(
+        "--clean", action="store_true", help="remove what downloads have left that is older than a day and not written"
+    )
+    du.add_argument(
+        "--revisions", action="store_true", help="with --clean: also revisions in a cache of the hub that are not used"
+    )
+    for command in (rm, du):
+        command.add_argument("--yes", action="store_true", help="do not ask")
+        command.add_argument("--dry-run", action="store_true", help="only show what would be removed")
 
 
 def _add_config(commands: _Commands) -> None:

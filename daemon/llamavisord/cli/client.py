@@ -94,7 +94,7 @@ class Client:
         """The answer to one request, as JSON.
 
         Args:
-            method: "GET" or "POST".
+            method: "GET", "POST" or "DELETE".
             path: percent-encoded where it must be.
             query: arguments; one that is None is left out. `wait`, in seconds, adds to the time for the answer.
             timeout_s: how long the answer may take.
@@ -216,9 +216,10 @@ class _UnixConnection(HTTPConnection):
         return UnreachableError(f"the daemon at {self._path} does not answer", hint=hint)
 
 
-def model_path(name: str, command: str) -> str:
-    """Where a command for a model goes; its name may hold anything."""
-    return f"/control/v1/models/{quote(name, safe='')}/{command}"
+def model_path(name: str, command: str = "") -> str:
+    """Where a model is, or where a command for it goes; its name may hold anything."""
+    path = f"/control/v1/models/{quote(name, safe='')}"
+    return f"{path}/{command}" if command else path
 
 
 def _json(status: int, body: bytes, path: Path) -> dict[str, Any]:

@@ -340,8 +340,10 @@ class Gateway:
             return visit.reply(await management.models(caller.may_use, reload=is_reload))
         if route == PROPS:
             return visit.reply(management.props())
-        if route in {DOWNLOAD, REMOVE}:
+        if route == DOWNLOAD:
             return visit.reply(not_supported())
+        if route == REMOVE:
+            return visit.reply(await management.remove(visit.query_model or "", caller.may_use))
         with await self._take_in(visit, JsonPeek(), limit_bytes=SMALL_BYTES) as body:
             content = b"".join(body.parts)
             if route == LOOKUP:

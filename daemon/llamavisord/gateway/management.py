@@ -2,7 +2,7 @@
 
 Routers are not asked: they would tell of themselves alone, load behind admission's back, and be silent while they are
 down. `POST /models` and `DELETE /models` are never passed on: the end of a download has a router read its models again
-whenever it likes, which stops those that have changed.
+whenever it likes, which stops those that have changed, and no router removes what does not lie in a cache of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Final
 import anyio
 import anyio.abc
 
-from llamavisor.errors import LlamavisorError
+from llamavisor.errors import LlamavisorError, ModelNotFoundError
 from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.router import Router
@@ -24,11 +24,13 @@ from llamavisor.states import ModelState
 from llamavisord.gateway.json_peek import JsonPeek
 from llamavisord.gateway.listing import Listing, Place
 from llamavisord.gateway.notices import Notices, Stream
-from llamavisord.gateway.replies import GONE, Reply, Trouble, ok
+from llamavisord.gateway.replies import GONE, RETRY_S, Reply, Trouble, ok
 from llamavisord.gateway.routes import Api
 
 LOOK_S = 10.0
 """How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
+REMOVE_S = 60.0
+"""How long the answers of a model that is to be removed may take to end."""
 _PROPS: Final[dict[str, object]] = {
     "role": "router",
     "max_instances": 0,
@@ -146,6 +148,31 @@ class Management:
             self._unload(router, name)
         return _SUCCESS
 
+    async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:
+        """DELETE /models: answered when its files are gone; it is unloaded first, when its answers have ended.
+
+        A pinned model stays. Why else a model cannot be removed is told in the log: it has paths of this machine.
+        """
+        if not word:
+            return _refusal(400, "model must be a non-empty string")
+        place = self._listing.find(word)
+        if place is None or not may_use(place.name):
+            return _refusal(500, f"model name={word} is not found")
+        if self._fleet.memory.scheduler.is_pinned(place.name):
+            return _refusal(500, f"model name={word} is not removable (pinned)")
+        try:
+            with anyio.fail_after(REMOVE_S):
+                await self._fleet.storage.remove(place.name, force=True)
+        except TimeoutError:
+            text = f"model name={word} is not removable yet: it is in use"
+            return Trouble(503, text, retry_after_s=RETRY_S, is_native=True).reply(Api.NATIVE)
+        except ModelNotFoundError:
+            return _refusal(500, f"model name={word} is not found")
+        except LlamavisorError as error:
+            self._bus.publish(Warned(subject=f"model {place.name}", text=f"not removed: {error}"))
+            return _refusal(500, f"model name={word} is not removable (see the log of llamavisor)")
+        return _SUCCESS
+
     def _unload(self, router: Router, name: str) -> None:
         model, scheduler = router.table.get(name), self._fleet.memory.scheduler
         is_loading = model is not None and model.state is ModelState.LOADING
@@ -197,9 +224,9 @@ def named_in(body: bytes) -> str | None:
 
 
 def not_supported() -> Reply:
-    """POST /models and DELETE /models."""
-    text = "models are neither downloaded nor deleted through this server: put GGUF files into its models folder"
-    return _refusal(501, f"{text}, or take them away there, and it will follow")
+    """POST /models."""
+    text = "models are not downloaded through this server: put GGUF files into its models folder, and it will follow"
+    return _refusal(501, text)
 
 
 def _refusal(status: int, message: str) -> Reply:

@@ -17,6 +17,7 @@ from llamavisor.events import (
     Bus,
     Event,
     ModelAdded,
+    ModelDeleted,
     ModelLoaded,
     ModelLoadFailed,
     ModelLoading,
@@ -129,6 +130,8 @@ class Notices:
         match event:
             case ModelAdded() | ModelRemoved() | ModelsChanged():
                 self._send(None, _RELOADED)
+            case ModelDeleted(model=name):
+                self._send(name, _event(name, "model_remove"))
             case (
                 ModelLoading(router=router, model=name)
                 | ModelProgress(router=router, model=name)

@@ -114,7 +114,7 @@ class ModelDeleted(Event):
     freed_bytes: int
 
     def message(self) -> str:
-        return f"model {self.model}: removed from {self.folder}, {len(self.files)} files, {self.freed_bytes} bytes"
+        return f"model {self.model}: removed from {self.folder}: {', '.join(self.files)} ({self.freed_bytes} bytes)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,4 +126,4 @@ class StorageCleaned(Event):
     freed_bytes: int
 
     def message(self) -> str:
-        return f"folder {self.folder}: {len(self.gone)} leftovers removed, {self.freed_bytes} bytes"
+        return f"folder {self.folder}: cleaned of {', '.join(self.gone)} ({self.freed_bytes} bytes)"

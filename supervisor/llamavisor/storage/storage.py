@@ -10,6 +10,7 @@ from typing import TypeVar
 import anyio
 
 from llamavisor.catalog import Entry, EntryState
+from llamavisor.catalog.guard import AGAIN_S
 from llamavisor.errors import (
     FilesChangedError,
     ModelAmbiguousError,
@@ -128,6 +129,9 @@ class Storage:
                 paths, freed = tuple(removal.paths()), removal.size_bytes
                 self._bus.publish(ModelDeleted(folder=removal.folder, model=entry.name, files=paths, freed_bytes=freed))
                 await place.look(within_s=LOOK_S)
+                if place.catalog.stale:  # a folder that has lost its last model is doubted once
+                    await anyio.sleep(AGAIN_S)
+                    await place.look(within_s=LOOK_S)
         return removal
 
     async def accounts(self) -> list[Account]:
@@ -205,7 +209,7 @@ class Storage:
         needed = dict(_named_files(self._rules(), entry.name))
         removal = await run_in_thread(plan, str(folder.path), entry, others, needed.keys())
         obstacles = list(self._obstacles(folder, entry))
-        obstacles += [f"{path} is named by {needed[path]}" for path in removal.paths() if path in needed]
+        obstacles += [f"the file {path} that {needed[path]} names" for path in removal.paths() if path in needed]
         return replace(removal, obstacles=tuple(obstacles))
 
     def _obstacles(self, folder: Folder, entry: Entry) -> Iterator[str]:
