@@ -14,7 +14,7 @@ from llamavisor.catalog import Entry, EntryState, ModelFile
 from llamavisor.catalog.disk import Disk, disk_of
 from llamavisor.catalog.hub import SNAPSHOTS
 from llamavisor.storage.anchor import Anchor, Thing
-from llamavisor.storage.cache import Repository, place_of, repository_of
+from llamavisor.storage.cache import Repository, is_note, place_of, repository_of
 
 STAGING = ".llamavisor"
 """What the names of folders begin with, at the top of a models folder, in which downloads are staged."""
@@ -167,13 +167,13 @@ def account(root: str, entries: Iterable[Entry]) -> Account:
         OSError: the folder itself cannot be opened.
     """
     known = [entry for entry in entries if entry.state is not EntryState.GONE]
-    users = _users(known)
     with Anchor(root) as anchor:
         found: dict[tuple[int, int], Thing] = {}
         for thing in anchor.walk():
             found.setdefault(thing.key, thing)
         old = list(old_revisions(anchor, known, found.values()))
     usable = [entry for entry in known if entry.state not in _BROKEN]
+    users = _users(usable)
     taken = {_key(file): found.pop(_key(file)) for entry in usable for file in _files(entry) if _key(file) in found}
     shares = [_share(entry, users, taken) for entry in usable]
     leftovers = [_broken(root, entry, found) for entry in known if entry.state in _BROKEN]
@@ -260,6 +260,6 @@ def staged(rest: Iterable[Thing]) -> Iterator[Leftover]:
 
 def _others(rest: Iterable[Thing]) -> Iterator[Leftover]:
     for thing in rest:
-        if not thing.rel.startswith(STAGING) and thing.size_bytes:
+        if thing.size_bytes and not thing.rel.startswith(STAGING) and not is_note(thing.rel):
             kind = Kind.PARTIAL if thing.rel.endswith(_PARTIAL) else Kind.OTHER
             yield Leftover(kind, thing.rel, thing.size_bytes, thing.status.st_ctime)

@@ -52,6 +52,12 @@ def repository_of(rel: str) -> str | None:
     return None if found is None else "/".join(parts[: found + 1])
 
 
+def is_note(rel: str) -> bool:
+    """Whether a file is what a cache notes for itself, by its path."""
+    repo = repository_of(rel)
+    return repo is not None and rel[len(repo) + 1 :].partition("/")[0] in {REFS, NOT_THERE}
+
+
 class Repository:
     """What one repository's folder holds, as of when this is made. Blocking.
 
