@@ -165,6 +165,20 @@ def test_what_somebody_has_locked_stays(root: Path) -> None:
     assert path.exists()
 
 
+def test_a_lock_speaks_for_its_download(root: Path) -> None:
+    """Of two shared files the one whose lock is held stays, with its lock; the locks of what goes stay as well."""
+    folder = root / ".llamavisor-pull" / "files"
+    folder.mkdir(parents=True)
+    for name in ("a", "b"):
+        (folder / f"{name}.part").write_bytes(b"x" * 100)
+        (folder / f"{name}.lock").touch()
+    with (folder / "a.lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert [each.rel for each in tidy(root).gone] == [".llamavisor-pull/files/b"]
+    assert {path.name for path in folder.iterdir()} == {"a.part", "a.lock", "b.lock"}
+    assert kinds(look(root)) == {".llamavisor-pull/files/a": Kind.STAGING}
+
+
 def test_cleaning_takes_nothing_else(root: Path) -> None:
     """Broken files, downloads of others and notes are for a person to remove."""
     write_tiny_model(root / "alpha.gguf", ["a"])

@@ -12,12 +12,13 @@ from enum import Enum
 
 from llamavisor.catalog import Entry, EntryState, ModelFile
 from llamavisor.catalog.disk import Disk, disk_of
-from llamavisor.catalog.hub import SNAPSHOTS
 from llamavisor.storage.anchor import Anchor, Thing
 from llamavisor.storage.cache import Repository, is_note, place_of, repository_of
 
 STAGING = ".llamavisor"
 """What the names of folders begin with, at the top of a models folder, in which downloads are staged."""
+SHARED = "files"
+"""The folder in such a one whose files several downloads may share, so that each is for itself."""
 LEFTOVERS_MAX = 1000
 """Of more leftovers than these the smallest are not told one by one."""
 
@@ -121,39 +122,32 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
-class Old:
-    """A revision of a repository that no model needs.
+class Unit:
+    """What is cleaned away as a whole, or not at all.
 
     Attributes:
-        repository: its folder, relative to the models folder.
-        revision: its name.
-        things: its links and files.
-        blobs: what nothing leads to but such revisions.
+        kind: what it is.
+        rel: its path, relative to the models folder.
+        things: its files and links.
     """
 
-    repository: str
-    revision: str
+    kind: Kind
+    rel: str
     things: tuple[Thing, ...]
-    blobs: tuple[Thing, ...]
-
-    @property
-    def rel(self) -> str:
-        """Its path."""
-        return f"{self.repository}/{SNAPSHOTS}/{self.revision}"
 
     @property
     def size_bytes(self) -> int:
         """What it takes."""
-        return sum(thing.size_bytes for thing in (*self.things, *self.blobs))
+        return sum(thing.size_bytes for thing in self.things)
 
     @property
     def changed_at(self) -> float:
         """Unix seconds of the last change of any of that."""
-        return max((thing.status.st_ctime for thing in (*self.things, *self.blobs)), default=0.0)
+        return max((thing.status.st_ctime for thing in self.things), default=0.0)
 
     def told(self) -> Leftover:
         """What people see of it."""
-        return Leftover(Kind.REVISION, self.rel, self.size_bytes, self.changed_at)
+        return Leftover(self.kind, self.rel, self.size_bytes, self.changed_at)
 
 
 def account(root: str, entries: Iterable[Entry]) -> Account:
@@ -177,10 +171,10 @@ def account(root: str, entries: Iterable[Entry]) -> Account:
     taken = {_key(file): found.pop(_key(file)) for entry in usable for file in _files(entry) if _key(file) in found}
     shares = [_share(entry, users, taken) for entry in usable]
     leftovers = [_broken(root, entry, found) for entry in known if entry.state in _BROKEN]
-    in_old = {thing.rel for each in old for thing in (*each.things, *each.blobs)}
-    rest = [thing for thing in found.values() if thing.rel not in in_old]
-    leftovers += [*staged(rest), *_others(rest)]
-    leftovers += [each.told() for each in old]
+    units = [*old, *staged(found.values())]
+    in_units = {thing.rel for unit in units for thing in unit.things}
+    leftovers += _others(thing for thing in found.values() if thing.rel not in in_units)
+    leftovers += [unit.told() for unit in units if unit.size_bytes]
     leftovers.sort(key=lambda each: (-each.size_bytes, each.rel))
     return Account(
         root,
@@ -192,7 +186,7 @@ def account(root: str, entries: Iterable[Entry]) -> Account:
     )
 
 
-def old_revisions(anchor: Anchor, entries: Iterable[Entry], things: Iterable[Thing]) -> Iterator[Old]:
+def old_revisions(anchor: Anchor, entries: Iterable[Entry], things: Iterable[Thing]) -> Iterator[Unit]:
     """The revisions in caches of the hub that no model has a file of, and that are not the one that counts.
 
     Args:
@@ -212,7 +206,8 @@ def old_revisions(anchor: Anchor, entries: Iterable[Entry], things: Iterable[Thi
         for name in old:
             own = repository.revisions[name]
             mine = [blob for thing in own if (blob := repository.blob_of(thing)) is not None]
-            yield Old(rel, name, own, tuple(blobs.pop(blob.rel) for blob in mine if blob.rel in blobs))
+            own = (*own, *(blobs.pop(blob.rel) for blob in mine if blob.rel in blobs))
+            yield Unit(Kind.REVISION, repository.folder_of(name), own)
 
 
 def _files(entry: Entry) -> list[ModelFile]:
@@ -247,19 +242,21 @@ def _broken(root: str, entry: Entry, found: dict[tuple[int, int], Thing]) -> Lef
     return Leftover(Kind.BROKEN, rel, size, entry.changed_at, entry.reason, entry.name)
 
 
-def staged(rest: Iterable[Thing]) -> Iterator[Leftover]:
-    """What of `rest` is staged, each thing at the top of a staging folder as a whole."""
+def staged(things: Iterable[Thing]) -> Iterator[Unit]:
+    """What of all that is staged, by download: what differs behind the first dot of the name belongs together."""
     units: dict[str, list[Thing]] = {}
-    for thing in rest:
-        if thing.rel.startswith(STAGING):
-            units.setdefault("/".join(thing.rel.split("/")[:2]), []).append(thing)
-    for rel, things in units.items():
-        size = sum(thing.size_bytes for thing in things)
-        yield Leftover(Kind.STAGING, rel, size, max(thing.status.st_ctime for thing in things))
+    for thing in things:
+        folder, *inside = thing.rel.split("/")
+        if folder.startswith(STAGING) and inside:
+            depth = 2 if inside[0] == SHARED and len(inside) > 1 else 1
+            name = inside[depth - 1].partition(".")[0] or inside[depth - 1]
+            units.setdefault("/".join([folder, *inside[: depth - 1], name]), []).append(thing)
+    for rel, own in units.items():
+        yield Unit(Kind.STAGING, rel, tuple(own))
 
 
 def _others(rest: Iterable[Thing]) -> Iterator[Leftover]:
     for thing in rest:
-        if thing.size_bytes and not thing.rel.startswith(STAGING) and not is_note(thing.rel):
+        if thing.size_bytes and not is_note(thing.rel):
             kind = Kind.PARTIAL if thing.rel.endswith(_PARTIAL) else Kind.OTHER
             yield Leftover(kind, thing.rel, thing.size_bytes, thing.status.st_ctime)

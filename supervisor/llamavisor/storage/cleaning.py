@@ -11,13 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamavisor.catalog import Entry, EntryState
-from llamavisor.storage.account import Leftover, Old, old_revisions, staged
+from llamavisor.storage.account import Leftover, old_revisions, staged
 from llamavisor.storage.anchor import Anchor, Thing
-from llamavisor.storage.cache import close_up, place_of
+from llamavisor.storage.cache import Place, close_up, place_of, repository_of
 
 OLD_S = 86400.0
 """What has changed since is left alone: a download may be taken up again, a revision has just been replaced."""
 
+_LOCK = ".lock"
+"""How the names of files end that downloads lock. They stay: who has opened one would lock what nobody else sees."""
 _F_SETSIG = 10  # asm-generic/fcntl.h; the fcntl module has no name for it
 
 
@@ -59,19 +61,19 @@ def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool,
     with Anchor(root) as anchor:
         things = list(anchor.walk())
         known = [entry for entry in entries if entry.state is not EntryState.GONE]
-        units: list[Leftover | Old] = list(staged(things))
-        units += old_revisions(anchor, known, things) if revisions else ()
+        units = [*staged(things), *(old_revisions(anchor, known, things) if revisions else ())]
         for unit in units:
-            own = _things(unit, things)
-            if now - unit.changed_at < OLD_S or any(is_held(anchor, thing) for thing in own):
+            own = [thing for thing in unit.things if not thing.rel.endswith(_LOCK)]
+            is_young = now - unit.changed_at < OLD_S
+            if not own or is_young or any(is_held(anchor, thing) for thing in unit.things):
                 continue
             try:
                 if not is_dry:
-                    _remove(anchor, unit, own)
+                    _remove(anchor, own)
             except OSError as exc:
                 problems.append(f"{unit.rel}: {exc.strerror or exc}")
                 continue
-            gone.append(unit if isinstance(unit, Leftover) else unit.told())
+            gone.append(unit.told())
     return Cleaned(root, tuple(gone), tuple(problems))
 
 
@@ -101,16 +103,17 @@ def is_held(anchor: Anchor, thing: Thing) -> bool:
     return False
 
 
-def _things(unit: Leftover | Old, things: Iterable[Thing]) -> list[Thing]:
-    if isinstance(unit, Old):
-        return [*unit.things, *unit.blobs]
-    return [thing for thing in things if thing.rel == unit.rel or thing.rel.startswith(f"{unit.rel}/")]
-
-
-def _remove(anchor: Anchor, unit: Leftover | Old, own: Iterable[Thing]) -> None:
-    if isinstance(unit, Leftover):
-        anchor.clear(unit.rel)
-        return
+def _remove(anchor: Anchor, own: Iterable[Thing]) -> None:
+    folders: set[str] = set()
+    places: list[Place] = []
     for thing in own:
         anchor.unlink(thing.rel, thing.identity)
-    close_up(anchor, [place for thing in unit.things if (place := place_of(thing.rel)) is not None])
+        place = place_of(thing.rel)
+        places += [place] if place is not None else []
+        folder = thing.rel.rpartition("/")[0] if repository_of(thing.rel) is None else ""
+        while "/" in folder:  # the staging folder itself stays
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    for folder in sorted(folders, key=lambda each: -each.count("/")):
+        anchor.remove_if_empty(folder)
+    close_up(anchor, places)
