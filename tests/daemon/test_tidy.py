@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -26,6 +27,12 @@ def daemon(start: Callable[..., RunningDaemon]) -> Iterator[RunningDaemon]:
         yield running
 
 
+def on_a_terminal(daemon: RunningDaemon, *words: str) -> Terminal:
+    """A command as a person gives it, who is asked and answers."""
+    env = {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket), "TERM": "dumb", "COLUMNS": "200"}
+    return Terminal([sys.executable, "-m", "llamavisord", *words], env)
+
+
 def names(models_dir: Path) -> set[str]:
     """The files in the models folder."""
     return {path.name for path in models_dir.iterdir()}
@@ -47,10 +54,10 @@ def ask_gateway(daemon: RunningDaemon, query: str) -> tuple[int, dict[str, objec
 def test_rm_asks_and_takes_no_for_an_answer(daemon: RunningDaemon, models_dir: Path) -> None:
     """On a terminal the files and bytes are named, and whatever is not yes leaves them where they are."""
     size = (models_dir / "alpha.gguf").stat().st_size
-    with Terminal(daemon, "rm", "alpha") as terminal:
-        terminal.expect("[y/N]")
-        assert f"{models_dir}/alpha.gguf" in terminal.shown
-        assert f"Remove 1 file, {size / 1024:.1f} KiB for good?" in terminal.shown
+    with on_a_terminal(daemon, "rm", "alpha") as terminal:
+        terminal.until("[y/N]")
+        assert f"{models_dir}/alpha.gguf" in terminal.seen
+        assert f"Remove 1 file, {size / 1024:.1f} KiB for good?" in terminal.seen
         terminal.type("\n")
         assert terminal.wait() == 1
     assert "alpha.gguf" in names(models_dir)
@@ -58,8 +65,8 @@ def test_rm_asks_and_takes_no_for_an_answer(daemon: RunningDaemon, models_dir: P
 
 def test_rm_removes_what_was_agreed_to(daemon: RunningDaemon, models_dir: Path) -> None:
     """After a yes the file is gone, nobody lists the model, and an event says what was removed."""
-    with Terminal(daemon, "rm", "alpha") as terminal:
-        terminal.expect("[y/N]")
+    with on_a_terminal(daemon, "rm", "alpha") as terminal:
+        terminal.until("[y/N]")
         terminal.type("y\n")
         assert terminal.wait() == 0
     assert names(models_dir) == {"beta.gguf", "gamma.gguf"}
@@ -70,13 +77,13 @@ def test_rm_removes_what_was_agreed_to(daemon: RunningDaemon, models_dir: Path) 
 
 def test_rm_refuses_what_was_not_agreed_to(daemon: RunningDaemon, models_dir: Path) -> None:
     """A file that is replaced while a person thinks about it is not the one that was agreed to: it stays."""
-    with Terminal(daemon, "rm", "alpha") as terminal:
-        terminal.expect("[y/N]")
+    with on_a_terminal(daemon, "rm", "alpha") as terminal:
+        terminal.until("[y/N]")
         write_tiny_model(models_dir / "new", ["another"])
         (models_dir / "new").rename(models_dir / "alpha.gguf")
         terminal.type("y\n")
         assert terminal.wait() == 1
-        assert "others than a moment ago" in terminal.shown
+        assert "others than a moment ago" in terminal.seen
     assert "alpha.gguf" in names(models_dir)
 
 
@@ -285,12 +292,12 @@ def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir:
     with daemon:
         daemon.wait_for_router("ready")
         assert daemon.cli("du", "--clean").returncode == 2
-        with Terminal(daemon, "du", "--clean") as terminal:
-            terminal.expect("Remove 1 leftovers, 4.9 KiB, for good? [y/N]")
+        with on_a_terminal(daemon, "du", "--clean") as terminal:
+            terminal.until("Remove 1 leftovers, 4.9 KiB, for good? [y/N]")
             terminal.type("n\n")
             assert terminal.wait() == 1
-        with Terminal(daemon, "du", "--clean") as terminal:
-            terminal.expect("[y/N]")
+        with on_a_terminal(daemon, "du", "--clean") as terminal:
+            terminal.until("[y/N]")
             terminal.type("y\n")
             assert terminal.wait() == 0
         assert not (models_dir / ".llamavisor-staging" / "x").exists()
