@@ -19,7 +19,7 @@ KEPT_S = 600.0
 EMPTY_KEPT_S = 60.0
 """How long one without devices is, and how long after a failure nobody asks again: a driver may load late."""
 MAX_KNOWN = 64
-_NO_GPUS = frozenset({"BLAS", "ZenDNN"})
+NO_GPUS = frozenset({"BLAS", "ZenDNN"})
 """Libraries of the CPU, which some builds list beside the GPUs."""
 
 _Key = tuple[object, ...]
@@ -85,7 +85,7 @@ class Sights:
         except (BinaryError, OSError):
             # A driver that is too busy to answer has not lost its devices.
             return _Listed(before.seen if before is not None else None, self._clock() + EMPTY_KEPT_S)
-        seen = tuple(each for each in parse_devices(text, self._clock()) if _name(each) not in _NO_GPUS)
+        seen = tuple(each for each in parse_devices(text, self._clock()) if _name(each) not in NO_GPUS)
         return _Listed(seen, self._clock() + (KEPT_S if seen else EMPTY_KEPT_S))
 
 

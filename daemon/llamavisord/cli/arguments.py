@@ -120,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_acting(commands)
     _add_tidying(commands)
     _add_config(commands)
+    _add_doctor(commands)
     _add_install(commands)
     demo = commands.add("demo", "show it working, with tiny models made on the spot")
     demo.add_argument("--llama-server", metavar="PATH", help="the llama-server to use")
@@ -351,6 +352,22 @@ def _add_config(commands: _Commands) -> None:
             "file", nargs="?", type=Path, help="the file (else LLAMAVISOR_CONFIG, else the default place)"
         )
         verb.add_argument("--config", type=Path, metavar="FILE", help="the same")
+
+
+def _add_doctor(commands: _Commands) -> None:
+    doctor = commands.add(
+        "doctor",
+        "look for what is wrong, and say what to do about it",
+        details="Works with a daemon and without, needs no root, changes nothing. Exit code 1 if there is a problem.",
+        talks=True,
+        json=True,
+    )
+    doctor.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the configuration file (else that of the daemon, LLAMAVISOR_CONFIG, the default place)",
+    )
 
 
 def _add_install(commands: _Commands) -> None:

@@ -39,6 +39,7 @@ _COMMANDS: Mapping[str, str] = {
     "resume": "act:resume",
     "reload": "act:reload",
     "config": "settings:run",
+    "doctor": "doctor:run",
     "install-service": "service:install",
     "demo": "show:demo",
     "version": "show:version",

@@ -6,15 +6,11 @@ import json
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
-from llamavisor import binary, flags
-from llamavisor.errors import BinaryError, OptionError
-from llamavisor.options import OptionLayer
-from llamavisor.rules import ModelRule
-from llamavisor.sections import named_files, try_rule
+from llamavisor import binary
+from llamavisor.errors import BinaryError
 from llamavisor.settings import RouterSettings
 from llamavisord.cli.errors import CommandError, with_hint
 from llamavisord.cli.render import Screen
@@ -22,8 +18,8 @@ from llamavisord.config import Config, Setting
 from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
 from llamavisord.plain import plain
-from llamavisord.problems import ConfigError, Origin
-from llamavisord.unmatched import unmatched
+from llamavisord.problems import ConfigError
+from llamavisord.trial import doubts, refused
 
 
 def run(arguments: Namespace) -> int:
@@ -48,7 +44,7 @@ def _check(config: Config) -> int:
     """Ask the llama-server of each router, too, whether it knows the options."""
     probes = binary.ProbeCache()
     problems = [problem for router in config.routers for problem in _resolve(config, router, probes)]
-    for warning in _doubts(config):
+    for warning in doubts(config):
         _say(f"warning: {warning}")
     for problem in problems:
         print(plain(problem), file=sys.stderr)
@@ -71,56 +67,8 @@ def _resolve(config: Config, router: RouterSettings, probes: binary.ProbeCache) 
     except BinaryError as error:
         _say(f"warning: router {router.name}: options not checked: {with_hint(str(error), error.hint)}")
         return
-    path = str(found.path)
-    try:
-        flags.resolve(router.layers, found.flags, binary=path)
-    except OptionError as error:
-        yield f"router {router.name}: {with_hint(str(error), error.hint)}"
-        return
-    for rule in config.rules:
-        if rule.settings.router is not None and router.name not in rule.settings.router:
-            continue
-        try:
-            try_rule(rule, router.layers, found.flags, binary=path)
-        except OptionError as error:
-            text = with_hint(str(error), error.hint)
-            yield f"{_origin(config, rule, text)}: router {router.name}: {text}"
-
-
-def _origin(config: Config, rule: ModelRule, text: str) -> Origin:
-    """Where in a table that stands which a message is about; where the table begins if that is not clear."""
-    keys = sorted(rule.settings.model_fields_set)
-    spoken = text.removeprefix(f"{rule.source}: ").partition(" ")[0]
-    key = spoken if spoken in keys else "args" if "args" in keys and " in args " in text else next(iter(keys), "")
-    name = f"{rule.source[1:-1]}.{key}"
-    return next((setting.origin for setting in config.settings if setting.key == name), Origin(str(config.path)))
-
-
-def _doubts(config: Config) -> Iterator[str]:
-    """What may be wrong with the tables of single models, or right once files have come."""
-    if not config.rules:
-        return
-    for rule in config.rules:
-        for key in sorted(rule.settings.model_fields_set):
-            if problem := _missing(rule, key):
-                yield f"{_origin(config, rule, problem)}: {problem}"
-    for rule, text in unmatched(config.rules, config.routers, partial(_names_in, config)):
-        yield f"{_origin(config, rule, text)}: {text}"
-
-
-def _missing(rule: ModelRule, key: str) -> str | None:
-    """What is to be said of the files that a table names with one key, None if they are there."""
-    others = rule.settings.model_fields_set - {key}
-    alone = OptionLayer(rule.source, rule.settings.model_copy(update=dict.fromkeys(others)))
-    problems = (file.problem() for file in named_files((alone,)))
-    return next(filter(None, problems), None)
-
-
-def _names_in(config: Config, models_dir: Path) -> Collection[str] | None:
-    from llamavisor.catalog.scanner import Scanner  # noqa: PLC0415 (a configuration without tables does not pay for it)
-
-    scanner = Scanner(str(models_dir), link_dirs=tuple(map(str, config.link_dirs)))
-    return None if scanner.scan().problem else {entry.name for entry in scanner.entries}
+    for text, hint in refused(config, router, found):
+        yield with_hint(text, hint)
 
 
 def _show_model(config: Config, model: str, router: str | None, *, as_json: bool) -> int:

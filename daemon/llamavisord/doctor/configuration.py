@@ -1,0 +1,28 @@
+"""Whether the configuration can be used, and whether it is the one in force."""
+
+from __future__ import annotations
+
+from llamavisord.doctor.case import Case
+from llamavisord.doctor.finding import Findings, note, ok, problem, warning
+
+
+def look(case: Case) -> Findings:
+    """The file, its warnings, and what the daemon makes of it."""
+    for mistake in case.mistakes:
+        yield problem(str(mistake), "`llamavisor config check` says it again when it is mended")
+    config = case.config
+    if config is None:
+        return
+    routers = ", ".join(router.name for router in config.routers)
+    yield ok(f"{config.path or 'no file, all by default'}: routers {routers}, serve = {config.serve}")
+    for text in config.warnings:
+        yield warning(text)
+    if case.status is None:
+        return
+    if case.status["config_error"]:
+        for line in case.status["config_error"].splitlines():
+            yield problem(f"the daemon has refused a reload, and goes on with what it had: {line}", "mend that")
+    if config.path is not None and config.path.stat().st_mtime > case.status["config_loaded_unix"]:
+        yield note(f"{config.path} has been changed since the daemon has read it", "`llamavisor reload` reads it")
+    for text in case.status["warnings"]:
+        yield warning(f"the daemon says: {text}")
