@@ -1,0 +1,393 @@
+"""`llamavisor doctor` on faults that are made for it, without a daemon and with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import anyio
+import pytest
+
+from fakes.bare_router import free_port
+from fakes.control_stub import ControlStub, device, folder, gateway, memory, model, router, status
+from llamavisord.cli import main
+from llamavisord.doctor import CHECKS, Case, Check, Finding, Grade, examine, open_case
+from llamavisord.doctor.account import Account
+from llamavisord.doctor.finding import Findings, ok
+from llamavisord.exit_codes import ExitCode
+from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
+
+NOBODY = pwd.getpwnam("nobody")
+Start = Callable[..., RunningDaemon]
+
+
+@pytest.fixture
+def environ(tmp_path: Path, fake_llama_server: Callable[..., Path]) -> dict[str, str]:
+    """An environment of its own, with a fake llama-server."""
+    home = tmp_path / "home"
+    home.mkdir()
+    server = os.fspath(fake_llama_server())
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "LLAMAVISOR_LLAMA_SERVER": server}
+
+
+@pytest.fixture
+def configure(tmp_path: Path, write: Callable[[str], Path]) -> Callable[..., Path]:
+    """Writes a configuration of a machine where all is well, but for what is said."""
+    (tmp_path / "models").mkdir()
+    write_tiny_model(tmp_path / "models" / "alpha.gguf", ["I", "am", "alpha"])
+
+    def configure(extra: str = "", *, port: int | None = None, **keys: str) -> Path:
+        lines = {
+            "models_dir": str(tmp_path / "models"),
+            "socket": str(tmp_path / "control.sock"),
+            "state_dir": str(tmp_path / "state"),
+            **keys,
+        }
+        text = "\n".join(f'{key} = "{value}"' for key, value in lines.items())
+        return write(f"{text}\nport = {port or free_port()}\n{extra}\n[metrics]\nport = {free_port()}\n")
+
+    return configure
+
+
+@pytest.fixture
+def examined(environ: dict[str, str]) -> Callable[..., list[Finding]]:
+    """Makes one check, or several, of a configuration; `changes` are made to the case."""
+
+    def examined(file: Path, *names: str, socket: Path | None = None, **changes: object) -> list[Finding]:
+        def opened() -> Case:
+            found = open_case(environ, config_file=file, socket=str(socket) if socket else None)
+            return replace(found, **changes)  # type: ignore[arg-type]
+
+        checks = [check for check in CHECKS if check.name in names]
+        assert len(checks) == len(names)
+        return [finding for each in anyio.run(examine, opened, checks) for finding in each.findings]
+
+    return examined
+
+
+def graded(findings: list[Finding], grade: Grade) -> list[str]:
+    """The texts of that grade."""
+    return [finding.text for finding in findings if finding.grade is grade]
+
+
+def only(findings: list[Finding], grade: Grade) -> Finding:
+    """The one finding of that grade."""
+    (found,) = [finding for finding in findings if finding.grade is grade]
+    return found
+
+
+Configure = Callable[..., Path]
+Examined = Callable[..., list[Finding]]
+
+
+# The whole of it
+
+
+def test_a_machine_without_a_fault(
+    configure: Configure, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No problem: exit code 0, every check has said something, and nothing was made or changed."""
+    file = configure()
+    for name in ("LLAMAVISOR_SOCKET", "LLAMAVISOR_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    before = sorted(file.parent.rglob("*"))
+    assert main(["doctor", "--config", str(file), "--json"]) == ExitCode.OK
+    told = json.loads(capsys.readouterr().out)
+    assert told["ok"] is True
+    assert told["counts"]["problem"] == 0
+    assert {finding["check"] for finding in told["findings"]} == {check.name for check in CHECKS}
+    assert {finding["grade"] for finding in told["findings"]} <= {grade.value for grade in Grade}
+    # The fake llama-server keeps a diary.
+    assert [path for path in sorted(file.parent.rglob("*")) if "fake" not in str(path)] == [
+        path for path in before if "fake" not in str(path)
+    ]
+
+
+def test_a_problem_is_told_with_what_to_do(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1; a line with the grade, the check and the text, and the hint below."""
+    monkeypatch.setenv("LLAMAVISOR_LLAMA_SERVER", "/nowhere/llama-server")
+    assert main(["doctor", "--config", str(configure())]) == ExitCode.FAILED
+    lines = capsys.readouterr().out.splitlines()
+    (at,) = [number for number, line in enumerate(lines) if line.startswith("problem  llama-server")]
+    assert '"/nowhere/llama-server": No such file or directory' in lines[at]
+    assert lines[at + 1].strip().startswith("-> Set llama_server to its path")
+    assert lines[-1].startswith("1 problem, ")
+
+
+def test_a_configuration_that_cannot_be_used(examined: Examined, configure: Configure) -> None:
+    """Every mistake is a problem, and what needs a configuration says that it was not looked at."""
+    findings = examined(configure('colour = "red"\nmodels_max = -1'), "configuration", "models", "clock")
+    assert len(graded(findings, Grade.PROBLEM)) == 2
+    assert any("colour" in text for text in graded(findings, Grade.PROBLEM))
+    assert any(text.startswith("not looked at") for text in graded(findings, Grade.NOTE))
+
+
+def test_a_check_that_hangs_costs_its_deadline_and_no_other_check(configure: Configure) -> None:
+    """What it had found is told, and that it gave no answer; the others are whole."""
+    release = threading.Event()
+
+    def hang(_: Case) -> Findings:
+        yield ok("found before")
+        release.wait(30)
+
+    def fail(_: Case) -> Findings:
+        raise ValueError("a bug")
+        yield
+
+    checks = [
+        Check("hangs", hang, deadline_s=0.1, needs_config=False),
+        Check("fails", fail, needs_config=False),
+        Check("works", lambda _: iter([ok("all is well")]), needs_config=False),
+    ]
+    file = configure()
+    began = time.monotonic()
+
+    async def whole() -> list[tuple[str, list[str]]]:
+        told = await examine(lambda: open_case({}, config_file=file), checks)
+        release.set()
+        return [(each.check, [finding.text for finding in each.findings]) for each in told]
+
+    assert anyio.run(whole) == [
+        ("hangs", ["found before", "no answer within 0.1 s"]),
+        ("fails", ["could not be looked at: ValueError: a bug"]),
+        ("works", ["all is well"]),
+    ]
+    assert time.monotonic() - began < 15
+
+
+# llama-server and what is asked of it
+
+
+def test_a_program_that_is_no_llama_server(examined: Examined, configure: Configure) -> None:
+    """It is named with the reason."""
+    found = only(examined(configure(llama_server="/usr/bin/env"), "llama-server"), Grade.PROBLEM)
+    assert "/usr/bin/env is not a" in found.text
+    assert found.hint
+
+
+def test_options_that_nothing_heeds(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """Without a GPU: how several share a model, budgets of one, layers on one; and a pinned model that cannot fit."""
+    extra = """
+memory = { RAM = "1MiB", CUDA0 = "1GiB" }
+[defaults]
+tensor_split = [1, 2]
+threads = 5000
+gpu_layers = 99
+[model.alpha]
+pin = true
+gpu_layers = "auto"
+[model.beta]
+devices = ["CUDA7"]
+"""
+    findings = examined(configure(extra), "options")
+    warnings, problems = graded(findings, Grade.WARNING), graded(findings, Grade.PROBLEM)
+    assert any("tensor_split, and router main sees no GPU" in text for text in warnings)
+    assert any("threads = 5000" in text for text in warnings)
+    assert any("memory names CUDA0" in text for text in warnings)
+    assert any('[model."beta"] matches no model' in text for text in warnings)
+    assert "router main asks for a GPU by gpu_layers, and llama-server sees none" in problems
+    assert '[model."beta"] asks for CUDA7, and llama-server sees no GPU' in problems
+    assert any("the pinned models (alpha) want" in text and "may take 1.0 MiB" in text for text in problems)
+    assert not any('[model."alpha"] asks' in text for text in problems)
+
+
+def test_an_option_that_this_build_does_not_know(examined: Examined, configure: Configure) -> None:
+    """It is a problem, as it is for `config check`."""
+    findings = examined(configure('[defaults]\nargs = ["--no-such-option"]'), "options")
+    assert "--no-such-option" in only(findings, Grade.PROBLEM).text
+
+
+def test_options_that_all_are_heeded(examined: Examined, configure: Configure) -> None:
+    """That is said, and that pinned models fit."""
+    findings = examined(configure("[model.alpha]\npin = true"), "options")
+    assert graded(findings, Grade.OK) == [
+        "router main: the pinned models (alpha) fit at once",
+        "all that is configured can be heeded on this machine",
+    ]
+    assert len(findings) == 2
+
+
+# Files and folders
+
+
+def test_broken_files_are_named(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """A file that is no GGUF, with the reason."""
+    (tmp_path / "models" / "junk.gguf").write_bytes(b"no model at all" * 100)
+    warnings = graded(examined(configure(), "models"), Grade.WARNING)
+    assert any(text.startswith("junk is invalid: ") for text in warnings)
+
+
+def test_a_folder_that_the_daemons_user_may_not_read(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """The folder that bars the way is told with its mode and owner, and the user's name."""
+    closed = tmp_path / "closed"
+    (closed / "models").mkdir(parents=True)
+    closed.chmod(0o700)
+    file = configure(models_dir=str(closed / "models"))
+    account = Account(NOBODY.pw_uid, frozenset({NOBODY.pw_gid}), "nobody")
+    if os.geteuid() == NOBODY.pw_uid:
+        pytest.skip("this is nobody")
+    found = only(examined(file, "models", account=account), Grade.PROBLEM)
+    assert found.text.startswith(f"{closed / 'models'} cannot be read by nobody: ")
+    assert "is drwx------" in found.text
+
+
+def test_folders_that_are_none(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """A models folder that is not there, one that is a file, and an empty one."""
+    missing = only(examined(configure(models_dir=str(tmp_path / "none")), "models"), Grade.PROBLEM)
+    assert missing.text == f"{tmp_path / 'none'} is not there"
+    (tmp_path / "file").touch()
+    file = only(examined(configure(models_dir=str(tmp_path / "file")), "models"), Grade.PROBLEM)
+    assert file.text == f"{tmp_path / 'file'} is no folder"
+    (tmp_path / "empty").mkdir()
+    findings = examined(configure(models_dir=str(tmp_path / "empty")), "models")
+    assert f"no model in {tmp_path / 'empty'}" in graded(findings, Grade.NOTE)
+
+
+def test_a_state_folder_that_cannot_be_written(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """Whose it is, and that everybody could read it, is told; a file in its place is a problem."""
+    (tmp_path / "state").mkdir(mode=0o755)
+    assert "is open to everybody" in only(examined(configure(), "state"), Grade.WARNING).text
+    (tmp_path / "state").chmod(0o700)
+    account = Account(NOBODY.pw_uid, frozenset({NOBODY.pw_gid}), "nobody")
+    if os.geteuid() != NOBODY.pw_uid:
+        found = only(examined(configure(), "state", account=account), Grade.PROBLEM)
+        assert "(state) cannot be written by nobody: " in found.text
+    (tmp_path / "state").rmdir()
+    (tmp_path / "state").touch()
+    assert "is in the way" in only(examined(configure(), "state"), Grade.PROBLEM).text
+
+
+def test_the_token_of_the_hub_is_never_told(examined: Examined, configure: Configure, environ: dict[str, str]) -> None:
+    """Whether there is one, and whether others can read it; not one letter of it."""
+    file = configure()
+    assert "none" in only(examined(file, "token"), Grade.NOTE).text
+    token = Path(environ["HOME"]) / ".cache" / "huggingface" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("hf_secret", encoding="ascii")
+    token.chmod(0o644)
+    findings = examined(file, "token")
+    assert only(findings, Grade.WARNING).hint == f"chmod 600 {token}"
+    token.chmod(0o600)
+    findings += examined(file, "token")
+    assert graded(findings, Grade.OK) == [f"{token}, readable for its owner alone"]
+    environ["HF_TOKEN"] = "hf_secret"
+    findings += examined(file, "token")
+    assert "in the environment (HF_TOKEN)" in graded(findings, Grade.OK)
+    assert "hf_secret" not in repr(findings)
+
+
+# Ports and the socket
+
+
+def test_a_port_that_somebody_holds(examined: Examined, configure: Configure) -> None:
+    """Who it is, is told."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as holder:
+        port = holder.getsockname()[1]
+        found = only(examined(configure(port=port), "ports"), Grade.PROBLEM)
+    assert f"the gateway at 127.0.0.1:{port}: port {port} on 127.0.0.1 is taken by " in found.text
+    assert f"(pid {os.getpid()})" in found.text
+
+
+def test_a_socket_that_nobody_listens_on(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """No socket is a note, as no daemon need run; one that is left behind, or no socket at all, is a problem."""
+    file, path = configure(), tmp_path / "control.sock"
+    assert only(examined(file, "socket"), Grade.NOTE).text == f"no daemon runs: there is no {path}"
+    with closing(socket.socket(socket.AF_UNIX)) as left:
+        left.bind(str(path))
+    assert "nobody listens on it" in only(examined(file, "socket"), Grade.PROBLEM).text
+    path.unlink()
+    path.touch()
+    assert "no daemon at" in only(examined(file, "socket"), Grade.PROBLEM).text
+
+
+# With a daemon
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Iterator[ControlStub]:
+    """A scripted daemon."""
+    with ControlStub(tmp_path / "control.sock") as stub:
+        yield stub
+
+
+def test_a_daemon_is_asked_where_it_knows_better(
+    examined: Examined, configure: Configure, stub: ControlStub, tmp_path: Path
+) -> None:
+    """Its routers, its folders, its devices, its files, and a configuration that it has refused."""
+    file = configure()
+    models_dir = str(tmp_path / "models")
+    stub.answer(
+        "GET",
+        "/control/v1/status",
+        status(
+            [router(state="backoff", build=None, reason="it ended", hint="see why", models_dir=models_dir)],
+            [model("beta", path=f"{models_dir}/beta.gguf", file_state="invalid", problem="it is cut off")],
+            pid=os.getpid(),
+            version="9.9.9",
+            config_path=str(file),
+            config_error="f.toml:1: bad",
+            gateway=gateway(urls=[]),
+            metrics_url=None,
+            folders=[folder(models_dir, mode="polling", mode_reason="no inotify watch is left")],
+            memory=memory(device(), device("CUDA0 (NVIDIA)", free_bytes=None, reason="its driver does not answer")),
+        ),
+    )
+    findings = examined(file, "configuration", "llama-server", "memory", "models", "ports", "socket")
+    problems, warnings = graded(findings, Grade.PROBLEM), graded(findings, Grade.WARNING)
+    assert "router main is backoff: it ended" in problems
+    assert any("has refused a reload" in text and "f.toml:1: bad" in text for text in problems)
+    assert any("the gateway at 127.0.0.1" in text and "does not listen" in text for text in problems)
+    assert any("no inotify watch is left" in text for text in warnings)
+    assert "beta is invalid: it is cut off" in warnings
+    assert any("its driver does not answer" in text for text in warnings)
+    assert any(text.startswith("the daemon is 9.9.9") for text in warnings)
+    assert any(text.startswith("RAM: 14.0 GiB of 32.0 GiB free") for text in graded(findings, Grade.OK))
+
+
+def test_with_a_real_daemon(start: Start, tmp_path: Path) -> None:
+    """It is examined through its socket: its configuration, ports and folders are as it says, and nothing is wrong."""
+    with start() as daemon:
+        daemon.wait_for_gateway()
+        daemon.config.write_text(
+            f'models_dir = "{tmp_path / "models"}"\nport = {daemon.port}\nstate_dir = "{daemon.state_dir}"\n'
+            f"[metrics]\nport = {daemon.metrics_port}\n"
+        )
+        done = daemon.cli("doctor", "--json", "--config", str(daemon.config))
+    told = json.loads(done.stdout)
+    texts = [finding["text"] for finding in told["findings"]]
+    assert [text for text in texts if text.endswith("the daemon listens")]
+    assert any(f"answers, pid {daemon.pid}" in text for text in texts)
+    assert told["counts"]["problem"] == 0, [each for each in told["findings"] if each["grade"] == "problem"]
+    assert done.returncode == 0
+
+
+@pytest.mark.real
+def test_with_the_true_llama_server(configure: Configure, environ: dict[str, str], llama_server: Path) -> None:
+    """Its version and options are told, and what a pinned model takes is worked out by its own tool."""
+    file = configure("[model.alpha]\npin = true", llama_server=str(llama_server))
+    done = subprocess.run(
+        [sys.executable, "-m", "llamavisord", "doctor", "--json", "--config", str(file)],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    texts = [finding["text"] for finding in json.loads(done.stdout)["findings"]]
+    assert any(str(llama_server.resolve()) in text and "router mode" in text for text in texts)
+    assert "router main: the pinned models (alpha) fit at once" in texts
