@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 PYTEST_ARGS ?= -n 2
 
-.PHONY: demo test check bench soak format reference clean llama
+.PHONY: demo test check bench soak format reference completions manual clean llama
 
 demo: llama
 	$(BIN)/llamavisor demo
@@ -33,6 +33,16 @@ format: $(VENV)/dev
 reference: $(VENV)/dev
 	$(BIN)/python -m llamavisord.reference > REFERENCE.md.new
 	mv REFERENCE.md.new REFERENCE.md
+
+completions: $(VENV)/dev
+	for each in bash:llamavisor zsh:_llamavisor fish:llamavisor.fish; do \
+	  $(BIN)/python -m llamavisord.completions $${each%%:*} > .completion.new && \
+	  mv .completion.new deploy/completions/$${each##*:} || exit; \
+	done
+
+manual: $(VENV)/dev
+	$(BIN)/python -m llamavisord.reference manual > .manual.new
+	mv .manual.new deploy/man/llamavisor.1
 
 $(VENV)/dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -44,6 +44,8 @@ _COMMANDS: Mapping[str, str] = {
     "demo": "show:demo",
     "version": "show:version",
 }
+COMPLETE = "__complete"
+"""What the completions of shells call for names that only a daemon knows."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
+    if words[:1] == [COMPLETE]:  # a shell that completes a word: it is no command for people, and must be quick
+        from llamavisord.cli.complete import complete  # noqa: PLC0415 (likewise)
+
+        return complete(words[1:])
     try:
         arguments = parse(words)
     except SystemExit as exc:  # argparse has said why

@@ -1,7 +1,9 @@
-"""`python -m llamavisord.reference` prints the page; `make reference` writes it to REFERENCE.md."""
+"""`python -m llamavisord.reference` prints the page, with `manual` the manual page; `make` writes them to files."""
 
 import sys
 
+from llamavisord.reference.manual import manual
 from llamavisord.reference.page import page
 
-sys.stdout.buffer.write(page().encode("utf-8"))  # whatever the terminal's encoding is
+text = manual() if sys.argv[1:] == ["manual"] else page()
+sys.stdout.buffer.write(text.encode("utf-8"))  # whatever the terminal's encoding is
