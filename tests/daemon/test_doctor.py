@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -20,6 +21,7 @@ import pytest
 
 from fakes.bare_router import free_port
 from fakes.control_stub import ControlStub, device, folder, gateway, memory, model, router, status
+from fakes.waiting import eventually
 from llamavisord.cli import main
 from llamavisord.doctor import CHECKS, Case, Check, Finding, Grade, examine, open_case
 from llamavisord.doctor.account import Account
@@ -168,6 +170,25 @@ def test_a_check_that_hangs_costs_its_deadline_and_no_other_check(configure: Con
         ("works", ["all is well"]),
     ]
     assert time.monotonic() - began < 15
+
+
+def test_a_configuration_that_hangs(tmp_path: Path) -> None:
+    """A file that nobody ever writes to the end, as one on a dead mount: that is the one problem which is told."""
+    file = tmp_path / "llamavisor.toml"
+    os.mkfifo(file)
+    (told,) = anyio.run(partial(examine, lambda: open_case({}, config_file=file), opening_s=0.1))
+    os.close(os.open(file, os.O_RDWR | os.O_NONBLOCK))  # lets the reader go, who then reads it a second time
+    eventually(lambda: _let_go(file), what="no reader")
+    assert "the configuration cannot be read" in only(told.findings, Grade.PROBLEM).text
+
+
+def _let_go(file: Path) -> bool:
+    """Whether nobody reads the pipe any more; a reader finds it empty."""
+    try:
+        os.close(os.open(file, os.O_WRONLY | os.O_NONBLOCK))
+    except OSError:
+        return threading.active_count() == len([each for each in threading.enumerate() if "AnyIO" not in each.name])
+    return False
 
 
 # llama-server and what is asked of it

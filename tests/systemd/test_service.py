@@ -387,3 +387,40 @@ def test_it_is_taken_away_again(service: Installed) -> None:
     assert left == ""
     for kept in (service.config, f"{service.models_dir}/alpha.gguf", "/var/lib/llamavisor/instance"):
         service.systemd.run("test", "-e", kept)
+
+
+def test_the_doctor_knows_the_service(service: Installed) -> None:
+    """It says how the unit is, whether systemd listens where the configuration says, and what it sees without root."""
+
+    def examined(user: str = "root") -> dict[str, list[str]]:
+        told = json.loads(service.cli("doctor", "--json", user=user, check=False).stdout)
+        found: dict[str, list[str]] = {}
+        for finding in told["findings"]:
+            found.setdefault(f"{finding['check']}: {finding['grade']}", []).append(finding["text"])
+        return found
+
+    well = examined()
+    assert not [texts for grade, texts in well.items() if grade.endswith("problem")], well
+    assert f"{UNIT} is active (running), enabled" in well["service: ok"]
+    address = f"127.0.0.1:{service.port}, [::1]:{service.port}"
+    assert f"llamavisor.socket listens on {address}, as the configuration says" in well["service: ok"]
+    assert "/srv/models can be read by llamavisor" in well["models: ok"]
+    assert "/var/lib/llamavisor (state) can be written by llamavisor" in well["state: ok"]
+    unprivileged = examined("daemon")
+    assert any("not permitted to use" in text for text in unprivileged.pop("socket: problem"))
+    assert not [texts for grade, texts in unprivileged.items() if grade.endswith("problem")], unprivileged
+    assert all("most likely by the daemon" in text for text in unprivileged["ports: note"])
+    assert "/var/lib/llamavisor (state) can be written by llamavisor" in unprivileged["state: ok"]
+
+    service.systemd.run("chmod", "600", service.config)
+    assert any("may not be read" in text for text in examined("daemon")["configuration: note"])
+    assert any("cannot be read by llamavisor" in text for text in examined()["configuration: problem"])
+
+    service.systemd.run("systemctl", "stop", "llamavisor.socket", UNIT)
+    service.port = free_port()
+    service.configure()
+    service.systemd.run("systemctl", "start", "llamavisor.socket")
+    service.systemd.run("chmod", "o=,g=", service.models_dir)
+    ill = examined()
+    assert any("and the configuration says" in text for text in ill["service: problem"])
+    assert any("/srv/models cannot be read by llamavisor: " in text for text in ill["models: problem"])

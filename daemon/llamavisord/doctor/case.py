@@ -6,6 +6,7 @@ import os
 import pwd
 import subprocess
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ from llamavisord.cli.client import Client, find_socket
 from llamavisord.cli.errors import CommandError
 from llamavisord.config import Config
 from llamavisord.doctor.account import Account
+from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
 from llamavisord.places import Places
 from llamavisord.problems import ConfigError, Problem
 from llamavisord.variables import Variable
 
 UNIT = "llamavisor.service"
+USER = "llamavisor"
+"""Whom `install-service` has it run as."""
 SYSTEMD_S = 5.0
 """How long systemd may take to answer."""
 Ask = Callable[..., str]
@@ -35,6 +39,7 @@ class Case:
     Attributes:
         environ: the environment of who asks.
         root: where /proc, /run and /dev are.
+        config_file: the file that is meant, None without one.
         config: the configuration, None if it cannot be used.
         mistakes: why not.
         socket: where a daemon is looked for.
@@ -48,6 +53,7 @@ class Case:
 
     environ: Mapping[str, str]
     root: Path = Path("/")
+    config_file: Path | None = None
     config: Config | None = None
     mistakes: tuple[Problem, ...] = ()
     socket: Path
@@ -57,6 +63,11 @@ class Case:
     is_service: bool = False
     systemctl: Ask
     probes: binary.ProbeCache = field(default_factory=binary.ProbeCache)
+
+    @property
+    def is_barred(self) -> bool:
+        """Whether there is a daemon, most likely, that who asks may not speak to."""
+        return self.silence is not None and self.silence.exit_code is ExitCode.NOT_PERMITTED
 
     @property
     def has_systemd(self) -> bool:
@@ -105,7 +116,8 @@ def open_case(environ: Mapping[str, str], *, config_file: Path | None = None, so
         config_file = Path(case.status["config_path"])
     config_file = config_file or Places(environ).config_file
     is_service = config_file is not None and config_file.is_relative_to("/etc/llamavisor")
-    case = replace(case, is_service=is_service, account=_account(case, is_service=is_service))
+    account = _account(case, is_service=is_service)
+    case = replace(case, is_service=is_service, account=account, config_file=config_file)
     places = Places(environ, is_root=True) if is_service else Places(environ)
     try:
         return replace(case, config=load(config_file, environ, places=places))
@@ -127,9 +139,11 @@ def _account(case: Case, *, is_service: bool) -> Account:
     if is_service:
         try:
             user = _systemctl("show", "--property=User", "--value", UNIT).strip()
-            return Account.of(pwd.getpwnam(user).pw_uid)
-        except (OSError, KeyError):
-            pass
+        except OSError:  # nobody but root can ask it here
+            user = ""
+        for name in filter(None, (user, USER)):
+            with suppress(KeyError):
+                return Account.of(pwd.getpwnam(name).pw_uid)
     return case.account
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+from llamavisord.doctor.account import Account
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, note, ok, problem, warning
 
 
 def look(case: Case) -> Findings:
     """The file, its warnings, and what the daemon makes of it."""
+    if case.config_file is not None and case.mistakes and _is_closed(case.config_file):
+        yield note(f"{case.config_file} may not be read", "ask as root, or as the user that the daemon runs as")
+        return
     for mistake in case.mistakes:
         yield problem(str(mistake), "`llamavisor config check` says it again when it is mended")
     config = case.config
@@ -15,6 +22,9 @@ def look(case: Case) -> Findings:
         return
     routers = ", ".join(router.name for router in config.routers)
     yield ok(f"{config.path or 'no file, all by default'}: routers {routers}, serve = {config.serve}")
+    if config.path is not None and (bar := case.account.barred(config.path, os.R_OK)):
+        name = case.account.name
+        yield problem(f"{config.path} cannot be read by {name}: {bar}", f"chgrp {name} and chmod g+r")
     for text in config.warnings:
         yield warning(text)
     if case.status is None:
@@ -26,3 +36,11 @@ def look(case: Case) -> Findings:
         yield note(f"{config.path} has been changed since the daemon has read it", "`llamavisor reload` reads it")
     for text in case.status["warnings"]:
         yield warning(f"the daemon says: {text}")
+
+
+def _is_closed(file: Path) -> bool:
+    """Whether there is such a file, and who asks may not read it."""
+    try:
+        return bool(Account.mine().barred(file, os.R_OK))
+    except OSError as error:
+        return isinstance(error, PermissionError)

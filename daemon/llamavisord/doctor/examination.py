@@ -26,6 +26,8 @@ from llamavisord.doctor.finding import Finding, Findings, Grade, note, problem
 
 DEADLINE_S = 10.0
 """Of a check that looks at files of the kernel, a socket, or a folder."""
+OPENING_S = 20.0
+"""The daemon alone may take ten seconds to say nothing."""
 FOLDER_S = 30.0
 """Ten thousand files on a slow disk take so long at the first look."""
 PROGRAM_S = 90.0
@@ -72,15 +74,18 @@ class Examined:
     findings: list[Finding] = field(default_factory=list)
 
 
-async def examine(open_case: Callable[[], Case], checks: Sequence[Check] = CHECKS) -> list[Examined]:
+async def examine(
+    open_case: Callable[[], Case], checks: Sequence[Check] = CHECKS, *, opening_s: float = OPENING_S
+) -> list[Examined]:
     """Make every check; takes no longer than the slowest may.
 
     Args:
         open_case: finds out what there is to be examined; blocking.
         checks: what to look at.
+        opening_s: how long `open_case` may take.
     """
     opened: list[Case] = []
-    with anyio.move_on_after(DEADLINE_S * 2):  # the daemon alone may take ten seconds to say nothing
+    with anyio.move_on_after(opening_s):
         opened.append(await run_in_thread(open_case, abandon_on_cancel=True))
     if not opened:
         hint = "see whether its folder is on a mount that does not answer"

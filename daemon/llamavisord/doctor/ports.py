@@ -35,7 +35,7 @@ def look(case: Case) -> Findings:
         if address.port in held:
             yield ok(f"{address}: the daemon listens")
         else:
-            yield from _try(address, has_daemon=case.status is not None)
+            yield from _try(address, case)
 
 
 def _wanted(config: Config) -> Iterator[Address]:
@@ -65,10 +65,10 @@ def _held(case: Case) -> Iterator[int]:
             yield port
 
 
-def _try(address: Address, *, has_daemon: bool) -> Findings:
+def _try(address: Address, case: Case) -> Findings:
     found = find_port(address.host, address.port)
     if not isinstance(found, Verdict):
-        if has_daemon:
+        if case.status is not None:
             yield problem(f"{address}: the daemon does not listen", "`llamavisor status` says why")
         else:
             yield ok(f"{address}: free")
@@ -79,6 +79,8 @@ def _try(address: Address, *, has_daemon: bool) -> Findings:
     holder = holder_of(address.port)
     if holder is not None and holder.startswith("systemd "):
         yield ok(f"{address}: systemd listens for the daemon")
+    elif holder is None and case.is_barred:
+        yield note(f"{address}: taken, most likely by the daemon, which may not be asked", "ask as root")
     elif holder is None and os.geteuid() != 0:
         yield problem(f"{address}: {found.reason}", "ask as root who holds it; end that, or choose another port")
     else:

@@ -21,6 +21,13 @@ def look(case: Case) -> Findings:
     if not case.has_systemd:
         yield note("systemd does not run here", "have what starts services here run `llamavisor serve`")
         return
+    try:
+        yield from _look(case)
+    except OSError as error:
+        yield note(f"systemd cannot be asked: {error}", "ask as root")
+
+
+def _look(case: Case) -> Findings:
     scope: tuple[str, ...] = ()
     service = _show(case, UNIT)
     if service.get("LoadState") == "not-found" and not case.is_service:
