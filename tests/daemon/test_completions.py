@@ -241,3 +241,13 @@ def test_a_daemon_that_does_not_answer_keeps_nobody(
     assert main(["__complete", "models"]) == 0
     assert time.monotonic() - began < 4
     assert capsys.readouterr().out == ""
+
+
+def test_a_tab_imports_nothing_heavy(daemon: ControlStub) -> None:
+    """The libraries of the daemon are not paid for by who completes a word."""
+    code = "import sys; from llamavisord.cli import main; main(['__complete', 'models']); print(*sys.modules)"
+    env = {**os.environ, "LLAMAVISOR_SOCKET": str(daemon.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=30)
+    *names, imported = done.stdout.splitlines()
+    assert names[0] == "alpha"
+    assert not set(imported.split()) & {"pydantic", "httpx", "aiohttp", "anyio", "psutil", "asyncio", "tomllib"}

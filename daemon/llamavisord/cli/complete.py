@@ -50,7 +50,7 @@ def _with_aliases(models: Sequence[dict[str, Any]]) -> Iterator[str]:
 def _socket(line: Sequence[str]) -> str | None:
     """What `--socket` says, the last one."""
     found = None
-    for word, following in zip(line, [*line[1:], ""], strict=True):
+    for word, following in zip(line, [*line[1:], ""], strict=False):
         if word == "--socket":
             found = following or None
         elif word.startswith("--socket="):
