@@ -199,7 +199,7 @@ class Ledger:
         content = self._others | {name: section.dump() for name, section in self._sections.items()}
         text = json.dumps({"format": FORMAT, "version": VERSION, "sections": content}, separators=(",", ":"))
         try:
-            _replace(self._path, text.encode())
+            replace_file(self._path, text.encode())
         except OSError as exc:
             return self._failed(exc)
         self._written = changes
@@ -373,7 +373,7 @@ def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
     """Puts `data` at `path` in one step that survives a power failure; the file is its owner's alone.
 
     Raises:

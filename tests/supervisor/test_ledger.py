@@ -112,13 +112,13 @@ def test_a_change_while_it_is_written_is_not_lost(path: Path, monkeypatch: pytes
     """What is recorded in the middle of a write makes the next one due."""
     opened = Opened(path)
     opened.footprints.record(key(), {"RAM": 1})
-    replaced = ledger_module._replace
+    replaced = ledger_module.replace_file
 
     def meanwhile(path: Path, data: bytes) -> None:
         opened.footprints.record(key(1), {"RAM": 2})
         replaced(path, data)
 
-    monkeypatch.setattr(ledger_module, "_replace", meanwhile)
+    monkeypatch.setattr(ledger_module, "replace_file", meanwhile)
     opened.ledger.flush()
     assert opened.ledger.is_dirty
     monkeypatch.undo()

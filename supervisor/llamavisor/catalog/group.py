@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from llamavisor import ini
 from llamavisor.catalog.entry import Entry, EntryState, FileId, ModelFile
+from llamavisor.catalog.hub import quantization_tag
 from llamavisor.catalog.naming import Named, Place, Standing, assign, name_problem, stem_of
 from llamavisor.catalog.settle import Verdict
 from llamavisor.catalog.split import Unit
@@ -266,20 +267,24 @@ def _misfit(unit: Unit, projector: Unit) -> str:
 
 
 def _projector_rank(projector: Unit) -> int:
-    known = PROJECTOR_QUANTIZATIONS
-    quantization = projector.header.quantization if projector.header is not None else ""
+    known, quantization = PROJECTOR_QUANTIZATIONS, _quantization(projector)
     return known.index(quantization) if quantization in known else len(known)
 
 
 def _draft(unit: Unit, drafts: _Beside) -> ModelFile | None:
     """The draft that a model gets: the nearest, one of the same quantization first."""
-    wanted = unit.header.quantization if unit.header is not None else ""
+    wanted = _quantization(unit)
     usable = [
-        (distance, found.header is None or found.header.quantization != wanted, found.first.where, found)
+        (distance, not wanted or _quantization(found) != wanted, found.first.where, found)
         for distance, found in _beside(unit, drafts)
         if found.verdict.state is EntryState.READY and not ini.value_problem(found.first.path)
     ]
     return _file(min(usable, key=lambda item: item[:3])[3].first) if usable else None
+
+
+def _quantization(unit: Unit) -> str:
+    """As its header says; as its name does where that cannot be read, of a file that is not here yet."""
+    return unit.header.quantization if unit.header is not None else quantization_tag(unit.stem, "")
 
 
 def _beside(unit: Unit, units: _Beside) -> Iterator[tuple[int, Unit]]:

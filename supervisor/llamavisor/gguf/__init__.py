@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llamavisor.gguf.beginning import Beginning, ShortError, parse_beginning
 from llamavisor.gguf.container import Places, TypeShare
 from llamavisor.gguf.cursor import GgufError, ReadAt
 from llamavisor.gguf.file import parse, read, read_fd
@@ -11,6 +12,7 @@ from llamavisor.gguf.layout import Layout, Recurrence
 from llamavisor.gguf.values import PerLayer
 
 __all__ = [
+    "Beginning",
     "GgufError",
     "Header",
     "Kind",
@@ -20,9 +22,11 @@ __all__ = [
     "Projector",
     "ReadAt",
     "Recurrence",
+    "ShortError",
     "Split",
     "TypeShare",
     "parse",
+    "parse_beginning",
     "read",
     "read_fd",
 ]

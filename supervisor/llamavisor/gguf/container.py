@@ -168,6 +168,23 @@ def walk(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], texts: Abstract
         raise GgufError(exc.reason, exc.offset, is_partial=True, hint=exc.hint) from None
 
 
+def peek(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], until: bytes) -> Mapping[str, Value]:
+    """The wanted values before the first key that begins with `until`, behind which nothing is read.
+
+    Args:
+        read_at: reads the file.
+        size: the file's size in bytes.
+        wanted: keys whose values are kept, as for `walk`.
+        until: a beginning of keys.
+
+    Raises:
+        GgufError: it is not a GGUF file that llama.cpp reads, as far as it was read.
+    """
+    cursor = Cursor(read_at, size)
+    _, _, n_values = _read_counts(cursor)
+    return _walk_values(cursor, n_values, wanted | _REQUIRED_TYPES.keys(), frozenset(), until)[0]
+
+
 def printable(text: str, limit: int = MAX_LABEL_BYTES) -> str:
     """`text` as one line for people: what is not printable is escaped, what is too long is cut off."""
     if not text.isprintable():
@@ -176,15 +193,21 @@ def printable(text: str, limit: int = MAX_LABEL_BYTES) -> str:
 
 
 def _walk(cursor: Cursor, wanted: AbstractSet[bytes], texts: AbstractSet[bytes]) -> Container:
-    version = _read_version(cursor)
-    n_tensors = _read_count(cursor, "tensors", MAX_TENSORS)
-    n_values = _read_count(cursor, "values", MAX_VALUES)
-    cursor.check_room(n_tensors * _LEAST_TENSOR_BYTES + n_values * _LEAST_VALUE_BYTES)
+    version, n_tensors, n_values = _read_counts(cursor)
     values, lengths = _walk_values(cursor, n_values, wanted | _REQUIRED_TYPES.keys(), texts)
     alignment = values.get("general.alignment", _DEFAULT_ALIGNMENT)
     assert isinstance(alignment, int)  # noqa: S101 (its type is required)
     tensors = _walk_tensors(cursor, n_tensors, alignment)
     return Container(version, values, lengths, tensors)
+
+
+def _read_counts(cursor: Cursor) -> tuple[int, int, int]:
+    """The version, and how many tensors and values there are."""
+    version = _read_version(cursor)
+    n_tensors = _read_count(cursor, "tensors", MAX_TENSORS)
+    n_values = _read_count(cursor, "values", MAX_VALUES)
+    cursor.check_room(n_tensors * _LEAST_TENSOR_BYTES + n_values * _LEAST_VALUE_BYTES)
+    return version, n_tensors, n_values
 
 
 def _read_version(cursor: Cursor) -> int:
@@ -220,9 +243,9 @@ def _read_count(cursor: Cursor, what: str, limit: int) -> int:
 
 
 def _walk_values(
-    cursor: Cursor, count: int, wanted: AbstractSet[bytes], texts: AbstractSet[bytes]
+    cursor: Cursor, count: int, wanted: AbstractSet[bytes], texts: AbstractSet[bytes], until: bytes = b""
 ) -> tuple[dict[str, Value], dict[str, int]]:
-    """The wanted values, and the lengths of the wanted arrays."""
+    """The wanted values, and the lengths of the wanted arrays; those before a key that begins with `until`."""
     values: dict[str, Value] = {}
     lengths: dict[str, int] = {}
     seen: set[bytes] = set()
@@ -233,6 +256,8 @@ def _walk_values(
         if not 0 < length <= MAX_KEY_BYTES:
             raise GgufError(f"the key of value {number} would have {length} bytes", begin)
         key = cursor.take_bytes(length)
+        if until and key.startswith(until):
+            break
         if key in seen:
             raise GgufError(f"the key {_shown(key)} is there twice", begin)
         seen.add(key)
