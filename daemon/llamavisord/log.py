@@ -26,7 +26,8 @@ def begin(level: str) -> None:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_Plain("%(asctime)s %(levelname)-7s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for name in ("httpx", "httpx2"):  # they tell of every request, signed addresses and all
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(_is_ours)
 
 

@@ -1,0 +1,96 @@
+"""How the Hub is reached: its address, whether it is to be asked at all, and the token that opens private doors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamavisor.hub.failure import HubError, Why
+
+ENDPOINT = "https://huggingface.co"
+CREDENTIAL = "huggingface.token"
+"""What the token is called among the credentials of systemd: LoadCredential=huggingface.token:/path."""
+
+_TRUE = frozenset({"1", "ON", "YES", "TRUE"})
+_TOKEN_BYTES = 4096
+_TOKEN = re.compile(r"[!-~]+")
+
+
+class Token:
+    """A secret. It is shown by nothing; only `header` says it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return "<Token>"
+
+    @property
+    def header(self) -> str:
+        """What is sent as `Authorization`."""
+        return f"Bearer {self._text}"
+
+    def reveal(self) -> str:
+        """The secret itself, for a library that takes it so."""
+        return self._text
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How the Hub is reached.
+
+    Attributes:
+        endpoint: its address, without a slash at the end.
+        is_offline: whether it is not to be asked.
+        token: None for what everybody may have.
+    """
+
+    endpoint: str = ENDPOINT
+    is_offline: bool = False
+    token: Token | None = None
+
+
+def find_access(environ: Mapping[str, str]) -> Access:
+    """What the environment says. Blocking: it reads files, and an expired login of `hf auth login` is renewed.
+
+    The token is, the first of these that there is: HF_TOKEN, the credential `huggingface.token` of systemd, what
+    `hf auth login` has left in the home of this user.
+
+    Raises:
+        HubError: the address is none, or the token is no token.
+    """
+    endpoint = (environ.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
+    if not endpoint.startswith(("https://", "http://")):
+        raise HubError("HF_ENDPOINT is no address of HTTP", why=Why.SPEC, hint=f"Write it as in {ENDPOINT}.")
+    is_offline = environ.get("HF_HUB_OFFLINE", "").upper() in _TRUE
+    return Access(endpoint, is_offline, None if is_offline else _find_token(environ))
+
+
+def _find_token(environ: Mapping[str, str]) -> Token | None:
+    if text := environ.get("HF_TOKEN", "").strip():
+        return _token(text, "HF_TOKEN")
+    if (folder := environ.get("CREDENTIALS_DIRECTORY", "")).startswith("/"):
+        path = Path(folder, CREDENTIAL)
+        try:
+            with path.open("rb") as file:
+                text = file.read(_TOKEN_BYTES).decode("ascii", errors="replace").strip()
+        except FileNotFoundError:
+            text = ""
+        except OSError as exc:
+            raise HubError(f"{path} cannot be read: {exc.strerror}", why=Why.UNAUTHORIZED) from exc
+        if text:
+            return _token(text, str(path))
+    from huggingface_hub import get_token  # noqa: PLC0415 (half a second, for who pulls nothing)
+
+    return _token(text, "the token of `hf auth login`") if (text := (get_token() or "").strip()) else None
+
+
+def _token(text: str, origin: str) -> Token:
+    """What is no token would end as an error of the HTTP library, which says all of it."""
+    if not _TOKEN.fullmatch(text):
+        raise HubError(f"{origin} holds something that is no token", why=Why.UNAUTHORIZED, hint="Write it anew.")
+    return Token(text)

@@ -1,0 +1,259 @@
+"""One file on its way from the Hub to the disk: gone on with where it broke off, and believed by its hash alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+
+from llamavisor.hub.failure import HubError, Why
+from llamavisor.hub.listing import Listing, RemoteFile
+from llamavisor.hub.patience import Patience
+from llamavisor.hub.progress import Progress, Stage
+from llamavisor.hub.remote import Connection
+from llamavisor.hub.staging import Part, on_disk
+from llamavisor.threads import run_in_thread
+
+SPAN_BYTES = 16 * 1024**3
+"""So much is asked for at once: what serves the Hub's files sends none beyond 50 GB in one answer."""
+BATCH_BYTES = 1024 * 1024
+"""So much is handed to the disk at once."""
+_BATCHES = 4
+_READ_BYTES = 8 * 1024 * 1024
+_OLDER_NS = 1_000_000_000
+
+
+class Sink:
+    """The beginning of a file on the disk, and the hash of it. Blocking, but for its attributes.
+
+    Args:
+        part: where it is.
+
+    Attributes:
+        size: bytes that are there.
+    """
+
+    def __init__(self, part: Part) -> None:
+        self.size = 0
+        self._part = part
+        self._hash = hashlib.sha256()
+        with on_disk(part.partial):
+            self._fd = os.open(part.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
+    def __repr__(self) -> str:
+        return f"<Sink {self._part.partial.name} {self.size}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._fd)
+
+    def recall(self) -> bool:
+        """Takes over the next bytes that are there from before; whether there were any."""
+        with on_disk(self._part.partial):
+            piece = os.pread(self._fd, _READ_BYTES, self.size)
+        self._hash.update(piece)
+        self.size += len(piece)
+        return bool(piece)
+
+    def write(self, chunks: list[bytes]) -> None:
+        """Puts bytes at the end."""
+        with on_disk(self._part.partial):
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while view:
+                    written = os.pwrite(self._fd, view, self.size)
+                    self._hash.update(view[:written])
+                    self.size += written
+                    view = view[written:]
+
+    def clear(self) -> None:
+        """Begins anew."""
+        with on_disk(self._part.partial):
+            os.ftruncate(self._fd, 0)
+            self._part.etag.unlink(missing_ok=True)
+        self.size, self._hash = 0, hashlib.sha256()
+
+    def note(self, etag: str) -> None:
+        """Remembers what the server calls the content that this is the beginning of."""
+        with on_disk(self._part.etag):
+            if etag:
+                self._part.etag.write_text(etag, encoding="latin-1")
+            else:
+                self._part.etag.unlink(missing_ok=True)
+
+    def is_right(self, file: RemoteFile) -> bool:
+        """Whether this is that file."""
+        return self.size == file.size and file.sha256 in {"", self._hash.hexdigest()}
+
+    def finish(self) -> None:
+        """Makes it whole, so that a power failure finds it so."""
+        with on_disk(self._part.partial):
+            os.fsync(self._fd)
+            # The catalog takes at once what was renamed later than it was written, and its clock has coarse ticks.
+            status = os.fstat(self._fd)
+            os.utime(self._fd, ns=(status.st_atime_ns, status.st_mtime_ns - _OLDER_NS))
+            self._part.partial.rename(self._part.whole)
+            self._part.etag.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Errand:
+    """A file that is to be brought.
+
+    Attributes:
+        listing: the repository and its commit.
+        file: what is wanted.
+        part: where it goes.
+        progress: is told how far it is.
+    """
+
+    listing: Listing
+    file: RemoteFile
+    part: Part
+    progress: Progress
+
+
+async def fetch(connection: Connection, errand: Errand, patience: Patience) -> None:
+    """Brings a file, as often as it takes. The part's lock is held by the caller.
+
+    What is here already is gone on with. It may be cancelled at any moment: what is on the disk is kept.
+
+    Args:
+        connection: to the Hub.
+        errand: what is wanted.
+        patience: how long the Hub is waited for.
+
+    Raises:
+        HubError: it cannot be had, or not now.
+    """
+    listing, file, part, progress = errand.listing, errand.file, errand.part, errand.progress
+    with await run_in_thread(Sink, part) as sink:
+        progress.stage = Stage.CHECKING
+        while await run_in_thread(sink.recall):
+            progress.reach(sink.size)
+        if sink.size > file.size or (sink.size and not file.sha256 and not part.read_etag()):
+            await run_in_thread(sink.clear)
+        failures, is_second = 0, False
+        while True:
+            before = sink.size
+            try:
+                await _bring(connection, errand, sink)
+                if await run_in_thread(sink.is_right, file):
+                    break
+                await run_in_thread(sink.clear)
+                progress.reach(0)
+                if is_second:
+                    raise _wrong(listing, file, "what comes has another hash than the Hub says")
+                is_second = True  # what was here, or one bit on the way
+                continue
+            except HubError as exc:
+                failures = 1 if sink.size > before else failures + 1
+                delay_s = patience.delay_s(exc, failures)
+                if delay_s is None:
+                    raise
+                progress.stage, progress.trouble = Stage.WAITING, str(exc)
+            await anyio.sleep(delay_s)
+            progress.trouble = ""
+        await run_in_thread(sink.finish)
+    progress.stage = Stage.DONE
+
+
+async def _bring(connection: Connection, errand: Errand, sink: Sink) -> None:
+    """Brings what is missing of a file, until its size is reached or something goes wrong."""
+    listing, file, progress = errand.listing, errand.file, errand.progress
+    while sink.size < file.size:
+        end = min(sink.size + SPAN_BYTES, file.size)
+        etag = await run_in_thread(errand.part.read_etag) if sink.size else ""
+        async with connection.open(listing, file, begin=sink.size, end=end, etag=etag) as body:
+            if body.total not in {None, file.size}:
+                text = f"it has {body.total} bytes where the Hub's list says {file.size}"
+                raise _wrong(listing, file, text)
+            if body.begin != sink.size:
+                await run_in_thread(sink.clear)
+                end = file.size
+            if not sink.size or not etag:
+                await run_in_thread(sink.note, body.etag)
+            progress.stage = Stage.RECEIVING
+            progress.reach(sink.size)
+            await _pour(body.chunks, sink, progress, end - sink.size)
+        if sink.size < end:
+            raise HubError(f"{listing.repository}/{file.path}: the connection was cut", why=Why.UNREACHABLE)
+        if sink.size > end:
+            raise _wrong(listing, file, "more comes than the Hub's list says")
+
+
+async def _pour(chunks: AsyncIterator[bytes], sink: Sink, progress: Progress, limit: int) -> None:
+    """Has the disk take what comes while more comes, no further than a piece beyond `limit` bytes.
+
+    Whatever goes wrong on the way, what came before is on the disk in the end.
+    """
+    failure: HubError | None = None
+    send, receive = anyio.create_memory_object_stream[list[bytes]](_BATCHES)
+
+    async with anyio.create_task_group() as tasks:
+        disk = _Disk(sink, progress, tasks.cancel_scope)
+        tasks.start_soon(disk.run, receive)
+        with send:
+            try:
+                await _collect(chunks, send, limit)
+            except HubError as exc:
+                failure = exc
+    if failure := disk.failure or failure:
+        raise failure
+
+
+async def _collect(chunks: AsyncIterator[bytes], send: MemoryObjectSendStream[list[bytes]], limit: int) -> None:
+    batch: list[bytes] = []
+    size = total = 0
+    try:
+        async for chunk in chunks:
+            batch.append(chunk)
+            size += len(chunk)
+            total += len(chunk)
+            if size >= BATCH_BYTES or total >= limit:
+                await send.send(batch)
+                batch, size = [], 0
+            if total > limit:
+                return
+    except HubError:
+        if batch:
+            await send.send(batch)
+        raise
+    if batch:
+        await send.send(batch)
+
+
+class _Disk:
+    """Takes batches and writes them."""
+
+    def __init__(self, sink: Sink, progress: Progress, scope: anyio.CancelScope) -> None:
+        self.failure: HubError | None = None
+        self._sink = sink
+        self._progress = progress
+        self._scope = scope
+
+    async def run(self, batches: MemoryObjectReceiveStream[list[bytes]]) -> None:
+        """Until there are no more, or the disk takes no more."""
+        with batches:
+            try:
+                async for batch in batches:
+                    await run_in_thread(self._sink.write, batch)
+                    self._progress.reach(self._sink.size)
+            except HubError as exc:
+                self.failure = exc
+                self._scope.cancel()
+
+
+def _wrong(listing: Listing, file: RemoteFile, text: str) -> HubError:
+    hint = "Try again later; if it stays so, tell who keeps the repository."
+    return HubError(f"{listing.repository}/{file.path}: {text}", why=Why.WRONG_CONTENT, hint=hint)
