@@ -69,6 +69,13 @@ from llamavisor.events.model import (
     ModelWithheld,
     UnloadReason,
 )
+from llamavisor.events.pull import (
+    PullCancelled,
+    PullEnded,
+    PullFailed,
+    PullProgress,
+    PullStarted,
+)
 from llamavisor.events.request import (
     RequestEnded,
     RequestOutcome,
@@ -137,6 +144,11 @@ __all__ = [
     "ModelsChanged",
     "PeerRefused",
     "Published",
+    "PullCancelled",
+    "PullEnded",
+    "PullFailed",
+    "PullProgress",
+    "PullStarted",
     "RequestEnded",
     "RequestOutcome",
     "RouterCrashLoop",

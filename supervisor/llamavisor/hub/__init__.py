@@ -6,6 +6,9 @@ from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.listing import Choice, Listing, RemoteFile
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.progress import Progress, Stage
+from llamavisor.hub.pull import Pull, PullState
+from llamavisor.hub.pulls import Pulls
+from llamavisor.hub.record import Record
 from llamavisor.hub.remote import Hub
 from llamavisor.hub.spec import Spec, parse
 
@@ -16,6 +19,10 @@ __all__ = [
     "Listing",
     "Patience",
     "Progress",
+    "Pull",
+    "PullState",
+    "Pulls",
+    "Record",
     "RemoteFile",
     "Spec",
     "Stage",

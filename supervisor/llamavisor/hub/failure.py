@@ -41,6 +41,8 @@ class Why(StrEnum):
     """What came is not what the Hub says it has."""
     EXISTS = "exists"
     """Something else has that name in the models folder."""
+    NO_PULL = "no_pull"
+    """There is no such pull."""
     DISK = "disk"
     """The models folder cannot be written."""
 

@@ -23,15 +23,14 @@ import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
 
 import anyio
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from llamavisor.catalog.disk import disk_of
 from llamavisor.hub.failure import HubError, Why
-from llamavisor.hub.listing import Listing, RemoteFile
-from llamavisor.hub.spec import path_problem
+from llamavisor.hub.listing import RemoteFile
+from llamavisor.hub.record import Record
 from llamavisor.ledger import replace_file
 
 NAME = ".llamavisor-pull"
@@ -43,75 +42,6 @@ LOOK_EVERY_S = 0.25
 _JSON = ".json"
 _SUFFIXES = (".part", ".etag")
 _MAX_RECORD_BYTES = 1024 * 1024
-
-
-def _harmless(path: str) -> str:
-    if problem := path_problem(path):
-        raise ValueError(problem)
-    return path
-
-
-class _RecordedFile(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    path: Annotated[str, AfterValidator(_harmless)]
-    size: int = Field(ge=0)
-    sha256: str = Field(default="", pattern=r"^(?:[0-9a-f]{64})?$")
-
-
-class Record(BaseModel):
-    """What a pull brings.
-
-    Attributes:
-        repository: `USER/REPO`.
-        revision: what was asked for.
-        commit: what that was.
-        name: what the model is going to be called.
-        files: all that it brings, the model's first file first.
-        is_under_way: whether somebody wants it now; else it is kept so that it can be gone on with.
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    repository: str
-    revision: str
-    commit: str
-    name: Annotated[str, AfterValidator(_harmless)]
-    files: tuple[_RecordedFile, ...] = Field(min_length=1)
-    is_under_way: bool = True
-
-    @classmethod
-    def of(cls, listing: Listing, name: str, files: tuple[RemoteFile, ...]) -> Record:
-        """What is to be brought of a repository."""
-        recorded = tuple(_RecordedFile(path=each.path, size=each.size, sha256=each.sha256) for each in files)
-        return cls(
-            repository=listing.repository,
-            revision=listing.revision,
-            commit=listing.commit,
-            name=name,
-            files=recorded,
-        )
-
-    @property
-    def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The files as the Hub has them."""
-        return tuple(RemoteFile(each.path, each.size, each.sha256) for each in self.files)
-
-    @property
-    def listing(self) -> Listing:
-        """Where they are."""
-        return Listing(repository=self.repository, revision=self.revision, commit=self.commit, choices=())
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files together."""
-        return sum(each.size for each in self.files)
-
-    @property
-    def key(self) -> str:
-        """The same for all that bring the same: its name is what a person sees, its hash what tells it apart."""
-        what = [self.repository, self.commit, *sorted(f"{each.path}\0{each.size}" for each in self.files)]
-        return f"{self.name[:60]}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
 
 
 class Staging:
@@ -149,7 +79,7 @@ class Staging:
 
     def write(self, record: Record) -> None:
         """Remembers a pull. Blocking."""
-        with on_disk(self.path):
+        with on_disk(self.path), _only_writer(self.path):
             replace_file(self.path / f"{record.key}{_JSON}", record.model_dump_json().encode())
 
     def forget(self, record: Record) -> None:
@@ -160,19 +90,23 @@ class Staging:
     def records(self) -> list[Record]:
         """All pulls that are remembered; what is no record is left alone. Blocking."""
         found = []
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):
             for name in sorted(os.listdir(self.path)):
                 if name.endswith(_JSON) and not name.startswith("."):
                     with suppress(OSError, ValidationError, ValueError):
                         found.append(self._read(self.path / name))
         return found
 
-    def sweep(self) -> int:
-        """Removes what no pull that is remembered wants, but what somebody works on; how many bytes. Blocking."""
+    def sweep(self, *, done: Record | None = None) -> int:
+        """Removes what no pull that is remembered wants, but what somebody works on; how many bytes. Blocking.
+
+        Args:
+            done: a pull that has all its files in its folder, and wants nothing else any more.
+        """
         freed = 0
-        for path in self._litter():
+        for path in self._litter(done):
             with suppress(HubError, OSError), _try_lock(path) as is_ours:
-                if is_ours and path in self._litter():  # a pull may have come meanwhile
+                if is_ours and path in self._litter(done):  # a pull may have come meanwhile
                     freed += sum(_remove(path.with_name(path.name + suffix)) for suffix in ("", *_SUFFIXES))
         return freed
 
@@ -194,11 +128,13 @@ class Staging:
         with path.open("rb") as file:
             return Record.model_validate_json(file.read(_MAX_RECORD_BYTES))
 
-    def _litter(self) -> set[Path]:
+    def _litter(self, done: Record | None = None) -> set[Path]:
         """What nobody mentions, without suffixes: keys, and files below `files`."""
         records = self.records()
         wanted = {self.folder_of(record) for record in records}
-        wanted |= {self.part_of(record, file).whole for record in records for file in record.remote_files}
+        wanted |= {
+            self.part_of(record, file).whole for record in records if record != done for file in record.remote_files
+        }
         found = set()
         for folder in (self.path, self.path / "files"):
             with suppress(OSError):
@@ -249,6 +185,17 @@ async def locked(path: Path, *, waits: Callable[[], None] = lambda: None) -> Asy
                 return
         waits()
         await anyio.sleep(LOOK_EVERY_S)
+
+
+@contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Two daemons write no record at the same time, which takes milliseconds."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 @contextmanager

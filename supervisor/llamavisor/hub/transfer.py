@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.listing import Listing, RemoteFile
@@ -22,9 +21,8 @@ from llamavisor.threads import run_in_thread
 
 SPAN_BYTES = 16 * 1024**3
 """So much is asked for at once: what serves the Hub's files sends none beyond 50 GB in one answer."""
-BATCH_BYTES = 1024 * 1024
-"""So much is handed to the disk at once."""
-_BATCHES = 4
+BUFFER_BYTES = 4 * 1024 * 1024
+"""So much may wait for the disk."""
 _READ_BYTES = 8 * 1024 * 1024
 _OLDER_NS = 1_000_000_000
 
@@ -197,61 +195,74 @@ async def _pour(chunks: AsyncIterator[bytes], sink: Sink, progress: Progress, li
 
     Whatever goes wrong on the way, what came before is on the disk in the end.
     """
-    failure: HubError | None = None
-    send, receive = anyio.create_memory_object_stream[list[bytes]](_BATCHES)
+    failures: list[HubError] = []
+    buffer = _Buffer()
+
+    async def write() -> None:
+        try:
+            while batch := await buffer.take():
+                await run_in_thread(sink.write, batch)
+                progress.reach(sink.size)
+        except HubError as exc:
+            failures.append(exc)
+            tasks.cancel_scope.cancel()
 
     async with anyio.create_task_group() as tasks:
-        disk = _Disk(sink, progress, tasks.cancel_scope)
-        tasks.start_soon(disk.run, receive)
-        with send:
-            try:
-                await _collect(chunks, send, limit)
-            except HubError as exc:
-                failure = exc
-    if failure := disk.failure or failure:
-        raise failure
+        tasks.start_soon(write)
+        try:
+            async for chunk in chunks:
+                await buffer.put(chunk)
+                if buffer.total > limit:
+                    break
+        except HubError as exc:
+            failures.append(exc)
+        buffer.end()
+    if failures:
+        raise failures[-1]  # the disk's own comes last, and is the graver
 
 
-async def _collect(chunks: AsyncIterator[bytes], send: MemoryObjectSendStream[list[bytes]], limit: int) -> None:
-    batch: list[bytes] = []
-    size = total = 0
-    try:
-        async for chunk in chunks:
-            batch.append(chunk)
-            size += len(chunk)
-            total += len(chunk)
-            if size >= BATCH_BYTES or total >= limit:
-                await send.send(batch)
-                batch, size = [], 0
-            if total > limit:
-                return
-    except HubError:
-        if batch:
-            await send.send(batch)
-        raise
-    if batch:
-        await send.send(batch)
+class _Buffer:
+    """What has come and is not on the disk yet: as much as came while the disk was busy, within bounds.
 
+    Attributes:
+        total: bytes that ever came.
+    """
 
-class _Disk:
-    """Takes batches and writes them."""
+    def __init__(self) -> None:
+        self.total = 0
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._has_ended = False
+        self._changed = anyio.Event()
 
-    def __init__(self, sink: Sink, progress: Progress, scope: anyio.CancelScope) -> None:
-        self.failure: HubError | None = None
-        self._sink = sink
-        self._progress = progress
-        self._scope = scope
+    def __repr__(self) -> str:
+        return f"<_Buffer {self._size} of {self.total}>"
 
-    async def run(self, batches: MemoryObjectReceiveStream[list[bytes]]) -> None:
-        """Until there are no more, or the disk takes no more."""
-        with batches:
-            try:
-                async for batch in batches:
-                    await run_in_thread(self._sink.write, batch)
-                    self._progress.reach(self._sink.size)
-            except HubError as exc:
-                self.failure = exc
-                self._scope.cancel()
+    async def put(self, chunk: bytes) -> None:
+        """Takes a piece; waits while there are too many."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        self.total += len(chunk)
+        self._change()
+        while self._size > BUFFER_BYTES:
+            await self._changed.wait()
+
+    async def take(self) -> list[bytes]:
+        """All that is there; waits for something. Empty at the end."""
+        while not self._chunks and not self._has_ended:
+            await self._changed.wait()
+        taken, self._chunks, self._size = self._chunks, [], 0
+        self._change()
+        return taken
+
+    def end(self) -> None:
+        """Nothing more comes."""
+        self._has_ended = True
+        self._change()
+
+    def _change(self) -> None:
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
 
 
 def _wrong(listing: Listing, file: RemoteFile, text: str) -> HubError:

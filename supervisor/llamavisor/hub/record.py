@@ -1,0 +1,100 @@
+"""What a pull brings, as it is written down: with that a later daemon goes on where this one ended."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from llamavisor.hub.failure import HubError, Why
+from llamavisor.hub.listing import Listing, RemoteFile
+from llamavisor.hub.spec import Spec, path_problem
+
+
+def _harmless(path: str) -> str:
+    if problem := path_problem(path):
+        raise ValueError(problem)
+    return path
+
+
+class _RecordedFile(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    path: Annotated[str, AfterValidator(_harmless)]
+    size: int = Field(ge=0)
+    sha256: str = Field(default="", pattern=r"^(?:[0-9a-f]{64})?$")
+
+
+class Record(BaseModel):
+    """What a pull brings.
+
+    Attributes:
+        repository: `USER/REPO`.
+        revision: what was asked for.
+        commit: what that was.
+        name: what the model is going to be called.
+        files: all that it brings, the model's first file first.
+        is_under_way: whether somebody wants it now; else it is kept so that it can be gone on with.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    repository: str
+    revision: str
+    commit: str
+    name: Annotated[str, AfterValidator(_harmless)]
+    files: tuple[_RecordedFile, ...] = Field(min_length=1)
+    is_under_way: bool = True
+
+    @classmethod
+    def of(cls, listing: Listing, name: str, files: tuple[RemoteFile, ...]) -> Record:
+        """What is to be brought of a repository."""
+        recorded = tuple(_RecordedFile(path=each.path, size=each.size, sha256=each.sha256) for each in files)
+        return cls(
+            repository=listing.repository,
+            revision=listing.revision,
+            commit=listing.commit,
+            name=name,
+            files=recorded,
+        )
+
+    @property
+    def remote_files(self) -> tuple[RemoteFile, ...]:
+        """The files as the Hub has them."""
+        return tuple(RemoteFile(each.path, each.size, each.sha256) for each in self.files)
+
+    @property
+    def listing(self) -> Listing:
+        """Where they are."""
+        return Listing(repository=self.repository, revision=self.revision, commit=self.commit, choices=())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(each.size for each in self.files)
+
+    @property
+    def key(self) -> str:
+        """The same for all that bring the same: its name is what a person sees, its hash what tells it apart."""
+        what = [self.repository, self.commit, *sorted(f"{each.path}\0{each.size}" for each in self.files)]
+        return f"{self.name[:60]}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
+
+
+def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
+    """What is to be brought for what is asked.
+
+    Raises:
+        HubError: it is not there, or cannot be had under that name.
+    """
+    choice = listing.choose(spec)
+    name = name or choice.name
+    if "/" in name or (problem := path_problem(name)):
+        reason = "names a folder" if "/" in name else problem
+        raise HubError(f"{name!r} is no name for a model: it {reason}", why=Why.SPEC)
+    files = choice.wanted(spec)
+    names = [file.name for file in files]
+    if len(set(names)) < len(names):
+        twice = next(each for each in names if names.count(each) > 1)
+        raise HubError(f"{listing.repository} has two files {twice} that belong together", why=Why.NO_FILE)
+    return Record.of(listing, name, files)
