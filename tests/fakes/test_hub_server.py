@@ -7,7 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from huggingface_hub import HfApi, errors
+from huggingface_hub import HfApi, constants, errors
 
 from fakes.hub_server import HubFile, HubServer, Repository
 
@@ -18,7 +18,7 @@ FILES = {"a.gguf": HubFile(CONTENT), "sub/b.gguf": HubFile(CONTENT[:-1]), "READM
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub with an open, a private and a gated repository."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
     monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # else its progress bars leave a thread behind
     repositories = {
         "user/open": Repository(FILES, revisions=("v1",)),

@@ -1,0 +1,64 @@
+"""How the Hub is reached: which token counts, and that none is ever shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from llamavisor.hub import HubError, Why
+from llamavisor.hub.access import CREDENTIAL, ENDPOINT, Token, find_access
+
+
+@pytest.fixture
+def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file where `hf auth login` leaves a token."""
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    return tmp_path / "token"
+
+
+def sent(environ: dict[str, str]) -> str | None:
+    """What would be sent."""
+    token = find_access(environ).token
+    return token.header if token is not None else None
+
+
+def test_which_token_counts(login: Path, tmp_path: Path) -> None:
+    """The environment goes before systemd's credential, and that before a login; without any nothing is sent."""
+    credentials = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert sent(credentials) is None
+    login.write_text("hf_login\n")
+    assert sent(credentials) == "Bearer hf_login"
+    (tmp_path / CREDENTIAL).write_text("hf_credential\n")
+    assert sent(credentials) == "Bearer hf_credential"
+    assert sent({**credentials, "HF_TOKEN": " hf_environ "}) == "Bearer hf_environ"
+
+
+def test_a_token_is_not_shown() -> None:
+    """Neither the token nor what holds it says it."""
+    access = find_access({"HF_TOKEN": "hf_secret"})
+    assert "hf_secret" not in f"{access} {access!r} {access.token} {access.token!r} {vars(Token)}"
+
+
+def test_what_is_no_token(login: Path, tmp_path: Path) -> None:
+    """What could not be sent is refused by where it comes from, and not repeated."""
+    (tmp_path / CREDENTIAL).write_bytes(b"\xffsecret words")
+    with pytest.raises(HubError, match=CREDENTIAL) as raised:
+        find_access({"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert raised.value.why is Why.UNAUTHORIZED
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("said", "meant"), [("", ENDPOINT), ("http://mirror:8080/", "http://mirror:8080")])
+def test_the_endpoint(login: Path, said: str, meant: str) -> None:
+    """A mirror stands for the Hub, with or without a slash; an empty variable is not set."""
+    assert find_access({"HF_ENDPOINT": said}).endpoint == meant
+
+
+@pytest.mark.parametrize(("said", "meant"), [("1", True), ("true", True), ("0", False), ("", False)])
+def test_offline(login: Path, said: str, meant: bool) -> None:
+    """HF_HUB_OFFLINE is read as huggingface_hub reads it."""
+    assert find_access({"HF_HUB_OFFLINE": said}).is_offline is meant
