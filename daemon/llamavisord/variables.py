@@ -78,8 +78,6 @@ class Variable(StrEnum):
     """Of the Hub: the folder that holds `token`, the token of whoever has logged in; else `huggingface` in that one."""
     HF_TOKEN_PATH = "HF_TOKEN_PATH"  # noqa: S105 (the name of a variable)
     """Of the Hub: the file with the token, wherever else it is."""
-    HF_TOKEN = "HF_TOKEN"  # noqa: S105 (likewise)
-    """Of the Hub: the token itself, which wins over files."""
     COLUMNS = "COLUMNS"
     """Columns of the terminal, if it is not to be asked itself."""
     NO_COLOR = "NO_COLOR"

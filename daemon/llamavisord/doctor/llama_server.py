@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from llamavisor.binary import Binary
 from llamavisor.errors import BinaryError
-from llamavisor.flags import SPELLINGS, find_typed
 from llamavisor.footprint import find_tool
 from llamavisor.settings import RouterSettings
+from llamavisor.spellings import SPELLINGS, find_typed
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, note, ok, problem, warning
 
