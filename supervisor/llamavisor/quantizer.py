@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llamavisor import gguf
@@ -29,6 +30,7 @@ REAP_S = 10.0
 SLACK_BYTES = 1024 * 1024
 """What the tool rounds away when it says a size."""
 TAIL_LINES = 5
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MIB = 1024 * 1024
 _TYPES = re.compile(r"^ *(?:\d+ +or +)?([A-Z][A-Z0-9_]*) *: *(.*?) *$", re.MULTILINE)
 _TYPES_BEGIN = "allowed quantization types"
@@ -158,20 +160,28 @@ class Quantizer:
         return header
 
     def _run(self, order: Order, staged: Path, tell: Tell) -> None:
-        process = subprocess.Popen(
-            (str(self.tool), *_words(order, staged)),
-            env=self._environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for us: we end it
-            text=True,
-            errors="replace",
-        )
+        # An interrupt in the middle of a start would leave a process that nobody knows.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+        try:
+            process = subprocess.Popen(
+                (str(self.tool), *_words(order, staged)),
+                env=self._environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is for us: we end it
+                text=True,
+                errors="replace",
+                preexec_fn=partial(signal.pthread_sigmask, signal.SIG_SETMASK, before),  # noqa: PLW1509 (one thread)
+            )
+        except BaseException:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            raise
         assert process.stderr is not None  # noqa: S101 (it is a pipe)
         tail: list[str] = []
         why = ""
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for line in process.stderr:
                 if found := _WHY.search(line):
                     why = found[1].strip()
