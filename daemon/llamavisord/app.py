@@ -11,7 +11,6 @@ import signal
 import socket
 import sys
 import threading
-import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, closing
 from functools import partial
@@ -23,30 +22,28 @@ import anyio.abc
 from aiohttp import web
 from anyio.abc import SocketAttribute
 
+from llamavisor.bookkeeping import keep
 from llamavisor.events import (
     Bus,
     DaemonStarted,
     DaemonStopping,
-    ModelPinned,
-    Published,
-    RouterSpawned,
     Warned,
 )
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
-from llamavisor.opening import open_fleet, sweep
+from llamavisor.lock import AlreadyRunningError, Lock
+from llamavisor.opening import instance_of, open_fleet, sweep
 from llamavisor.pins import Pins
 from llamavisor.process import KILL_GRACE_S, TERM_GRACE_S, Spawner, become_subreaper
 from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.residents import Residents
 from llamavisor.started import Started
-from llamavisor.threads import run_in_thread
 from llamavisord import __version__, log
 from llamavisord.acceptor import Accept, Acceptor
 from llamavisord.activation import Activation
 from llamavisord.config import Config
 from llamavisord.control import control_app
-from llamavisord.control_socket import AlreadyRunningError, ControlSocket, Keeper, Lock, SocketPathError
+from llamavisord.control_socket import ControlSocket, Keeper, SocketPathError
 from llamavisord.daemon import Daemon
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
@@ -66,9 +63,6 @@ LINGER_S = 1.0
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
-LEDGER_INTERVAL_S = 1.0
-LEDGER_END_S = 1.0
-"""How long the last write of the ledger may take: its disk may not answer, and what it says can be learned again."""
 THREAD_END_S = 0.5
 DESCRIPTORS = 65536
 """So many are enough for all that the gateway allows at once."""
@@ -174,7 +168,7 @@ async def _live(
     started, lives = Started(), Lives()
     footprints, pins, records, residents = Footprints(), Pins(), QuarantineRecords(), Residents(bus)
     ledger = Ledger(config.state_dir / LEDGER, [footprints, pins, records, residents, started, lives])
-    spawner = Spawner(_instance(config.state_dir), started)
+    spawner = Spawner(instance_of(config.state_dir), started)
     for problem in ledger.load():
         bus.publish(Warned(subject="ledger", text=problem))
     fleet = open_fleet(
@@ -202,7 +196,7 @@ async def _live(
             if service is not None:
                 tasks.start_soon(service.run)
             tasks.start_soon(_measure_lag, daemon)
-            tasks.start_soon(_keep_ledger, ledger, bus)
+            tasks.start_soon(keep, ledger, bus)
             if config.metrics.enabled:
                 tasks.start_soon(_serve_metrics, daemon, exposition)
             app, keeper = control_app(daemon, control_socket), Keeper(control_socket, bus)
@@ -274,33 +268,6 @@ async def _measure_lag(daemon: Daemon) -> None:
         daemon.loop_lag_s = max(0.0, *lags)
 
 
-async def _keep_ledger(ledger: Ledger, bus: Bus) -> None:
-    """Write down what was learned now and then and at the end; what a person has said or was started, at once."""
-    said = anyio.Event()
-
-    def hear(published: Published) -> None:
-        if isinstance(published.event, ModelPinned | RouterSpawned):
-            said.set()
-
-    bus.listen(hear, hears_frequent=False)
-    try:
-        while True:
-            with anyio.move_on_after(LEDGER_INTERVAL_S):
-                await said.wait()
-            if ledger.is_due or said.is_set():
-                said = anyio.Event()
-                await _flush(ledger, bus)
-    finally:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(LEDGER_END_S):
-            await _flush(ledger, bus)
-
-
-async def _flush(ledger: Ledger, bus: Bus) -> None:
-    flushed = await run_in_thread(ledger.flush, abandon_on_cancel=True)
-    if flushed.message:
-        bus.publish(Warned(subject="ledger", text=flushed.message))
-
-
 async def _serve_metrics(daemon: Daemon, exposition: Exposition) -> None:
     """Serve the metrics; a port that is taken is tried again, and is no reason to let models go."""
     metrics = daemon.config.metrics
@@ -356,21 +323,3 @@ async def _web_server(
     finally:
         with anyio.CancelScope(shield=True), anyio.move_on_after(2 * REQUEST_END_S):
             await runner.cleanup()
-
-
-def _instance(state_dir: Path) -> str:
-    """The id of this installation: what carries it in its environment was started by it, now or before."""
-    path = state_dir / "instance"
-    fresh = str(uuid.uuid4())
-    try:
-        return str(uuid.UUID(path.read_text(encoding="ascii").strip()))
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no id of an installation"
-        _log.warning("cannot use %s (%s): left-overs of an earlier daemon will not be recognised", path, why)
-    try:
-        path.write_text(f"{fresh}\n", encoding="ascii")
-    except OSError as error:
-        _log.warning("cannot write %s (%s): left-overs of this daemon will not be recognised", path, error)
-    return fresh

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from llamavisor.demands import MAX_WAITING, MAX_WAITING_PER_MODEL
@@ -152,9 +152,8 @@ class Config:
         Args:
             router_key: what routers ask for that only the gateway talks to.
         """
-        is_behind = self.gateway is not None
-        return FleetSettings(
-            routers=tuple(replace(each, api_key=router_key) if is_behind else each for each in self.routers),
+        settings = FleetSettings(
+            routers=self.routers,
             rules=self.rules,
             link_dirs=self.link_dirs,
             on_overwrite=self.on_overwrite,
@@ -164,3 +163,4 @@ class Config:
             max_waiting=self.gateway.max_waiting if self.gateway else MAX_WAITING,
             max_waiting_per_model=self.gateway.max_waiting_per_model if self.gateway else MAX_WAITING_PER_MODEL,
         )
+        return settings.for_leases(router_key) if self.gateway is not None else settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import errno
-import fcntl
 import math
 import os
 import socket
@@ -18,6 +17,7 @@ import anyio
 
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ControlSocketRebound, Warned
+from llamavisor.lock import AlreadyRunningError, Lock, is_at
 from llamavisor.threads import run_in_thread
 from llamavisord.acceptor import WARN_EVERY_S, Accept
 
@@ -29,51 +29,10 @@ _SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module has no name for i
 _GETSOCKOPT_BYTES = 1024  # the most that socket.getsockopt takes
 
 
-class AlreadyRunningError(LlamavisorError):
-    """Raised when another daemon holds the lock of the same socket or state folder."""
-
-    code = "already_running"
-
-
 class SocketPathError(LlamavisorError):
     """Raised when the control socket cannot be where the configuration wants it."""
 
     code = "socket_unusable"
-
-
-class Lock:
-    """A lock that the kernel releases however its holder ends. Close it to release it.
-
-    Raises:
-        AlreadyRunningError: another process holds it.
-        OSError: the file cannot be written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._fd)
-            hint = "use that one, or give this one a --socket and a --state-dir of its own"
-            raise AlreadyRunningError(f"already running, pid {holder} (lock {path})", hint=hint) from None
-        with suppress(OSError):  # a full disk: the lock holds, whoever it may name
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()}\n".encode("ascii"), 0)
-
-    def __repr__(self) -> str:
-        return f"<Lock {self.path}>"
-
-    @property
-    def is_in_place(self) -> bool:
-        """Whether whoever locks that path meets this lock."""
-        return _is_at(self.path, os.fstat(self._fd))
-
-    def close(self) -> None:
-        """Release it. The file stays: removing it would let two processes hold two files of one name."""
-        os.close(self._fd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +92,7 @@ class ControlSocket:
     @property
     def is_in_place(self) -> bool:
         """Whether whoever connects to that path comes to us. As long as we listen, nobody gets the same inode."""
-        return _is_at(self.path, self._file)
+        return is_at(self.path, self._file)
 
     def restore(self) -> socket.socket | None:
         """Bind it anew, as at the start, if its file or that of its lock has gone or is another's.
@@ -230,14 +189,6 @@ def peer_of(connection: socket.socket) -> Peer:
         if error.errno != errno.ERANGE:
             raise
     return Peer(pid, uid, frozenset({gid, *groups}))
-
-
-def _is_at(path: Path, file: os.stat_result) -> bool:
-    """Whether `path` is that file itself, not a link to it."""
-    try:
-        return os.path.samestat(path.lstat(), file)
-    except OSError:
-        return False
 
 
 def _claim(path: Path) -> Lock:

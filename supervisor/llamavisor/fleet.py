@@ -119,6 +119,25 @@ class Fleet:
         )
         self._tasks: anyio.abc.TaskGroup | None = None
 
+    @classmethod
+    def open(
+        cls, settings: FleetSettings, *, state_dir: Path, bus: Bus | None = None
+    ) -> AbstractAsyncContextManager[Fleet]:
+        """A fleet that runs as long as the block, in which models are had by `lease`; see the package's docstring.
+
+        Args:
+            settings: a router needs a `models_dir` and nothing else. Where it listens, and whether it loads by itself,
+                is not heeded.
+            state_dir: folder for what is generated and learned; made if it is missing. A fleet has one alone.
+            bus: where the events go.
+
+        Raises:
+            AlreadyRunningError: another fleet has that folder.
+        """
+        from llamavisor.opening import running  # noqa: PLC0415 (it puts this class together with all others)
+
+        return running(settings, state_dir=state_dir, bus=bus)
+
     def __repr__(self) -> str:
         return f"<Fleet {', '.join(map(repr, self._routers.values()))}>"
 

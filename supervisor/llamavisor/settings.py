@@ -12,6 +12,9 @@ from llamavisor.eviction import MIN_RESIDENCY_S
 from llamavisor.flags import OptionLayer
 from llamavisor.rules import ModelRule
 
+LOOPBACK = "127.0.0.1"
+"""Where routers listen that nobody but us talks to."""
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryBudget:
@@ -46,7 +49,7 @@ class RouterSettings:
             with `serve = "gateway"`.
     """
 
-    name: str
+    name: str = "main"
     host: str = "127.0.0.1"
     port: int = 8080
     models_dir: Path
@@ -99,6 +102,15 @@ class FleetSettings:
     oversize: Oversize = "fit"
     max_waiting: int = MAX_WAITING
     max_waiting_per_model: int = MAX_WAITING_PER_MODEL
+
+    def for_leases(self, api_key: str) -> FleetSettings:
+        """The same where leases say what is loaded: only who holds the key talks to routers, which load nothing.
+
+        Args:
+            api_key: what routers and their models ask for.
+        """
+        routers = (replace(each, host=LOOPBACK, port=0, api_key=api_key, autoload=False) for each in self.routers)
+        return replace(self, routers=tuple(routers), serve="gateway")
 
 
 def base_url(host: str, port: int) -> str:

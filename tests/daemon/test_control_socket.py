@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from llamavisor.lock import AlreadyRunningError, Lock
 from llamavisord.control_socket import (
-    AlreadyRunningError,
     ControlSocket,
-    Lock,
     Peer,
     peer_of,
 )

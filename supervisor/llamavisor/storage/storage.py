@@ -74,6 +74,25 @@ class Storage:
     def __repr__(self) -> str:
         return f"<Storage {', '.join(str(folder.path) for folder in self._folders)}>"
 
+    def models(self) -> tuple[Entry, ...]:
+        """All models of all folders, by name, with their files and headers; also those that cannot be used."""
+        return tuple(
+            sorted((entry for folder in self._folders for entry in folder.catalog), key=lambda each: each.name)
+        )
+
+    def model(self, name: str, *, folder: str | None = None) -> Entry:
+        """What is known of a model's files.
+
+        Args:
+            name: its name, or an alias.
+            folder: the models folder, if several have a model of that name.
+
+        Raises:
+            ModelNotFoundError: there is no such model, or it is gone.
+            ModelAmbiguousError: several folders have it.
+        """
+        return self._find(name, folder)[1]
+
     async def remove(
         self,
         model: str,
