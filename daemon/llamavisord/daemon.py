@@ -15,7 +15,7 @@ import anyio
 
 from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
-from llamavisor.events import Bus, ConfigRejected, ConfigReloaded
+from llamavisor.events import Bus, ConfigRejected, ConfigReloaded, Warned
 from llamavisor.fleet import Applied, Fleet
 from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
@@ -115,6 +115,9 @@ class Daemon:
             self.bus.publish(ConfigRejected(error="; ".join(map(str, error.problems))))
             raise
         gateway = gateway_changes(self.config.gateway, config.gateway)
+        for warning in config.warnings:
+            if warning not in self.config.warnings:
+                self.bus.publish(Warned(subject="configuration", text=warning))
         self.config, self.config_error, self.config_loaded_at = config, None, time.time()
         applied = await self.fleet.apply(settings)
         self.bus.publish(ConfigReloaded(changed=applied.routers, models=applied.models, gateway=gateway))

@@ -110,7 +110,8 @@ def _check_open(picker: Picker, settings: GatewaySettings, host: Picked[str]) ->
     if not settings.public_without_key:
         text = (
             f"other machines reach {settings.host}, and without a key everybody there could use the models:"
-            ' set api_key_file = "…" to a file with keys, or public_without_key = true in [gateway] if that is meant'
+            ' set api_key_file = "…" to a file with keys (or have systemd hand them over), or'
+            " public_without_key = true in [gateway] if that is meant"
         )
         picker.problems.append(host.problem(text))
         return

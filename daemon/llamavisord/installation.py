@@ -19,8 +19,8 @@ GROUP = "llamavisor"
 MODELS_DIR = Path("/srv/models")
 NEW_SETTINGS = 254
 """The first systemd that knows what stands in systemd-254.conf."""
-INSTANCE = re.compile(r"[A-Za-z0-9_.]+")
-"""What may stand behind the @ of a unit's name and mean itself."""
+INSTANCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""What may stand behind the @ of a unit's name, and be a part of names of files."""
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))  # noqa: S108 (by the unit's sandbox)
 _WRITTEN = (
     "# Written by `llamavisor install-service`, and anew each time: what you change belongs into a file beside it."
@@ -125,6 +125,7 @@ class Machine:
         needs: folders that it and its llama-server are in.
         systemd: the version, such as 252.
         has_gpu: whether the service is to see GPUs.
+        has_socket: whether systemd listens for it now.
         llama_server: where it was found if a service would not find it there; else None.
     """
 
@@ -132,6 +133,7 @@ class Machine:
     needs: tuple[Path, ...]
     systemd: int
     has_gpu: bool
+    has_socket: bool = False
     llama_server: Path | None = None
 
 
@@ -159,9 +161,13 @@ def plan(wish: Wish, machine: Machine, config: Config | None, models_dir: Path) 
         yield Folder(folder, 0o755) if is_user else Folder(folder, 0o2775, GROUP)
     if config is None:
         yield _config_file(wish, models_dir, machine.llama_server)
+    sockets = [path for path in units if "llamavisor.socket" in str(path)]
+    # A socket that systemd is told of amid its life is neither what it was nor what it is to be.
+    later = sockets if machine.has_socket and not wish.is_started else []
     for path, text in units.items():
-        yield Remove(path) if text is None else Write(path, text)
-    yield from _commands(wish, [path for path in units if "llamavisor.socket" in str(path)])
+        if path not in later:
+            yield Remove(path) if text is None else Write(path, text)
+    yield from _commands(wish, sockets)
 
 
 def removal(wish: Wish, *, is_last: bool) -> Iterator[Step]:
@@ -272,7 +278,8 @@ def _commands(wish: Wish, sockets: Sequence[Path]) -> Iterator[Run]:
     yield Run((*systemctl, "daemon-reload"))
     if wish.is_started:
         # It goes on to listen where it did, until it is started again with the service.
-        yield Run((*systemctl, "stop", "llamavisor.socket"), may_fail=True, only_after=tuple(sockets))
+        if sockets:
+            yield Run((*systemctl, "stop", "llamavisor.socket"), may_fail=True, only_after=tuple(sockets))
         yield Run((*systemctl, "enable", wish.unit))
         yield Run((*systemctl, "restart", wish.unit))
 

@@ -63,6 +63,8 @@ def _parts(daemon: Daemon) -> Iterator[str]:
     yield from map(_summary, daemon.fleet)
     if daemon.traffic is not None and daemon.traffic.drain.is_draining:
         yield "the gateway takes no new requests"
+    elif daemon.traffic is not None and daemon.traffic.problem:
+        yield f"no client can connect: {daemon.traffic.problem}"
     if daemon.config_error is not None:
         yield "the last change of the configuration is refused"
 

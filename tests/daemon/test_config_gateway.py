@@ -313,7 +313,8 @@ def test_an_address_for_everybody_needs_a_key_or_a_word_that_it_is_meant(
     (told,) = refusal(write(text))
     assert told == (
         f"2: host: other machines reach {host}, and without a key everybody there could use the models:"
-        ' set api_key_file = "…" to a file with keys, or public_without_key = true in [gateway] if that is meant'
+        ' set api_key_file = "…" to a file with keys (or have systemd hand them over), or public_without_key = true'
+        " in [gateway] if that is meant"
     )
     assert load(write(f'{text}api_key_file = "{keys_file}"\n'), NOTHING).warnings == ()
     (warning,) = load(write(f"{text}[gateway]\npublic_without_key = true\n"), NOTHING).warnings

@@ -29,7 +29,7 @@ def composed(folder: Path, *more: str, **variables: str) -> dict[str, Any]:
     (copy / "compose.yaml").write_text(rewritten(DEPLOY / "compose.yaml", {"name: llamavisor\n": ""}), encoding="utf-8")
     files = [f"--file={copy / file}" for file in ("compose.yaml", *more)]
     argv = ["docker-compose", *files, "--profile", "monitoring", "config"]
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), **variables}
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(folder), "MODELS": "/srv/models", **variables}
     done = subprocess.run(argv, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return dict(yaml.safe_load(done.stdout))

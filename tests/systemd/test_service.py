@@ -227,6 +227,7 @@ def test_another_port_is_taken_over(service: Installed) -> None:
     """By the socket unit when it is installed again, and by the daemon itself where nobody wants that unit."""
     before, service.port = service.port, free_port()
     service.configure()
+    service.install()  # what runs is taken over with --now alone
     service.systemd.run("systemctl", "restart", UNIT, timeout_s=START_S)
     told = service.cli("status").stdout
     assert f"{service.port} has no effect: the socket unit of systemd listens on {before}" in told
@@ -313,6 +314,9 @@ def test_several_on_one_machine(service: Installed, llama_server: Path) -> None:
     assert f":{other.port}" in other.cli("--socket", there, "status").stdout
     assert service.ask("alpha") == (200, "I am alpha")
     assert service.systemd.run("ls", "/var/lib/llamavisor-lab").stdout
+    assert service.is_up()  # its socket is its own
+    other.install("--instance", "lab", "--remove")
+    service.systemd.run("test", "-e", "/etc/systemd/system/llamavisor-nvidia.service")
 
 
 def test_a_configuration_that_makes_no_sense(service: Installed) -> None:

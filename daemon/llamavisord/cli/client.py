@@ -208,7 +208,8 @@ class _UnixConnection(HTTPConnection):
             if isinstance(exc, CommandError):
                 raise
             if self._is_connected:
-                raise UnreachableError(f"the daemon at {self._path} closed the connection") from exc
+                hint = "see `systemctl status llamavisor`, and `llamavisor config check`"
+                raise UnreachableError(f"the daemon at {self._path} closed the connection", hint=hint) from exc
             raise _unreachable(self._path, exc) from exc
 
     def _silent(self) -> UnreachableError:

@@ -47,6 +47,7 @@ def look(config: Config | None, *, has_gpu: bool | None) -> Machine:
         needs=tuple(_outermost(needs)),
         systemd=_systemd_version(),
         has_gpu=any(map(os.path.lexists, _SIGNS_OF_GPUS)) if has_gpu is None else has_gpu,
+        has_socket=_is_active("llamavisor.socket"),
         llama_server=found if is_odd else None,
     )
 
@@ -101,7 +102,16 @@ def _outermost(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
+def _is_active(unit: str) -> bool:
+    return _systemctl("is-active", unit).strip() == "active"
+
+
+def _systemctl(*words: str) -> str:
+    """What it says, whatever its exit code is."""
+    done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False, timeout=10)  # noqa: S607
+    return done.stdout
+
+
 def _systemd_version() -> int:
-    said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=False, timeout=10)  # noqa: S607
-    words = said.stdout.split()
+    words = _systemctl("--version").split()
     return int(words[1]) if len(words) > 1 and words[1].isdecimal() else 0

@@ -16,12 +16,16 @@ from llamavisord.cli.installer import Installer
 from llamavisord.cli.render import Screen
 from llamavisord.config import Config
 from llamavisord.exit_codes import ExitCode
+from llamavisord.gateway_table import CREDENTIAL
 from llamavisord.installation import GROUP, INSTANCE, MODELS_DIR, Wish, can_listen, plan, removal
 from llamavisord.loading import load
 from llamavisord.problems import ConfigError
+from llamavisord.variables import Variable
 
 _CONFIGS = Path("/etc/llamavisor")
 _UNITS = Path("/etc/systemd/system")
+_CREDENTIALS = Path("/etc/credstore")
+"""Where systemd looks for credentials that a unit names without a path."""
 
 
 def install(arguments: Namespace) -> int:
@@ -34,7 +38,7 @@ def install(arguments: Namespace) -> int:
         raise CommandError("a service of the machine takes root", hint=hint, exit_code=ExitCode.NOT_PERMITTED)
     installer = Installer(is_dry=arguments.dry_run)
     if arguments.remove:
-        installer.carry_out(removal(wish, is_last=not _other_instances(wish)))
+        installer.carry_out(removal(wish, is_last=not _has_others(wish)))
         return ExitCode.OK
     config = _config(wish)
     models_dir = _models_dir(arguments, wish, config)
@@ -50,7 +54,7 @@ def install(arguments: Namespace) -> int:
 def _wish(arguments: Namespace) -> Wish:
     name: str | None = arguments.instance
     if name is not None and (not INSTANCE.fullmatch(name) or name == "llamavisor"):
-        text = f"--instance {name!r}: expected a name of letters, digits, _ and . that is not llamavisor"
+        text = f"--instance {name!r}: expected a name of letters, digits, _, - and . that is not llamavisor"
         raise CommandError(text, exit_code=ExitCode.USAGE)
     if arguments.user and name:
         raise CommandError("--instance is for services of the machine", exit_code=ExitCode.USAGE)
@@ -67,7 +71,10 @@ def _wish(arguments: Namespace) -> Wish:
     )
 
 
-def _other_instances(wish: Wish) -> bool:
+def _has_others(wish: Wish) -> bool:
+    """Whether another daemon of the machine stays installed."""
+    if wish.instance and (_UNITS / "llamavisor.service").exists():
+        return True
     return any(path.name != f"{wish.unit}.d" for path in _UNITS.glob("llamavisor@?*.service.d"))
 
 
@@ -75,8 +82,9 @@ def _config(wish: Wish) -> Config | None:
     """The configuration that is there; it has to make sense, since folders and ports are taken from it."""
     if not wish.config_file.exists():
         return None
+    has_keys = wish.home is None and not wish.instance and (_CREDENTIALS / CREDENTIAL).exists()
     try:
-        return load(wish.config_file, {})
+        return load(wish.config_file, {Variable.CREDENTIALS_DIRECTORY: str(_CREDENTIALS)} if has_keys else {})
     except ConfigError as error:
         raise CommandError(str(error), hint="mend that first", exit_code=ExitCode.BAD_CONFIG) from error
 
@@ -117,6 +125,8 @@ def _say_what_next(wish: Wish, models_dir: Path) -> None:
                 f"everybody of the group drop files there: chgrp {GROUP} {models_dir} && chmod 2775 {models_dir}"
             )
         screen.line(f"who is to drop models, and to command it, joins the group: usermod -aG {GROUP} NAME")
+        if wish.instance:
+            screen.line(f"command it by: llamavisor --socket /run/llamavisor-{wish.instance}/control.sock status")
         screen.line(f"change {wish.config_file}, then: systemctl reload {wish.unit}")
     else:
         name = pwd.getpwuid(os.getuid()).pw_name
