@@ -29,6 +29,7 @@ from llamavisor.events import (
     DaemonStopping,
     Warned,
 )
+from llamavisor.hub import Hub
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.lock import AlreadyRunningError, Lock
@@ -45,6 +46,7 @@ from llamavisord.config import Config
 from llamavisord.control import control_app
 from llamavisord.control_socket import ControlSocket, Keeper, SocketPathError
 from llamavisord.daemon import Daemon
+from llamavisord.downloads import Downloads
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
@@ -184,7 +186,8 @@ async def _live(
         records=records,
         residents=residents,
     )
-    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
+    downloads = Downloads(Hub(os.environ), bus)
+    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier, downloads=downloads)
     exposition = Exposition(daemon, lives)
     service = Service(daemon, config.gateway, doors) if config.gateway is not None else None
     await sweep(spawner, bus)
@@ -193,6 +196,7 @@ async def _live(
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(fleet.run, daemon.fleet_settings())
+            tasks.start_soon(downloads.run, daemon.models_dirs)
             if service is not None:
                 tasks.start_soon(service.run)
             tasks.start_soon(_measure_lag, daemon)

@@ -26,15 +26,17 @@ from llamavisord.drain import NoGatewayError
 from llamavisord.inventory import folders_view, in_steps, to_json
 from llamavisord.memory_view import forecast_view, memory_view, ps_view
 from llamavisord.problem_documents import HttpCode, as_problems, problem
+from llamavisord.pulling import PULLS, pulling_routes
 from llamavisord.query import BadRequestError, WaitTimeoutError, number, wait_s
 from llamavisord.search import Search
 from llamavisord.tidying import tidying_routes
 from llamavisord.traffic import Traffic
 from llamavisord.view import router_view
 
+BASE = "/control/v1"
 BODY_BYTES = 64 * 1024
 BODY_S = 10.0
-"""How long the body of a request may take, although no command takes one."""
+"""How long the body of a request may take, although hardly any command takes one."""
 GLANCE_S = 0.05
 """A command that nobody waits for is given this long, so that what can be refused at once is refused."""
 FORECAST_S = 30.0
@@ -46,6 +48,8 @@ LOG_LINES_MAX = 10_000
 STATUS_MODELS_MAX = 200
 """Of more models than these `status` leaves those out that are merely not loaded; `models` has them all."""
 EVENT_ID_MAX = 10**18
+
+_TAKES_BODY = ("POST", f"{BASE}{PULLS}")
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +73,7 @@ def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float 
 
 def control_routes(daemon: Daemon) -> list[web.RouteDef]:
     """What can be asked for; the docstring of a handler says to people what it does."""
-    api, base = _Api(daemon), "/control/v1"
+    api, base = _Api(daemon), BASE
     # A model's name may hold slashes, escaped or not, and newlines.
     return [
         web.get(f"{base}/status", api.status),
@@ -92,6 +96,7 @@ def control_routes(daemon: Daemon) -> list[web.RouteDef]:
         web.get(f"{base}/events", api.events),
         web.get(f"{base}/logs", api.logs),
         *tidying_routes(daemon, base),
+        *pulling_routes(daemon, base),
         *health_routes(daemon),
     ]
 
@@ -422,7 +427,7 @@ def _json(body: dict[str, Any], *, status: int = HTTPStatus.OK) -> web.Response:
 def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware:
     @web.middleware
     async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Let the right people in, and no request bodies: no command takes one."""
+        """Let the right people in, and no request bodies: one command takes one."""
         transport = request.transport
         if transport is None:
             raise ConnectionResetError
@@ -431,7 +436,8 @@ def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware
             bus.publish(PeerRefused(uid=peer.uid, pid=peer.pid, request=f"{request.method} {request.path}"))
             detail = f"uid {peer.uid} may not command this daemon"
             return problem(HTTPStatus.FORBIDDEN, detail, HttpCode.FORBIDDEN, f"join the group of {control_socket.path}")
-        if request.can_read_body and await _body(request, body_s) not in {b"", b"{}"}:
+        body = await _body(request, body_s) if request.can_read_body else b""
+        if body not in {b"", b"{}"} and (request.method, request.path) != _TAKES_BODY:
             raise BadRequestError(f"{request.method} {request.path} takes no body; give arguments in the query")
         return await handler(request)
 

@@ -17,11 +17,13 @@ from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded, Warned
 from llamavisor.fleet import Applied, Fleet
+from llamavisor.hub import Hub
 from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
 from llamavisor.threads import run_in_thread
 from llamavisord import __version__
 from llamavisord.config import Config, gateway_changes
+from llamavisord.downloads import Downloads
 from llamavisord.inventory import Inventory
 from llamavisord.memory_view import memory_warnings
 from llamavisord.notify import Notifier
@@ -55,6 +57,7 @@ class Daemon:
         fleet: the routers.
         bus: where the events go.
         notifier: hears of reloads.
+        downloads: what comes from the Hub, and how it is asked.
     """
 
     def __init__(
@@ -65,12 +68,14 @@ class Daemon:
         fleet: Fleet,
         bus: Bus,
         notifier: Notifier | None = None,
+        downloads: Downloads | None = None,
     ) -> None:
         self.config = config
         self.config_error: str | None = None
         self.config_loaded_at = time.time()
         self.fleet = fleet
         self.bus = bus
+        self.downloads = Downloads(Hub({}), bus) if downloads is None else downloads
         self.traffic: Traffic | None = None  # of the gateway, if there is one
         self.metrics_error: str | None = None
         self.loop_lag_s = 0.0
@@ -137,6 +142,11 @@ class Daemon:
         """Reload for SIGHUP: the error is in the log, in `status` and in the metrics, and work goes on."""
         with suppress(LlamavisorError):
             await self.reload()
+
+    @property
+    def models_dirs(self) -> tuple[Path, ...]:
+        """The models folders, that of the first router first."""
+        return tuple(dict.fromkeys(router.models_dir for router in self.config.routers))
 
     @property
     def is_ready(self) -> bool:

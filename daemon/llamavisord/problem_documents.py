@@ -12,6 +12,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from llamavisor.errors import DemandRefusedError, LlamavisorError
+from llamavisor.hub import HubError, Why
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
 
@@ -53,10 +54,30 @@ STATUS: Mapping[str, HTTPStatus] = {
     "no_gateway": HTTPStatus.CONFLICT,
     "ending": HTTPStatus.CONFLICT,
     "router_api_failed": HTTPStatus.BAD_GATEWAY,
+    "hub_failed": HTTPStatus.BAD_GATEWAY,  # or another, by its `why`
     "config_invalid": HTTPStatus.UNPROCESSABLE_ENTITY,
     "model_load_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 """The codes that people may see on the control socket, and the status of HTTP that goes with each."""
+HUB_STATUS: Mapping[Why, HTTPStatus] = {
+    Why.SPEC: HTTPStatus.BAD_REQUEST,
+    Why.NO_REPOSITORY: HTTPStatus.NOT_FOUND,
+    Why.NO_REVISION: HTTPStatus.NOT_FOUND,
+    Why.NO_FILE: HTTPStatus.NOT_FOUND,
+    Why.NO_PULL: HTTPStatus.NOT_FOUND,
+    Why.UNAUTHORIZED: HTTPStatus.FORBIDDEN,
+    Why.FORBIDDEN: HTTPStatus.FORBIDDEN,
+    Why.BUSY: HTTPStatus.TOO_MANY_REQUESTS,
+    Why.EXISTS: HTTPStatus.CONFLICT,
+    Why.OFFLINE: HTTPStatus.CONFLICT,
+    Why.NO_SPACE: HTTPStatus.INSUFFICIENT_STORAGE,
+    Why.DISK: HTTPStatus.INSUFFICIENT_STORAGE,
+    Why.WRONG_CONTENT: HTTPStatus.BAD_GATEWAY,
+    Why.UNREACHABLE: HTTPStatus.BAD_GATEWAY,
+    Why.STALLED: HTTPStatus.BAD_GATEWAY,
+    Why.SERVER: HTTPStatus.BAD_GATEWAY,
+}
+"""The status of `hub_failed`, by the `why` that stands beside it."""
 _HTTP_CODES = {STATUS[code]: code for code in HttpCode}
 
 _log = logging.getLogger(__name__)
@@ -68,6 +89,7 @@ def problem(
     code: str,
     hint: str = "",
     *,
+    why: str = "",
     log_tail: Sequence[str] = (),
     headers: Mapping[str, str] | None = None,
 ) -> web.Response:
@@ -78,6 +100,7 @@ def problem(
         detail: what failed, on which object, and why.
         code: in one word, for programs.
         hint: what to do next.
+        why: what kind of failure it is, of a code that stands for several.
         log_tail: the end of what the process in question had printed.
         headers: of the answer.
     """
@@ -90,6 +113,8 @@ def problem(
     }
     if hint:
         body["hint"] = plain(hint)
+    if why:
+        body["why"] = why
     if log_tail:
         body["log_tail"] = list(map(plain, log_tail))
     return web.json_response(body, status=status, content_type="application/problem+json", headers=headers)
@@ -103,11 +128,13 @@ async def as_problems(request: web.Request, handler: Handler) -> web.StreamRespo
     except LlamavisorError as error:
         status = STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
         detail = "; ".join(map(str, error.problems)) if isinstance(error, ConfigError) else str(error)
-        headers = {}
-        if isinstance(error, DemandRefusedError) and error.retry_after_s is not None:
-            status = HTTPStatus.SERVICE_UNAVAILABLE
+        headers, why = {}, ""
+        if isinstance(error, HubError):
+            status, why = HUB_STATUS[error.why], error.why.value
+        if isinstance(error, DemandRefusedError | HubError) and error.retry_after_s is not None:
+            status = HTTPStatus.SERVICE_UNAVAILABLE if isinstance(error, DemandRefusedError) else status
             headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-        return problem(status, detail, error.code, error.hint, log_tail=error.log_tail, headers=headers)
+        return problem(status, detail, error.code, error.hint, why=why, log_tail=error.log_tail, headers=headers)
     except web.HTTPException as error:
         code = _HTTP_CODES.get(HTTPStatus(error.status), "bad_request")
         return problem(error.status, f"{request.method} {request.path}: {error.reason}", code)

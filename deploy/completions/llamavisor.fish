@@ -9,9 +9,9 @@ function __llamavisor_at
             set is_value no
         else if test "$word" = --
             return 1
-        else if contains -- $word --api-key-file --config --folder --gpu-layers --grammar --host --image --imatrix --instance --json-schema --lines --llama-server --log-level --max-tokens --memory --metrics-port --min-p --model --models-dir --models-max --port --repeat-penalty --router --seed --since --socket --state-dir --system --temperature --threads --timeout --top-k --top-p -n
+        else if contains -- $word --api-key-file --cancel --config --file --folder --gpu-layers --grammar --host --image --imatrix --instance --json-schema --lines --llama-server --log-level --max-tokens --memory --metrics-port --min-p --model --models-dir --models-max --name --port --repeat-penalty --revision --router --seed --since --socket --state-dir --system --temperature --threads --timeout --top-k --top-p -n
             set is_value yes
-        else if not string match -q -- '-*' $word; and contains -- (string join ' ' $path $word) 'serve' 'status' 'models' 'show' 'ps' 'events' 'logs' 'run' 'quantize' 'load' 'unload' 'pin' 'unpin' 'evict' 'restart' 'stop' 'start' 'drain' 'resume' 'reload' 'rm' 'du' 'config' 'config check' 'config show' 'doctor' 'install-service' 'demo' 'version'
+        else if not string match -q -- '-*' $word; and contains -- (string join ' ' $path $word) 'serve' 'status' 'models' 'show' 'ps' 'events' 'logs' 'run' 'quantize' 'load' 'unload' 'pin' 'unpin' 'evict' 'restart' 'stop' 'start' 'drain' 'resume' 'reload' 'pull' 'pulls' 'rm' 'du' 'config' 'config check' 'config show' 'doctor' 'install-service' 'demo' 'version'
             set -a path $word
         end
     end
@@ -44,6 +44,8 @@ complete -c llamavisor -n '__llamavisor_at' -a start -d 'start a router that was
 complete -c llamavisor -n '__llamavisor_at' -a drain -d 'have the gateway take no new requests, and wait until the last one has ended'
 complete -c llamavisor -n '__llamavisor_at' -a resume -d 'have the gateway take requests again'
 complete -c llamavisor -n '__llamavisor_at' -a reload -d 'read the configuration and the models folder again'
+complete -c llamavisor -n '__llamavisor_at' -a pull -d 'bring a model from the Hugging Face Hub into the models folder'
+complete -c llamavisor -n '__llamavisor_at' -a pulls -d 'show the models that come from the Hub, and how far they are'
 complete -c llamavisor -n '__llamavisor_at' -a rm -d 'remove models from the disk'
 complete -c llamavisor -n '__llamavisor_at' -a du -d 'show who takes the disk, and what is no model'
 complete -c llamavisor -n '__llamavisor_at' -a config -d 'check or show the configuration'
@@ -200,6 +202,24 @@ complete -c llamavisor -n '__llamavisor_at reload' -l debug -d 'show the traceba
 complete -c llamavisor -n '__llamavisor_at reload' -l socket -r -F -d 'the daemon\'s control socket (else LLAMAVISOR_SOCKET)'
 complete -c llamavisor -n '__llamavisor_at reload' -l json -d 'answer in JSON'
 complete -c llamavisor -n '__llamavisor_at reload' -s h -l help -d 'show what it takes'
+complete -c llamavisor -n '__llamavisor_at pull' -l debug -d 'show the traceback of an error'
+complete -c llamavisor -n '__llamavisor_at pull' -l socket -r -F -d 'the daemon\'s control socket (else LLAMAVISOR_SOCKET)'
+complete -c llamavisor -n '__llamavisor_at pull' -l json -d 'answer in JSON'
+complete -c llamavisor -n '__llamavisor_at pull' -l file -x -d 'the model whose file is called so, instead of a quantization'
+complete -c llamavisor -n '__llamavisor_at pull' -l revision -x -d 'a branch, a tag or a commit'
+complete -c llamavisor -n '__llamavisor_at pull' -l mmproj -l no-mmproj -d 'whether its projector comes too'
+complete -c llamavisor -n '__llamavisor_at pull' -l draft -l no-draft -d 'whether its draft comes too'
+complete -c llamavisor -n '__llamavisor_at pull' -l name -x -d 'what the model is to be called'
+complete -c llamavisor -n '__llamavisor_at pull' -l router -x -a '(__llamavisor_names routers)' -d 'into the models folder of this router'
+complete -c llamavisor -n '__llamavisor_at pull' -l list -d 'only show what the repository holds, and what of it fits this machine'
+complete -c llamavisor -n '__llamavisor_at pull' -l detach -d 'do not wait until it is there'
+complete -c llamavisor -n '__llamavisor_at pull' -l cancel -x -d 'end a pull; what came is kept, and the same pull goes on with it'
+complete -c llamavisor -n '__llamavisor_at pull' -l drop -d 'with --cancel: remove what came'
+complete -c llamavisor -n '__llamavisor_at pull' -s h -l help -d 'show what it takes'
+complete -c llamavisor -n '__llamavisor_at pulls' -l debug -d 'show the traceback of an error'
+complete -c llamavisor -n '__llamavisor_at pulls' -l socket -r -F -d 'the daemon\'s control socket (else LLAMAVISOR_SOCKET)'
+complete -c llamavisor -n '__llamavisor_at pulls' -l json -d 'answer in JSON'
+complete -c llamavisor -n '__llamavisor_at pulls' -s h -l help -d 'show what it takes'
 complete -c llamavisor -n '__llamavisor_at rm' -l debug -d 'show the traceback of an error'
 complete -c llamavisor -n '__llamavisor_at rm' -l socket -r -F -d 'the daemon\'s control socket (else LLAMAVISOR_SOCKET)'
 complete -c llamavisor -n '__llamavisor_at rm' -l json -d 'answer in JSON'

@@ -118,6 +118,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_quantize(commands)
     _add_acting(commands)
+    _add_pulling(commands)
     _add_tidying(commands)
     _add_config(commands)
     _add_doctor(commands)
@@ -299,6 +300,40 @@ def _add_acting(commands: _Commands) -> None:
         talks=True,
         json=True,
     )
+
+
+def _add_pulling(commands: _Commands) -> None:
+    pull = commands.add(
+        "pull",
+        "bring a model from the Hugging Face Hub into the models folder",
+        details="The daemon brings it: it goes on when the terminal is closed, and after a restart. Without a "
+        "quantization the usual one is taken, as by llama-server -hf: Q4_K_M, else Q8_0, else the first.",
+        talks=True,
+        json=True,
+    )
+    add = pull.add_argument
+    add("spec", nargs="?", metavar="SPEC", help="USER/REPO or USER/REPO:QUANT")
+    add("--file", default="", metavar="GLOB", help="the model whose file is called so, instead of a quantization")
+    add("--revision", default="", metavar="REV", help="a branch, a tag or a commit (default: main)")
+    add(
+        "--mmproj",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether its projector comes too (default: yes)",
+    )
+    add(
+        "--draft",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether its draft comes too (default: yes)",
+    )
+    add("--name", default="", help="what the model is to be called (default: as its file is)")
+    add("--router", metavar="NAME", help="into the models folder of this router (default: of the first)")
+    add("--list", action="store_true", help="only show what the repository holds, and what of it fits this machine")
+    add("--detach", action="store_true", help="do not wait until it is there")
+    add("--cancel", metavar="ID", help="end a pull; what came is kept, and the same pull goes on with it")
+    add("--drop", action="store_true", help="with --cancel: remove what came")
+    commands.add("pulls", "show the models that come from the Hub, and how far they are", talks=True, json=True)
 
 
 def _add_tidying(commands: _Commands) -> None:

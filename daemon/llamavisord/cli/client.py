@@ -35,6 +35,14 @@ EXIT_CODES: Mapping[str, ExitCode] = {
     "config_invalid": ExitCode.BAD_CONFIG,
 }
 """What a problem document's `code` means to the caller of a command; every other code is FAILED."""
+_HUB_EXIT_CODES: Mapping[str, ExitCode] = {
+    "spec": ExitCode.USAGE,
+    "no_repository": ExitCode.NOT_FOUND,
+    "no_revision": ExitCode.NOT_FOUND,
+    "no_file": ExitCode.NOT_FOUND,
+    "no_pull": ExitCode.NOT_FOUND,
+}
+"""Likewise the `why` of what has to do with the Hub."""
 
 
 def find_socket(flag: str | None, environ: Mapping[str, str]) -> Path:
@@ -87,6 +95,7 @@ class Client:
         path: str,
         query: Mapping[str, object],
         *,
+        body: Mapping[str, object] | None = None,
         timeout_s: float = ANSWER_TIMEOUT_S,
         tick: Callable[[], None] | None = None,
         tick_s: float = 0.25,
@@ -97,6 +106,7 @@ class Client:
             method: "GET", "POST" or "DELETE".
             path: percent-encoded where it must be.
             query: arguments; one that is None is left out. `wait`, in seconds, adds to the time for the answer.
+            body: what is sent as JSON; None for nothing, as nearly all commands have it.
             timeout_s: how long the answer may take.
             tick: called every `tick_s` seconds until the answer comes.
             tick_s: seconds between two calls of `tick`.
@@ -109,13 +119,13 @@ class Client:
         if isinstance(wait, float | int):
             timeout_s = wait + _GRACE_S
         with closing(_UnixConnection(self.path, timeout_s)) as connection:
-            self._send(connection, method, path, query)
+            self._send(connection, method, path, query, body)
             if tick is not None:
                 connection.wait_readable(time.monotonic() + timeout_s, tick, tick_s)
             with connection.translating():
                 response = connection.getresponse()
-                body = response.read()
-            return _json(response.status, body, self.path)
+                answer = response.read()
+            return _json(response.status, answer, self.path)
 
     def lines(self, path: str, *, timeout_s: float | None = ANSWER_TIMEOUT_S, **query: object) -> Generator[str]:
         """The lines of a text as they come, without their ends. Close it to hang up.
@@ -162,10 +172,19 @@ class Client:
                 if line.startswith("data:"):
                     yield json.loads(line[5:])
 
-    def _send(self, connection: _UnixConnection, method: str, path: str, query: Mapping[str, object]) -> None:
+    @staticmethod
+    def _send(
+        connection: _UnixConnection,
+        method: str,
+        path: str,
+        query: Mapping[str, object],
+        body: Mapping[str, object] | None = None,
+    ) -> None:
         arguments = urlencode({key: value for key, value in query.items() if value is not None})
+        content = None if body is None else json.dumps(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
         with connection.translating():
-            connection.request(method, f"{path}?{arguments}" if arguments else path)
+            connection.request(method, f"{path}?{arguments}" if arguments else path, content, headers)
 
 
 class _UnixConnection(HTTPConnection):
@@ -232,11 +251,16 @@ def _json(status: int, body: bytes, path: Path) -> dict[str, Any]:
         raise CommandError(f"what answers at {path} is no llamavisor (status {status}, not JSON)")
     if status >= 400:
         detail = answer.get("detail") or answer.get("title") or f"status {status}"
-        exit_code = EXIT_CODES.get(str(answer.get("code")), ExitCode.FAILED)
+        exit_code = EXIT_CODES.get(str(answer.get("code"))) or hub_exit_code(answer.get("why"))
         tail = answer.get("log_tail")
         log_tail = [str(line) for line in tail] if isinstance(tail, list) else []
         raise CommandError(str(detail), hint=str(answer.get("hint") or ""), exit_code=exit_code, log_tail=log_tail)
     return answer
+
+
+def hub_exit_code(why: object) -> ExitCode:
+    """What it means to the caller of a command that a model does not come from the Hub."""
+    return _HUB_EXIT_CODES.get(str(why), ExitCode.FAILED)
 
 
 def _unreachable(path: Path, exc: Exception) -> UnreachableError:

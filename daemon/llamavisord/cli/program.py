@@ -30,6 +30,8 @@ _COMMANDS: Mapping[str, str] = {
     "pin": "act:pin",
     "unpin": "act:unpin",
     "evict": "memory:evict",
+    "pull": "pull:pull",
+    "pulls": "pull:pulls",
     "rm": "tidy:rm",
     "du": "tidy:du",
     "restart": "act:restart",

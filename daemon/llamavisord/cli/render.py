@@ -86,6 +86,10 @@ class Screen:
         """Put `text` in the place of the line that the cursor is on."""
         print(f"\r\x1b[K{text}", end="", file=self._stream, flush=True)
 
+    def draw(self, text: str) -> None:
+        """Write what moves the cursor, at once; only to a terminal."""
+        print(text, end="", file=self._stream, flush=True)
+
     @property
     def width(self) -> int:
         """Columns of the terminal."""

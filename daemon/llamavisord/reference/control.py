@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator
 import anyio
 
 from llamavisor.errors import LlamavisorError
-from llamavisord.cli.client import EXIT_CODES
+from llamavisor.hub import Why
+from llamavisord.cli.client import EXIT_CODES, hub_exit_code
 from llamavisord.control import control_routes
 from llamavisord.exit_codes import ExitCode
-from llamavisord.problem_documents import STATUS, HttpCode
+from llamavisord.problem_documents import HUB_STATUS, STATUS, HttpCode
 from llamavisord.reference.docstrings import members, told
 from llamavisord.reference.markdown import code, prose, table
 from llamavisord.reference.specimen import exposition
@@ -46,6 +47,14 @@ def problems() -> Iterator[str]:
         meaning = meanings[name].partition("\n\n")[0].removeprefix("Raised when ")
         rows.append((code(str(name)), str(int(status)), str(int(exit_code)), prose(meaning[0].upper() + meaning[1:])))
     yield from table(("code", "status", "exit code", "when"), rows)
+    yield "The status of `hub_failed`, and its exit code, go by its `why`:"
+    yield ""
+    kinds = members(Why)
+    hub = [
+        (code(why.value), str(int(status)), str(int(hub_exit_code(why))), prose(kinds[why.value]))
+        for why, status in HUB_STATUS.items()
+    ]
+    yield from table(("why", "status", "exit code", "when"), hub)
 
 
 async def _routes() -> tuple[list[tuple[str, str, str]], list[tuple[str, str, str]]]:

@@ -1,0 +1,208 @@
+"""`llamavisor pull` and `llamavisor pulls`: models from the Hugging Face Hub, which the daemon brings.
+
+What is asked for here only begins there: whoever leaves loses nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+from urllib.parse import quote
+
+from llamavisord.cli.bars import Bars
+from llamavisord.cli.client import Client, hub_exit_code
+from llamavisord.cli.errors import CommandError
+from llamavisord.cli.look import client_of
+from llamavisord.cli.render import Screen
+from llamavisord.exit_codes import ExitCode
+from llamavisord.plain import plain
+from llamavisord.units import format_duration, format_size
+
+LOOK_TIMEOUT_S = 300.0
+"""The daemon asks the Hub again when it is busy, and has a timeout of its own for every attempt."""
+TICK_S = 0.2
+"""Between two looks at how far it is."""
+_PULLS = "/control/v1/pulls"
+_UNDER_WAY = "under_way"
+
+
+def pull(arguments: Namespace) -> int:
+    """Bring a model, or show what there is, or end a pull."""
+    _check(arguments)
+    client = client_of(arguments)
+    if arguments.cancel is not None:
+        return _cancel(client, arguments)
+    if arguments.list:
+        return _list(client, arguments)
+    begun: dict[str, Any] | None = None
+    try:
+        answer = client.call("POST", _PULLS, {}, body=_order(arguments), timeout_s=LOOK_TIMEOUT_S)
+        begun = answer["pull"]
+        told = Screen(sys.stderr) if arguments.json else Screen()
+        if answer["usual"] and begun["quantization"]:
+            told.line(
+                f"{plain(arguments.spec)}: {plain(begun['quantization'])} is taken, which is usual; --list has all"
+            )
+        if arguments.detach:
+            return _tell_detached(answer, arguments)
+        ended = _watch(client, begun)
+    except KeyboardInterrupt:
+        which = f"`llamavisor pull --cancel {begun['id']}`" if begun else "`llamavisor pulls` has its ID, and --cancel"
+        raise CommandError(
+            f"interrupted; {begun['model'] if begun else arguments.spec} goes on coming",
+            hint=f"{which} ends it",
+            exit_code=ExitCode.INTERRUPTED,
+        ) from None
+    return _tell_end(ended, answer, arguments)
+
+
+def pulls(arguments: Namespace) -> int:
+    """Show all pulls."""
+    answer, screen = client_of(arguments).get(_PULLS), Screen()
+    if arguments.json:
+        screen.json(answer)
+        return ExitCode.OK
+    if not answer["pulls"]:
+        screen.line("no pulls: `llamavisor pull USER/REPO` begins one")
+        return ExitCode.OK
+    screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in answer["pulls"]])
+    for each in answer["pulls"]:
+        if each["error"]:
+            screen.line(f"{plain(each['model'])}: {_reason(each['error'])}")
+    return ExitCode.OK
+
+
+def _check(arguments: Namespace) -> None:
+    """What cannot be meant together."""
+    if (arguments.spec is None) is (arguments.cancel is None):
+        text = "name either what to pull or, with --cancel, the ID of a pull"
+        raise CommandError(text, hint="as in `llamavisor pull USER/REPO:QUANT`", exit_code=ExitCode.USAGE)
+    if arguments.drop and arguments.cancel is None:
+        raise CommandError("--drop goes with --cancel", exit_code=ExitCode.USAGE)
+
+
+def _order(arguments: Namespace) -> dict[str, object]:
+    names = ("spec", "file", "revision", "mmproj", "draft", "name", "router")
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
+    """Show how far it is until it has ended."""
+    bars, seen = Bars(Screen(sys.stderr)), begun
+    try:
+        while seen["state"] == _UNDER_WAY:
+            bars.show(seen)
+            time.sleep(TICK_S)
+            found = client.get(_PULLS, id=begun["id"])["pulls"]
+            seen = found[0] if found else {**seen, "state": "cancelled"}
+        bars.show(seen)
+    finally:
+        bars.close()
+    return seen
+
+
+def _tell_end(pull: dict[str, Any], answer: dict[str, Any], arguments: Namespace) -> int:
+    if arguments.json:
+        Screen().json({**answer, "pull": pull})
+    if error := pull["error"]:
+        raise CommandError(
+            f"{pull['model']}: {error['detail']}", hint=error["hint"] or "", exit_code=hub_exit_code(error["why"])
+        )
+    if pull["state"] != "done":
+        raise CommandError(
+            f"{pull['model']} was cancelled", hint="the same pull goes on with what came, if it was kept"
+        )
+    if not arguments.json:
+        was_there = answer["pull"]["state"] == "done"
+        told = "is there already" if was_there else f"pulled, {format_size(pull['size_bytes'])}"
+        Screen().line(f"{plain(pull['model'])}: {told}: {plain(pull['path'])}")
+    return ExitCode.OK
+
+
+def _tell_detached(answer: dict[str, Any], arguments: Namespace) -> int:
+    if arguments.json:
+        Screen().json(answer)
+        return ExitCode.OK
+    begun = answer["pull"]
+    if begun["state"] == _UNDER_WAY:
+        told = f"{format_size(begun['size_bytes'])} under way as {plain(begun['id'])}; `llamavisor pulls` shows it"
+    else:
+        told = f"is there already: {plain(begun['path'])}"
+    Screen().line(f"{plain(begun['model'])}: {told}")
+    return ExitCode.OK
+
+
+def _cancel(client: Client, arguments: Namespace) -> int:
+    query = {"drop": str(arguments.drop).lower()}
+    answer = client.call("DELETE", f"{_PULLS}/{quote(arguments.cancel, safe='')}", query)
+    if arguments.json:
+        Screen().json(answer)
+        return ExitCode.OK
+    state = answer["pull"]["state"] if answer["pull"] else "cancelled"
+    if state == "done":
+        told = "had ended already"
+    else:
+        told = f"cancelled, and what came is {'removed' if answer['dropped'] else 'kept'}"
+    Screen().line(f"{plain(arguments.cancel)}: {told}")
+    return ExitCode.OK
+
+
+def _list(client: Client, arguments: Namespace) -> int:
+    query = {
+        "repo": arguments.spec,
+        "file": arguments.file or None,
+        "revision": arguments.revision or None,
+        "router": arguments.router,
+    }
+    answer = client.call("GET", "/control/v1/hub", query, timeout_s=LOOK_TIMEOUT_S)
+    screen = Screen()
+    if arguments.json:
+        screen.json(answer)
+        return ExitCode.OK
+    screen.line(f"{plain(answer['repository'])} at {plain(answer['revision'])}, {plain(answer['commit'][:10])}")
+    rows = [_choice_row(each) for each in answer["models"]]
+    screen.table(("", "QUANT", "SIZE", "WITH", "CONTEXT", "FITS", "FILE"), rows, cuts_last=True)
+    screen.line()
+    chosen = next((each for each in answer["models"] if each["chosen"]), None)
+    if chosen is not None:
+        screen.line(f"* is what is pulled: {plain(chosen['quantization'] or chosen['name'])}")
+    if answer["budget_bytes"] is not None:
+        room = f"{format_size(answer['budget_bytes'])} of router {plain(answer['router'])}"
+        screen.line(f"fits: whether the weights alone, without any context, go into the {room}")
+    return ExitCode.OK
+
+
+def _choice_row(choice: dict[str, Any]) -> tuple[object, ...]:
+    beside = [word for word, key in (("mmproj", "projector"), ("draft", "draft")) if choice[key]]
+    more = len(choice["files"]) - 1
+    path = choice["files"][0]["path"] + (f" and {more} more" if more else "")
+    fits = None if choice["fits"] is None else "yes" if choice["fits"] else "no"
+    return (
+        "*" if choice["chosen"] else "",
+        choice["quantization"] or choice["name"],
+        format_size(choice["size_bytes"]),
+        ", ".join(beside) or None,
+        choice["n_ctx_train"],
+        fits,
+        f"{path}: {choice['problem']}" if choice["problem"] else path,
+    )
+
+
+def _row(pull: dict[str, Any]) -> tuple[object, ...]:
+    done, size = pull["done_bytes"], pull["size_bytes"]
+    is_moving = pull["state"] == _UNDER_WAY
+    return (
+        pull["model"],
+        "under way" if is_moving else pull["state"],
+        f"{done / size:.0%}" if done is not None and size else None,
+        format_size(size),
+        f"{format_size(int(pull['speed_bytes_per_s']))}/s" if is_moving else None,
+        format_duration(pull["left_s"]) if is_moving and pull["left_s"] is not None else None,
+        pull["id"],
+    )
+
+
+def _reason(error: dict[str, Any]) -> str:
+    return plain(" ".join(filter(None, (f"{error['detail']}.", error["hint"]))))

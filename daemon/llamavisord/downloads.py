@@ -1,0 +1,100 @@
+"""The pulls into all models folders of a daemon: each folder has its own, gone on with after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import anyio
+from anyio.abc import TaskGroup
+
+from llamavisor.events import Bus
+from llamavisor.hub import Hub, HubError, Pulls, Why
+
+OPEN_S = 10.0
+"""How long somebody waits for a folder to be looked at; one on a server that is away does not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    pulls: Pulls
+    opened: anyio.Event = field(default_factory=anyio.Event)
+
+
+class Downloads:
+    """All pulls of a daemon. Used from one event loop, while it runs.
+
+    Args:
+        hub: where models come from.
+        bus: where events go.
+    """
+
+    def __init__(self, hub: Hub, bus: Bus) -> None:
+        self.hub = hub
+        self._bus = bus
+        self._folders: dict[Path, _Folder] = {}
+        self._tasks: TaskGroup | None = None
+
+    def __repr__(self) -> str:
+        return f"<Downloads into {sorted(map(str, self._folders))}>"
+
+    async def run(self, models_dirs: Collection[Path]) -> None:
+        """Go on with what was under way in these folders, and take what comes, until cancelled.
+
+        What is under way then is gone on with by the next daemon.
+        """
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                for models_dir in models_dirs:
+                    self._begin(models_dir)
+                await anyio.sleep_forever()
+        finally:
+            self._tasks = None
+
+    async def into(self, models_dir: Path) -> Pulls:
+        """The pulls into a models folder; what was under way there is gone on with.
+
+        Raises:
+            HubError: the folder does not answer, or the daemon ends.
+        """
+        folder = self._begin(models_dir)
+        with anyio.move_on_after(OPEN_S):
+            await folder.opened.wait()
+            return folder.pulls
+        raise HubError(f"{models_dir} does not answer", why=Why.DISK)
+
+    async def cancel(self, key: str, models_dirs: Collection[Path], *, drop: bool = False) -> None:
+        """End a pull wherever it goes.
+
+        Args:
+            key: its id.
+            models_dirs: the folders that are meant.
+            drop: whether what came is removed.
+
+        Raises:
+            HubError: there is none of that name.
+        """
+        refusals: list[HubError] = []
+        for models_dir in models_dirs:
+            try:
+                await (await self.into(models_dir)).cancel(key, drop=drop)
+            except HubError as exc:
+                refusals.append(exc)
+        if len(refusals) == len(models_dirs):
+            raise refusals[-1]
+
+    def _begin(self, models_dir: Path) -> _Folder:
+        folder = self._folders.get(models_dir)
+        if folder is None:
+            if self._tasks is None:
+                raise HubError("the daemon takes no pulls now", why=Why.DISK)
+            folder = self._folders[models_dir] = _Folder(Pulls(self.hub, models_dir, self._bus))
+            self._tasks.start_soon(self._keep_open, folder)
+        return folder
+
+    @staticmethod
+    async def _keep_open(folder: _Folder) -> None:
+        async with folder.pulls.opened():
+            folder.opened.set()
+            await anyio.sleep_forever()

@@ -1,0 +1,240 @@
+"""The part of the control API that is about the Hugging Face Hub: what a repository holds, and pulls."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pydantic
+from aiohttp import web
+
+from llamavisor.gauge import RAM_ID
+from llamavisor.hub import Choice, HubError, Listing, Progress, Pull, Record, RemoteFile, Spec, parse
+from llamavisor.router import Router
+from llamavisord.daemon import Daemon
+from llamavisord.query import BadRequestError, flag
+
+PULLS = "/pulls"
+"""Where pulls are; a POST there is the only command that takes a body."""
+PAUSED = "paused"
+"""The state of a pull that an earlier daemon has begun and nobody wants now."""
+
+
+class _Order(pydantic.BaseModel):
+    """What a person asks for."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", strict=True)
+
+    spec: str
+    file: str = ""
+    revision: str = ""
+    mmproj: bool = True
+    draft: bool = True
+    name: str = ""
+    router: str | None = None
+
+
+def pulling_routes(daemon: Daemon, base: str) -> list[web.RouteDef]:
+    """What can be asked for; the docstring of a handler says to people what it does."""
+    api = _Pulling(daemon)
+    return [
+        web.get(f"{base}/hub", api.look),
+        web.get(f"{base}{PULLS}", api.pulls),
+        web.post(f"{base}{PULLS}", api.start),
+        web.delete(base + PULLS + r"/{id:[^/]+}", api.cancel),
+    ]
+
+
+class _Pulling:
+    """The handlers."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._fleet = daemon.fleet
+
+    async def look(self, request: web.Request) -> web.Response:
+        """What a repository of the Hub holds, without a download: `?repo=USER/REPO`, or `USER/REPO:QUANT`.
+
+        `?file=` and `?revision=` as for a pull. For each model its files, quantization, trained context, which one is
+        `chosen` (without a quantization: the usual one), and whether its weights fit the memory budget of a router,
+        the first or that of `?router=`. Of what the models need besides their weights nothing is said.
+        """
+        query = request.query
+        spec = parse(query.get("repo", ""), file=query.get("file", ""), revision=query.get("revision", ""))
+        router = self._router(query.get("router"))
+        listing = await self._daemon.downloads.hub.look(spec, reads_headers=True)
+        budget = None if router is None else self._budget_bytes(router)
+        chosen = _chosen(listing, spec)
+        return web.json_response(
+            {
+                "repository": listing.repository,
+                "revision": listing.revision,
+                "commit": listing.commit,
+                "models": [
+                    {**_choice_view(choice, spec, budget), "chosen": choice is chosen} for choice in listing.choices
+                ],
+                "others": [_file_view(file) for file in listing.others],
+                "router": router.name if router is not None else None,
+                "budget_bytes": budget,
+                "needs": "weights",
+            }
+        )
+
+    async def start(self, request: web.Request) -> web.Response:
+        """Bring a model into the models folder of the first router, or of `router`; the same one twice is one pull.
+
+        The body is JSON: `spec` (`USER/REPO` or `USER/REPO:QUANT`) and if need be `file` (a pattern), `revision`,
+        `mmproj` and `draft` (false: not these), `name` (what the model is to be called), `router`. Answered as soon as
+        it is known what is to be brought; it is pulled in the background, and a later daemon goes on with it.
+        """
+        try:
+            order = _Order.model_validate_json(await request.read())
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            text = f"POST {request.path}: the body is no pull: {where and where + ': '}{first['msg']}"
+            raise BadRequestError(text) from None
+        spec = parse(
+            order.spec,
+            file=order.file,
+            revision=order.revision,
+            with_projector=order.mmproj,
+            with_draft=order.draft,
+        )
+        event_id, folder = self._daemon.bus.last_id, self._folder(order.router)
+        pull = await (await self._daemon.downloads.into(folder)).start(spec, name=order.name)
+        is_usual = not spec.quantization and not spec.file
+        body = {"pull": _pull_view(pull, folder), "usual": is_usual, "event_id": event_id}
+        return web.json_response(body, status=HTTPStatus.OK if pull.ended.is_set() else HTTPStatus.ACCEPTED)
+
+    async def pulls(self, request: web.Request) -> web.Response:
+        """The pulls that are under way, those that have ended lately, and those that can be gone on with.
+
+        `?id=`: only that one.
+        """
+        return web.json_response({"pulls": await self._known(request.query.get("id"))})
+
+    async def cancel(self, request: web.Request) -> web.Response:
+        """End a pull. What came is kept, and the same pull goes on with it; `?drop=true` removes it."""
+        event_id, key, is_dropped = self._daemon.bus.last_id, request.match_info["id"], flag(request, "drop")
+        await self._daemon.downloads.cancel(key, self._daemon.models_dirs, drop=is_dropped)
+        pull = next(iter(await self._known(key)), None)
+        return web.json_response({"pull": pull, "dropped": is_dropped, "event_id": event_id})
+
+    def _router(self, name: str | None) -> Router | None:
+        """The router that is meant, else the first; None if the fleet has none yet."""
+        return next(iter(self._fleet), None) if name is None else self._fleet[name]
+
+    def _folder(self, router: str | None) -> Path:
+        found = self._router(router)
+        return self._daemon.models_dirs[0] if found is None else found.settings.models_dir
+
+    async def _known(self, key: str | None) -> list[dict[str, Any]]:
+        """The pulls of all folders, or those of that id."""
+        found: list[dict[str, Any]] = []
+        for folder in self._daemon.models_dirs:
+            pulls = await self._daemon.downloads.into(folder)
+            here = {pull.id: _pull_view(pull, folder) for pull in pulls.all}
+            if key not in here:  # who asks often for one that is under way has no disk looked at
+                paused = {record.key: _record_view(record, folder) for record in await pulls.paused()}
+                here = {**paused, **here}
+            found += [view for each, view in here.items() if key in {None, each}]
+        return found
+
+    def _budget_bytes(self, router: Router) -> int | None:
+        """What a model may take on a router: of its GPUs together, of RAM if it has none. None if nobody knows."""
+        capacity = self._fleet.memory.capacity
+        limits = capacity.limits(router.settings)
+        ids = {device.id for device in capacity.devices_of(router.name)} or {RAM_ID}
+        found = [limit.bytes for device, limit in limits.items() if device in ids]
+        known = [each for each in found if each is not None]
+        return sum(known) if known and len(known) == len(found) else None
+
+
+def _chosen(listing: Listing, spec: Spec) -> Choice | None:
+    """The model that is meant; None if it is not said and the usual one cannot be taken.
+
+    Raises:
+        HubError: what is asked for is not there.
+    """
+    try:
+        return listing.choose(spec)
+    except HubError:
+        if spec.quantization or spec.file or not listing.choices:
+            raise
+        return None
+
+
+def _choice_view(choice: Choice, spec: Spec, budget: int | None) -> dict[str, Any]:
+    beginning, needed = choice.beginning, sum(file.size for file in choice.wanted(spec))
+    return {
+        "name": choice.name,
+        "quantization": choice.quantization or None,
+        "size_bytes": choice.size_bytes,
+        "files": [_file_view(file) for file in choice.files],
+        "projector": _file_view(choice.projector) if choice.projector else None,
+        "draft": _file_view(choice.draft) if choice.draft else None,
+        "problem": choice.problem or None,
+        "architecture": beginning.architecture if beginning else None,
+        "n_ctx_train": beginning.context_length if beginning else None,
+        "needed_bytes": needed,
+        "fits": None if budget is None else needed <= budget,
+    }
+
+
+def _file_view(file: RemoteFile) -> dict[str, Any]:
+    return {"path": file.path, "size_bytes": file.size}
+
+
+def _pull_view(pull: Pull, folder: Path) -> dict[str, Any]:
+    error = pull.error
+    return {
+        **_said(pull.record, folder),
+        "state": pull.state.value,
+        "done_bytes": pull.done_bytes,
+        "speed_bytes_per_s": pull.speed,
+        "left_s": pull.left_s,
+        "files": [_progress_view(file) for file in pull.files],
+        "path": str(pull.path) if pull.path else None,
+        "error": None if error is None else {"why": error.why.value, "detail": str(error), "hint": error.hint or None},
+    }
+
+
+def _record_view(record: Record, folder: Path) -> dict[str, Any]:
+    """A pull of which this daemon knows only what is written down."""
+    return {
+        **_said(record, folder),
+        "state": PAUSED,
+        "done_bytes": None,
+        "speed_bytes_per_s": 0.0,
+        "left_s": None,
+        "files": [],
+        "path": None,
+        "error": None,
+    }
+
+
+def _said(record: Record, folder: Path) -> dict[str, Any]:
+    return {
+        "id": record.key,
+        "model": record.name,
+        "repository": record.repository,
+        "revision": record.revision,
+        "commit": record.commit,
+        "quantization": Choice(name=record.name, files=record.remote_files).quantization or None,
+        "folder": str(folder),
+        "size_bytes": record.size_bytes,
+    }
+
+
+def _progress_view(file: Progress) -> dict[str, Any]:
+    return {
+        "name": file.name,
+        "stage": file.stage.value,
+        "size_bytes": file.size,
+        "done_bytes": file.done,
+        "speed_bytes_per_s": file.speed,
+        "left_s": file.left_s,
+        "trouble": file.trouble or None,
+    }

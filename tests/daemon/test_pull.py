@@ -1,0 +1,406 @@
+"""`llamavisor pull` and what stands behind it, on a whole daemon that asks a Hub of our own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+from fakes import FakeLlamaServer
+from fakes.hub_server import Fault, HubFile, HubServer, Repository
+from fakes.waiting import eventually
+from ggufs import STRING, U32, GgufFile, Tensor
+from llamavisor.hub import Why
+from llamavisor.hub.staging import NAME as STAGING
+from llamavisord.exit_codes import ExitCode
+from llamavisord.problem_documents import HUB_STATUS
+from llamavisord.tiny_model import write_tiny_model
+from running import RunningDaemon
+from terminal import INTERRUPT, Terminal
+
+PULLS = "/control/v1/pulls"
+TOKEN = "hf_secret"
+LARGE = 3_000_000
+
+
+def noise(seed: str, size: int) -> bytes:
+    """Bytes that are nothing in particular."""
+    return hashlib.shake_128(seed.encode()).digest(size)
+
+
+def header(context: int = 131072) -> bytes:
+    """The header of a model."""
+    values = [
+        ("general.architecture", (STRING, "llama")),
+        ("llama.context_length", (U32, context)),
+        ("tokenizer.ggml.model", (STRING, "gpt2")),
+    ]
+    return GgufFile(values, [Tensor("token_embd.weight")]).encode()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """A Hub with a model of three quantizations, one with a projector, a private one, and a tiny one that runs."""
+    write_tiny_model(tmp_path / "tiny", ["I", "am", "new"])
+    tiny = HubFile((tmp_path / "tiny").read_bytes())
+    repositories = {
+        "user/repo": Repository(
+            {
+                "M-Q4_K_M.gguf": HubFile(header() + noise("q4", LARGE)),
+                "M-Q8_0.gguf": HubFile(header() + noise("q8", 2 * LARGE)),
+                "M-F16.gguf": HubFile(header(), size=10 * 2**40),
+                "README.md": HubFile(b"# M", is_lfs=False),
+            },
+            revisions=("v1",),
+        ),
+        "user/sees": Repository(
+            {
+                "S-Q4_K_M.gguf": HubFile(header(8192) + noise("s", LARGE)),
+                "mmproj-F16.gguf": HubFile(noise("p", LARGE)),
+            }
+        ),
+        "user/tiny": Repository({"tiny-Q8_0.gguf": tiny}),
+        "user/private": Repository({"P-Q4_K_M.gguf": tiny}, is_private=True),
+    }
+    with HubServer(repositories, tokens=(TOKEN,)) as server:
+        yield server
+
+
+Begin = Callable[..., RunningDaemon]
+
+
+@pytest.fixture
+def begin(hub: HubServer, tmp_path: Path, fake_llama_server: Callable[..., FakeLlamaServer]) -> Begin:
+    """Makes a daemon on a fake llama-server and an empty models folder, which asks that Hub."""
+    binary = fake_llama_server()
+    (tmp_path / "pulled").mkdir()
+
+    def make(**env: str) -> RunningDaemon:
+        env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
+        return RunningDaemon(tmp_path, tmp_path / "pulled", binary, options=(), env=env)
+
+    return make
+
+
+@pytest.fixture
+def daemon(begin: Begin) -> Iterator[RunningDaemon]:
+    """One that runs."""
+    with begin() as running:
+        running.wait_for_router("ready")
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The models folder."""
+    return tmp_path / "pulled"
+
+
+def order(daemon: RunningDaemon, spec: str, **more: object) -> tuple[int, dict[str, Any]]:
+    """Status and body of a pull that is asked for."""
+    return daemon.call("POST", PULLS, body=json.dumps({"spec": spec, **more}).encode())
+
+
+def pull_of(daemon: RunningDaemon, model: str) -> dict[str, Any]:
+    """The pull of that model as the list shows it."""
+    return next(each for each in daemon.call("GET", PULLS)[1]["pulls"] if each["model"] == model)
+
+
+def wait_for(daemon: RunningDaemon, model: str, state: str) -> dict[str, Any]:
+    """Wait until its pull is in that state."""
+    eventually(lambda: pull_of(daemon, model)["state"] == state, what=f"a pull that is {state}")
+    return pull_of(daemon, model)
+
+
+def visible(folder: Path) -> set[str]:
+    """What anybody sees in the models folder."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+
+
+def stalled(hub: HubServer, folder: Path, size: int = 1_000_000) -> Callable[[], bool]:
+    """From now on the store sends so much of a file and falls silent; whether that much is on the disk."""
+    hub.faults.append(Fault(stall_after=size, path="/repos/"))
+    return lambda: any(path.stat().st_size == size for path in folder.glob(f"{STAGING}/files/*.part"))
+
+
+def on_a_terminal(daemon: RunningDaemon, *words: str) -> Terminal:
+    """A command as a person gives it, who watches."""
+    env = {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket), "COLUMNS": "120"}
+    return Terminal([sys.executable, "-m", "llamavisord", *words], env)
+
+
+def test_a_model_is_pulled_and_served(daemon: RunningDaemon, folder: Path) -> None:
+    """It is said which quantization is taken and where the model is; a moment later it answers."""
+    done = daemon.cli("pull", "user/tiny")
+    assert (done.returncode, done.stderr) == (0, "")
+    usual, last = done.stdout.splitlines()
+    assert usual == "user/tiny: Q8_0 is taken, which is usual; --list has all"
+    assert last.startswith("tiny-Q8_0: pulled, ")
+    assert last.endswith(f": {folder}/tiny-Q8_0.gguf")
+    assert daemon.cli("load", "tiny-Q8_0").returncode == 0
+    assert daemon.chat("tiny-Q8_0")
+    again = daemon.cli("pull", "user/tiny:q8_0")
+    assert again.stdout == f"tiny-Q8_0: is there already: {folder}/tiny-Q8_0.gguf\n"
+
+
+def test_what_a_repository_holds(daemon: RunningDaemon, hub: HubServer) -> None:
+    """Sizes, quantizations, the context from the headers, which one is usual, and what fits: nothing is downloaded."""
+    shown = daemon.cli("pull", "user/repo", "--list")
+    assert shown.returncode == 0, shown.stderr
+    rows = {line.split()[-1]: line.split() for line in shown.stdout.splitlines() if line.endswith(".gguf")}
+    assert rows["M-Q4_K_M.gguf"] == ["*", "Q4_K_M", "2.9", "MiB", "-", "131072", "yes", "M-Q4_K_M.gguf"]
+    assert rows["M-F16.gguf"] == ["F16", "10.0", "TiB", "-", "131072", "no", "M-F16.gguf"]
+    assert "* is what is pulled: Q4_K_M" in shown.stdout
+    assert "the weights alone" in shown.stdout
+    assert sum(asked.sent[0] for asked in hub.downloads()) <= 3 * 64 * 1024
+    status, body = daemon.call("GET", "/control/v1/hub?repo=user/sees")
+    assert status == 200
+    (model,) = body["models"]
+    assert (model["projector"]["path"], model["chosen"], model["n_ctx_train"]) == ("mmproj-F16.gguf", True, 8192)
+    assert model["needed_bytes"] == model["size_bytes"] + LARGE
+    assert body["needs"] == "weights"
+
+
+def test_the_projector_comes_along_unless_it_is_not_wanted(daemon: RunningDaemon, folder: Path) -> None:
+    """A model of several files is a folder, seen only when all of them are there."""
+    assert daemon.cli("pull", "user/sees", "--no-mmproj", "--name", "blind").returncode == 0
+    assert visible(folder) == {"blind.gguf"}
+    assert daemon.cli("pull", "user/sees").returncode == 0
+    assert {path.name for path in (folder / "S-Q4_K_M").iterdir()} == {"S-Q4_K_M.gguf", "mmproj-F16.gguf"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said", "code"),
+    [
+        (["user/nothing"], "there is no such repository, or it is private", ExitCode.NOT_FOUND),
+        (["user/private"], "set HF_TOKEN", ExitCode.NOT_FOUND),
+        (["user/repo:Q4_K"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
+        (["user/repo:Q4_K", "--list"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
+        (["user/repo", "--revision", "v2"], "there is no such revision", ExitCode.NOT_FOUND),
+        (["user/repo", "--file", "*Q5*"], "has no GGUF file like", ExitCode.NOT_FOUND),
+        (["../repo"], "is no name on the Hub", ExitCode.USAGE),
+        (["user/tiny", "--name", "../up"], "is no name for a model", ExitCode.USAGE),
+        (["user/repo:F16"], "Make room, or take a smaller quantization", ExitCode.FAILED),
+        (["user/tiny", "--router", "gpu7"], "no router", ExitCode.NOT_FOUND),
+        ([], "name either what to pull", ExitCode.USAGE),
+        (["user/tiny", "--drop"], "--drop goes with --cancel", ExitCode.USAGE),
+        (["--cancel", "nobody"], "there is no pull 'nobody'", ExitCode.NOT_FOUND),
+    ],
+)
+def test_what_cannot_be_pulled_is_told_in_one_line(
+    daemon: RunningDaemon, folder: Path, words: list[str], said: str, code: ExitCode
+) -> None:
+    """With what there is instead or what to do, an exit code that says whose fault it is, and nothing on the disk."""
+    done = daemon.cli("pull", *words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert visible(folder) == set()
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "why"),
+    [
+        (Fault(at="hub", status=403), 403, "forbidden"),
+        (Fault(at="hub", status=429, headers={"Retry-After": "1000"}), 429, "busy"),
+        (Fault(at="hub", status=418), 403, "forbidden"),
+    ],
+)
+def test_refusals_of_the_hub_have_a_status_of_their_own(
+    daemon: RunningDaemon, hub: HubServer, fault: Fault, status: int, why: str
+) -> None:
+    """One code for programs, `why` in one word, and how long to leave the Hub alone if it says so."""
+    hub.faults = [fault]
+    found, body = order(daemon, "user/tiny")
+    assert (found, body["code"], body["why"]) == (status, "hub_failed", why)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"{", "Invalid JSON"),
+        (b"{}", "spec"),
+        (b'{"spec": 7}', "spec"),
+        (b'{"spec": "user/tiny", "quant": "Q8_0"}', "quant"),
+        (b'{"spec": "user/tiny", "mmproj": "no"}', "mmproj"),
+    ],
+)
+def test_an_order_that_makes_no_sense_is_refused(daemon: RunningDaemon, body: bytes, said: str) -> None:
+    """With the key that is wrong; other commands still take no body."""
+    status, problem = daemon.call("POST", PULLS, body=body)
+    assert (status, problem["code"]) == (400, "bad_request")
+    assert said in problem["detail"]
+    assert daemon.call("DELETE", f"{PULLS}/x", body=b'{"drop": true}')[0] == 400
+
+
+def test_a_token_opens_private_repositories(begin: Begin, hub: HubServer) -> None:
+    """That of the daemon's environment; neither the log nor the events nor the answers ever show it."""
+    with begin(HF_TOKEN=TOKEN) as daemon:
+        done = daemon.cli("pull", "user/private", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["pull"]["state"] == "done"
+        told = done.stdout + done.stderr + json.dumps(daemon.events()) + daemon.log.read_text()
+    assert TOKEN not in told
+
+
+def test_offline_nobody_is_asked(begin: Begin, hub: HubServer) -> None:
+    """HF_HUB_OFFLINE is heeded."""
+    with begin(HF_HUB_OFFLINE="1") as daemon:
+        status, body = order(daemon, "user/tiny")
+        assert (status, body["why"]) == (409, "offline")
+    assert hub.asked == []
+
+
+def test_bars_are_drawn_for_every_file(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """On a terminal there is one line for each file and one for all, redrawn in place, with speed and time left."""
+    is_stalled = stalled(hub, folder)
+    stalled(hub, folder)
+    with on_a_terminal(daemon, "pull", "user/sees") as terminal:
+        eventually(is_stalled)
+        terminal.until("S-Q4_K_M.gguf   [#######")
+        terminal.until("mmproj-F16.gguf [#######")
+        terminal.until("all 2 files")
+        terminal.until("\x1b[3A")
+        terminal.until("B/s")
+        hub.released.set()
+        terminal.until("S-Q4_K_M: pulled")
+        assert terminal.wait() == 0
+    last = terminal.seen.rpartition("\x1b[3A")[2]
+    assert last.count("100%") == 3
+    assert "user/sees: Q4_K_M is taken" in terminal.seen
+
+
+def test_without_a_terminal_there_are_no_bars(daemon: RunningDaemon) -> None:
+    """What a script sees are lines of text."""
+    done = daemon.cli("pull", "user/repo:q4_k_m")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("M-Q4_K_M: pulled, 2.9 MiB")
+    assert "\x1b" not in done.stdout
+
+
+def test_an_interrupt_lets_it_go_on(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """Ctrl-C ends the watching alone, and says how to end the pull; that comes to its end by itself."""
+    is_stalled = stalled(hub, folder)
+    with on_a_terminal(daemon, "pull", "user/repo") as terminal:
+        eventually(is_stalled)
+        terminal.until("M-Q4_K_M.gguf [")
+        terminal.type(INTERRUPT)
+        terminal.until("M-Q4_K_M goes on coming; `llamavisor pull --cancel M-Q4_K_M-")
+        assert terminal.wait() == ExitCode.INTERRUPTED
+    assert pull_of(daemon, "M-Q4_K_M")["state"] == "under_way"
+    hub.released.set()
+    wait_for(daemon, "M-Q4_K_M", "done")
+    assert visible(folder) == {"M-Q4_K_M.gguf"}
+
+
+def test_a_detached_pull_is_listed_and_cancelled(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """`pulls` shows how far it is; cancelled it keeps what came, and the same pull goes on with that."""
+    assert daemon.cli("pulls").stdout == "no pulls: `llamavisor pull USER/REPO` begins one\n"
+    is_stalled = stalled(hub, folder)
+    begun = daemon.cli("pull", "user/repo", "--detach")
+    assert begun.returncode == 0
+    assert "2.9 MiB under way as M-Q4_K_M-" in begun.stdout
+    eventually(is_stalled)
+    key = pull_of(daemon, "M-Q4_K_M")["id"]
+    (row,) = [line.split() for line in daemon.cli("pulls").stdout.splitlines() if line.endswith(key)]
+    assert row[:4] == ["M-Q4_K_M", "under", "way", "33%"]
+    cancelled = daemon.cli("pull", "--cancel", key)
+    assert cancelled.stdout == f"{key}: cancelled, and what came is kept\n"
+    assert pull_of(daemon, "M-Q4_K_M")["state"] == "cancelled"
+    assert daemon.cli("pull", "user/repo").returncode == 0
+    assert hub.downloads()[-1].range.startswith("bytes=1000000-")
+    assert daemon.cli("pull", "--cancel", key).stdout == f"{key}: had ended already\n"
+
+
+def test_what_is_dropped_leaves_nothing(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """A watching command is told, and ends; nothing of it is left on the disk."""
+    is_stalled = stalled(hub, folder)
+    with on_a_terminal(daemon, "pull", "user/repo") as terminal:
+        eventually(is_stalled)
+        key = pull_of(daemon, "M-Q4_K_M")["id"]
+        assert "removed" in daemon.cli("pull", "--cancel", key, "--drop").stdout
+        terminal.until("M-Q4_K_M was cancelled")
+        assert terminal.wait() == ExitCode.FAILED
+    assert visible(folder) == set()
+    assert [path for path in (folder / STAGING).rglob("*") if path.is_file() and path.stat().st_size] == []
+
+
+def test_one_pull_for_all_who_want_the_same(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """A second one joins in; the bytes come once."""
+    is_stalled = stalled(hub, folder)
+    (first, begun), (second, joined) = order(daemon, "user/repo"), order(daemon, "user/repo:Q4_K_M")
+    assert (first, second) == (202, 202)
+    assert begun["pull"]["id"] == joined["pull"]["id"]
+    assert (begun["usual"], joined["usual"]) == (True, False)
+    eventually(is_stalled)
+    hub.released.set()
+    wait_for(daemon, "M-Q4_K_M", "done")
+    assert order(daemon, "user/repo")[0] == 200
+
+
+def test_a_failed_pull_is_told_of(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """The command that watches says why, the list keeps it, and nothing of it is served."""
+    hub.faults = [Fault(flip=2_000_000, times=2)]
+    done = daemon.cli("pull", "user/repo")
+    assert done.returncode == ExitCode.FAILED
+    assert "what comes has another hash than the Hub says" in done.stderr
+    listed = daemon.cli("pulls").stdout
+    assert "failed" in listed
+    assert "another hash" in listed
+    assert visible(folder) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_daemon_that_ends_goes_on_when_it_is_back(
+    begin: Begin, hub: HubServer, folder: Path, number: signal.Signals
+) -> None:
+    """Killed or ended amid a pull: nobody sees half a model, and the next daemon fetches only what is missing."""
+    is_stalled = stalled(hub, folder)
+    with begin() as daemon:
+        assert daemon.cli("pull", "user/repo", "--detach").returncode == 0
+        eventually(is_stalled)
+        daemon.signal(number)
+        assert daemon.wait() == (-signal.SIGKILL if number == signal.SIGKILL else 0)
+        assert visible(folder) == set()
+        daemon.start()
+        eventually(daemon.is_live)
+        wait_for(daemon, "M-Q4_K_M", "done")
+        assert visible(folder) == {"M-Q4_K_M.gguf"}
+        assert hub.downloads()[-1].range.startswith("bytes=1000000-")
+
+
+def test_a_pull_that_was_cancelled_is_known_to_the_next_daemon(begin: Begin, hub: HubServer, folder: Path) -> None:
+    """It does not go on by itself, is listed as paused, and can be dropped."""
+    is_stalled = stalled(hub, folder)
+    with begin() as daemon:
+        key = order(daemon, "user/repo")[1]["pull"]["id"]
+        eventually(is_stalled)
+        assert daemon.call("DELETE", f"{PULLS}/{quote(key)}")[0] == 200
+    with begin() as daemon:
+        assert pull_of(daemon, "M-Q4_K_M")["state"] == "paused"
+        assert daemon.cli("pull", "--cancel", key, "--drop").returncode == 0
+        assert daemon.call("GET", PULLS)[1] == {"pulls": []}
+
+
+def test_a_closed_terminal_stops_nothing(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """Whoever watches may be killed: the daemon brings it all the same."""
+    is_stalled = stalled(hub, folder)
+    env = {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket)}
+    with subprocess.Popen([sys.executable, "-m", "llamavisord", "pull", "user/repo"], env=env) as watching:
+        eventually(is_stalled)
+        watching.kill()
+    hub.released.set()
+    wait_for(daemon, "M-Q4_K_M", "done")
+
+
+def test_every_failure_of_the_hub_has_a_status() -> None:
+    """None of them ends as a bug."""
+    assert set(HUB_STATUS) == set(Why)
