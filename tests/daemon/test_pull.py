@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -16,7 +18,7 @@ import pytest
 
 from fakes import FakeLlamaServer
 from fakes.hub_server import Fault, HubFile, HubServer, Repository
-from fakes.waiting import eventually
+from fakes.waiting import PATIENCE_S, eventually
 from ggufs import STRING, U32, GgufFile, Tensor
 from llamavisor.hub import Why
 from llamavisor.hub.staging import NAME as STAGING
@@ -399,6 +401,77 @@ def test_a_closed_terminal_stops_nothing(daemon: RunningDaemon, hub: HubServer, 
         watching.kill()
     hub.released.set()
     wait_for(daemon, "M-Q4_K_M", "done")
+
+
+@contextmanager
+def asked(daemon: RunningDaemon, method: str, path: str, body: object = None) -> Iterator[HTTPResponse]:
+    """What the gateway answers."""
+    with closing(HTTPConnection("127.0.0.1", daemon.port, timeout=PATIENCE_S)) as connection:
+        connection.request(method, path, None if body is None else json.dumps(body))
+        yield connection.getresponse()
+
+
+def ask(daemon: RunningDaemon, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    """Status and body of that."""
+    with asked(daemon, method, path, body) as response:
+        return response.status, json.loads(response.read())
+
+
+def until(stream: HTTPResponse, event: str) -> list[dict[str, Any]]:
+    """The events of a stream up to the first of this kind."""
+    told: list[dict[str, Any]] = []
+    while not told or told[-1]["event"] != event:
+        line = stream.readline()
+        assert line, f"the stream ended after {told}"
+        told += [json.loads(line[5:])] if line.startswith(b"data:") else []
+    return told
+
+
+def test_a_client_of_the_gateway_has_a_model_downloaded(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """With llama-server's answers and events: it is listed as downloading, then under its own name, and answers."""
+    is_stalled = stalled(hub, folder)
+    daemon.wait_for_gateway()
+    with asked(daemon, "GET", "/models/sse") as stream:
+        assert ask(daemon, "POST", "/models", {"model": "user/repo"}) == (200, {"success": True})
+        assert until(stream, "model_status")[-1] == {
+            "model": "user/repo",
+            "event": "model_status",
+            "data": {"status": "downloading"},
+        }
+        status, refused = ask(daemon, "POST", "/models", {"model": "user/repo"})
+        assert (status, refused["error"]["message"]) == (400, "model 'user/repo' already exists")
+        eventually(is_stalled)
+        listed = {item["id"]: item["status"]["value"] for item in ask(daemon, "GET", "/models")[1]["data"]}
+        assert listed == {"user/repo": "downloading"}
+        (progress,) = until(stream, "download_progress")[-1]["data"]["progress"].items()
+        assert progress[0].endswith("/M-Q4_K_M.gguf")
+        hub.released.set()
+        told = until(stream, "download_finished")
+        assert {each["model"] for each in told} <= {"user/repo", "*"}
+    daemon.wait_for_model("M-Q4_K_M", "unloaded")
+    assert [item["id"] for item in ask(daemon, "GET", "/models")[1]["data"]] == ["M-Q4_K_M"]
+
+
+def test_a_client_of_the_gateway_gives_a_download_up(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """By the call that unloads, as with llama-server; what came is kept."""
+    is_stalled = stalled(hub, folder)
+    daemon.wait_for_gateway()
+    with asked(daemon, "GET", "/models/sse") as stream:
+        assert ask(daemon, "POST", "/models", {"model": "user/repo"})[0] == 200
+        eventually(is_stalled)
+        assert ask(daemon, "POST", "/models/unload", {"model": "user/repo"}) == (200, {"success": True})
+        until(stream, "download_failed")
+    assert pull_of(daemon, "M-Q4_K_M")["state"] == "cancelled"
+    assert ask(daemon, "GET", "/models")[1]["data"] == []
+
+
+def test_a_client_is_told_that_a_download_has_failed(daemon: RunningDaemon) -> None:
+    """The reason is in the log: it is the business of who looks after the machine."""
+    daemon.wait_for_gateway()
+    with asked(daemon, "GET", "/models/sse") as stream:
+        assert ask(daemon, "POST", "/models", {"model": "user/nothing"})[0] == 200
+        until(stream, "download_failed")
+    assert "no such repository" in daemon.wait_for_event("Warned", lambda event: "pull" in event["subject"])["text"]
 
 
 def test_every_failure_of_the_hub_has_a_status() -> None:

@@ -25,11 +25,12 @@ from llamavisor.events import Bus, RequestOutcome, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.states import ModelState
 from llamavisord.config import GatewaySettings
+from llamavisord.downloads import Downloads
 from llamavisord.gateway.conversations import Conversations, TakenError
 from llamavisord.gateway.forward import Forwarder
 from llamavisord.gateway.guard import Caller, Guard
 from llamavisord.gateway.intake import Body, IntakeError, Stock, take_in
-from llamavisord.gateway.management import Management, named_in, not_supported
+from llamavisord.gateway.management import Management, named_in
 from llamavisord.gateway.peek import JsonPeek, Peek, peek_for
 from llamavisord.gateway.relay import Relay
 from llamavisord.gateway.replies import (
@@ -100,6 +101,7 @@ class Gateway:
         traffic: counts what is in it.
         stock: bounds what bodies take.
         tasks: where what outlives a request goes on.
+        downloads: brings what clients have downloaded.
         spare: as for `Relay`.
     """
 
@@ -109,6 +111,7 @@ class Gateway:
         bus: Bus,
         settings: GatewaySettings,
         *,
+        downloads: Downloads,
         traffic: Traffic,
         stock: Stock,
         tasks: anyio.abc.TaskGroup,
@@ -121,7 +124,7 @@ class Gateway:
         self._tasks = tasks
         self._relay = Relay(spare=spare)
         self._forwarder = Forwarder(fleet, settings, self._relay)
-        self._management = Management(fleet, bus, tasks)
+        self._management = Management(fleet, bus, tasks, downloads)
         self._conversations = Conversations(fleet.leases.is_there)
         self._visits: set[Visit] = set()
         self._outliving = 0
@@ -340,8 +343,6 @@ class Gateway:
             return visit.reply(await management.models(caller.may_use, reload=is_reload))
         if route == PROPS:
             return visit.reply(management.props())
-        if route == DOWNLOAD:
-            return visit.reply(not_supported())
         if route == REMOVE:
             return visit.reply(await management.remove(visit.query_model or "", caller.may_use))
         with await self._take_in(visit, JsonPeek(), limit_bytes=SMALL_BYTES) as body:
@@ -352,6 +353,8 @@ class Gateway:
             if word is None:
                 await self._forwarder.to_router(visit, body.parts)
                 return visit.answer
+            if route == DOWNLOAD:
+                return visit.reply(management.download(word))
             act = {LOAD: management.load, UNLOAD: management.unload}[route]
             return visit.reply(act(word, caller.may_use))
 

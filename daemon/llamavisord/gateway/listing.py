@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import anyio.lowlevel
@@ -138,8 +138,13 @@ class Listing:
             return _WORDS.get(model.router_says, "loaded")
         return _WORDS[model.state]
 
-    async def to_json(self, may_use: Callable[[str], bool]) -> bytes:
-        """The body of GET /models with the models that somebody may use, made in steps between which others run."""
+    async def to_json(self, may_use: Callable[[str], bool], coming: Iterable[str] = ()) -> bytes:
+        """The body of GET /models, made in steps between which others run.
+
+        Args:
+            may_use: which models are in it, by name.
+            coming: what clients have had downloaded that is not there yet; likewise.
+        """
         places = self.places()
         if len(self._texts) > 2 * len(places) + STEP:
             self._texts.clear()  # of models that have gone
@@ -149,6 +154,7 @@ class Listing:
                 items.append(self._item(place, created))
             if number % STEP == 0:
                 await anyio.lowlevel.checkpoint()
+        items += [_coming_item(word, created) for word in coming if may_use(word)]
         return f'{{"data":[{",".join(items)}],"object":"list"}}'.encode("utf-8", "replace")
 
     def info(self, place: Place) -> dict[str, object]:
@@ -183,21 +189,26 @@ class Listing:
         known = self._texts.get(key)
         if known is not None and known.spec is spec and known.section is section:
             return known
-        identity = {
-            "id": place.name,
-            "aliases": _words(place, "alias", spec.aliases if spec is not None else ()),
-            "tags": _words(place, "tags", spec.tags if spec is not None else ()),
-            "object": "model",
-            "owned_by": "llamacpp",
-        }
+        aliases = _words(place, "alias", spec.aliases if spec is not None else ())
+        tags = _words(place, "tags", spec.tags if spec is not None else ())
         tail = _tail({"architecture": architecture_of(spec), "meta": meta_of(spec)} if spec is not None else {})
-        text = _Text(spec, section, f'{_dump(identity)[:-1]},"created":', tail)
+        text = _Text(spec, section, _head(place.name, aliases, tags), tail)
         self._texts[key] = text
         return text
 
 
 def _dump(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _head(name: str, aliases: Sequence[str] = (), tags: Sequence[str] = ()) -> str:
+    """The beginning of an item, up to the time."""
+    identity = {"id": name, "aliases": aliases, "tags": tags, "object": "model", "owned_by": "llamacpp"}
+    return f'{_dump(identity)[:-1]},"created":'
+
+
+def _coming_item(word: str, created: str) -> str:
+    return f'{_head(word)}{created},"status":{{"value":"downloading","args":[],"preset":""}},{_tail({})}'
 
 
 def _places(router: Router) -> Iterator[Place]:

@@ -1,8 +1,8 @@
 """The management of models as llama-server's router offers it, answered for the whole fleet.
 
 Routers are not asked: they would tell of themselves alone, load behind admission's back, and be silent while they are
-down. `POST /models` and `DELETE /models` are never passed on: the end of a download has a router read its models again
-whenever it likes, which stops those that have changed, and no router removes what does not lie in a cache of its own.
+down. `POST /models` and `DELETE /models` are answered here, too: the end of a router's own download has it read its
+models again whenever it likes, which stops those that have changed, and none removes what is not in a cache of its own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Final
 
 import anyio
@@ -19,8 +20,11 @@ import anyio.abc
 from llamavisor.errors import LlamavisorError, ModelNotFoundError
 from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.fleet import Fleet
+from llamavisor.hub import HubError, parse
 from llamavisor.router import Router
 from llamavisor.states import ModelState
+from llamavisord.downloads import Downloads
+from llamavisord.gateway.deliveries import Deliveries
 from llamavisord.gateway.json_peek import JsonPeek
 from llamavisord.gateway.listing import Listing, Place
 from llamavisord.gateway.notices import Notices, Stream
@@ -52,15 +56,17 @@ class Management:
         fleet: the routers.
         bus: where events come from and go to.
         tasks: where loads go on after they were asked for; cancelled at the end.
+        downloads: brings what clients have downloaded.
     """
 
-    def __init__(self, fleet: Fleet, bus: Bus, tasks: anyio.abc.TaskGroup) -> None:
+    def __init__(self, fleet: Fleet, bus: Bus, tasks: anyio.abc.TaskGroup, downloads: Downloads) -> None:
         self._fleet = fleet
         self._bus = bus
         self._tasks = tasks
         self._loads: dict[str, anyio.CancelScope] = {}  # Invariant: those that were asked for and have not ended
         self._listing = Listing(fleet, is_asked_for=self._loads.__contains__)
         self._notices = Notices(self._listing, bus)
+        self._deliveries = Deliveries(downloads, self._folder, notices=self._notices, bus=bus, tasks=tasks)
         self._looking = anyio.Lock()
         self._begun = self._ended = 0  # numbers of the last look that began, and of the last that came to an end
         self._problems: tuple[str, ...] = ()  # of that
@@ -84,7 +90,7 @@ class Management:
             problems = await self._look()
             if problems:
                 return _refusal(500, "; ".join(problems))
-        return Reply(200, await self._listing.to_json(may_use))
+        return Reply(200, await self._listing.to_json(may_use, self._deliveries.words()))
 
     async def _look(self) -> tuple[str, ...]:
         """Look at the folders, or share in a look that began after this call; returns what went wrong."""
@@ -131,8 +137,11 @@ class Management:
     def unload(self, word: str, may_use: Callable[[str], bool]) -> Reply:
         """POST /models/unload: answered at once; it leaves when nobody is answered by it any more.
 
-        A load is ended at once, also for those who wait for it: these have it loaded again.
+        A load is ended at once, also for those who wait for it: these have it loaded again. A download likewise.
         """
+        if word in self._deliveries and may_use(word):
+            self._deliveries.end(word)
+            return _SUCCESS
         place = self._listing.find(word)
         if place is None or not may_use(place.name):
             return _refusal(400, "model is not found")
@@ -147,6 +156,23 @@ class Management:
         for router in running:
             self._unload(router, name)
         return _SUCCESS
+
+    def download(self, word: str) -> Reply:
+        """POST /models: answered at once; how it goes on is told by `events`, and its end by `models`."""
+        if not word:
+            return _refusal(400, "model must be a non-empty string")
+        try:
+            spec = parse(word)
+        except HubError:
+            return _refusal(400, "error: invalid HF repo format, expected <user>/<model>[:quant]\n")
+        if word in self._deliveries or self._listing.find(word) is not None:
+            return _refusal(400, f"model '{word}' already exists")
+        self._deliveries.begin(word, spec)
+        return _SUCCESS
+
+    def _folder(self) -> Path:
+        """Where downloads go."""
+        return next(iter(self._fleet)).settings.models_dir
 
     async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:
         """DELETE /models: answered when its files are gone; it is unloaded first, when its answers have ended.
@@ -221,12 +247,6 @@ def named_in(body: bytes) -> str | None:
     if not isinstance(model, str):
         return ""
     return model if model.isascii() or _is_text(model) else None
-
-
-def not_supported() -> Reply:
-    """POST /models."""
-    text = "models are not downloaded through this server: put GGUF files into its models folder, and it will follow"
-    return _refusal(501, text)
 
 
 def _refusal(status: int, message: str) -> Reply:

@@ -114,6 +114,10 @@ class Notices:
         """A load that a client had asked for did not even begin."""
         self._send(name, _event(name, "status_change", {"status": "unloaded", "exit_code": FAILED_EXIT_CODE}))
 
+    def tell(self, name: str, kind: str, data: dict[str, object] | None = None) -> None:
+        """What has become of a download that a client had asked for."""
+        self._send(name, _event(name, kind, data))
+
     def _hear(self, published: Published) -> None:
         event = published.event
         match event:

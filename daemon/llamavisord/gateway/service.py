@@ -69,6 +69,7 @@ class Service:
                 traffic=self._traffic,
                 stock=self._stock,
                 tasks=tasks,
+                downloads=self._daemon.downloads,
                 spare=self._acceptor.spare,
             )
             self._server = make_server(self._handle)

@@ -18,9 +18,11 @@ from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.cause import Cause, Verdict
 from llamavisor.demands import STALL_S
 from llamavisor.events import ModelAdded, ModelLoaded, ModelLoading, ModelProgress, ModelSleeping
+from llamavisor.hub import Hub
 from llamavisor.settings import RouterSettings
 from llamavisor.states import ModelState
-from llamavisord.gateway.management import LOOK_S, Management, named_in, not_supported
+from llamavisord.downloads import Downloads
+from llamavisord.gateway.management import LOOK_S, Management, named_in
 from llamavisord.gateway.notices import KEPT, Stream
 from llamavisord.gateway.replies import Reply
 
@@ -58,7 +60,12 @@ class Desk:
     async def open(self, *routers: RouterSettings, wait: bool = True, **more: object) -> AsyncIterator[Management]:
         """Have the fleet run, and somebody who answers."""
         async with self.stage.running(*routers, wait=wait, **more), anyio.create_task_group() as tasks:
-            self.management = Management(self.stage.fleet, self.stage.bus, tasks)
+            self.management = Management(
+                self.stage.fleet,
+                self.stage.bus,
+                tasks,
+                Downloads(Hub({}), self.stage.bus),  # takes nothing: it does not run
+            )
             yield self.management
             tasks.cancel_scope.cancel()
 
@@ -480,11 +487,25 @@ async def test_the_fleet_says_that_it_is_a_router(desk: Desk) -> None:
         assert (props["models_autoload"], props["max_instances"]) == (True, 5)
 
 
-def test_downloads_are_refused() -> None:
-    """With what to do instead."""
-    status, document = read(not_supported())
-    assert (status, document["error"]["type"]) == (501, "not_supported_error")
-    assert "put GGUF files into its models folder" in document["error"]["message"]
+async def test_a_download_that_makes_no_sense_is_refused(desk: Desk) -> None:
+    """In llama-server's words; nothing is asked of the Hub."""
+    bad = "error: invalid HF repo format, expected <user>/<model>[:quant]\n"
+    async with desk.open() as it:
+        assert read(it.download("")) == error(400, "model must be a non-empty string", "invalid_request_error")
+        assert read(it.download("nobody")) == error(400, bad, "invalid_request_error")
+        assert read(it.download("a/../b")) == error(400, bad, "invalid_request_error")
+
+
+async def test_a_download_that_cannot_begin_is_told_as_failed(desk: Desk) -> None:
+    """It was answered by then; until it has failed it is not begun twice."""
+    async with desk.open() as it:
+        with it.events(anything) as stream:
+            assert read(it.download("user/repo:Q4_0")) == (200, {"success": True})
+            exists = error(400, "model 'user/repo:Q4_0' already exists", "invalid_request_error")
+            assert read(it.download("user/repo:Q4_0")) == exists
+            told = [(each["model"], each["event"]) for each in await heard(stream)]
+        assert told == [("user/repo:Q4_0", "model_status"), ("user/repo:Q4_0", "download_failed")]
+        assert "user/repo:Q4_0" not in await desk.statuses()
 
 
 @pytest.mark.parametrize(
