@@ -119,6 +119,7 @@ async def test_a_model_comes(here: Here) -> None:
     assert here.visible() == ["Tiny-Q4_K_M.gguf"]
     assert here.hidden() == []
     assert [type(event) for event in here.told(PullStarted, PullEnded, PullFailed)] == [PullStarted, PullEnded]
+    assert [event.here_bytes for event in here.told(PullStarted)] == [0]
     (pull,) = here.pulls.all
     assert (pull.state, pull.done_bytes, pull.files[0].stage) == (PullState.DONE, pull.total_bytes, Stage.DONE)
 

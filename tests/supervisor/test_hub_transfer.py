@@ -246,3 +246,16 @@ async def test_an_empty_file(part: Part, server: HubServer, connection: Connecti
     await bring(connection, part, RemoteFile("empty.gguf", 0, hashlib.sha256().hexdigest()))
     assert part.whole.read_bytes() == b""
     assert not server.asked
+
+
+def test_a_speed_is_that_of_the_last_seconds() -> None:
+    """Where nothing comes any more it falls to nothing, and nobody says when it will be there."""
+    now = 0.0
+    progress = Progress(NAME, 1000, clock=lambda: now)
+    progress.stage = Stage.RECEIVING
+    progress.reach(0)
+    now = 2.0
+    progress.reach(100)
+    assert (progress.speed, progress.left_s) == (50.0, 18.0)
+    now = 30.0
+    assert (progress.speed, progress.left_s) == (0.0, None)

@@ -68,9 +68,9 @@ class Progress:
         """Bytes in a second, 0 when nothing comes."""
         if self.stage is not Stage.RECEIVING or not self._seen:
             return 0.0
-        since, before = self._seen[0]
-        took_s = self._clock() - since
-        return max(0.0, (self.done - before) / took_s) if took_s > 0 else 0.0
+        now = self._clock()
+        since, before = next((seen for seen in self._seen if now - seen[0] <= WINDOW_S), (now, self.done))
+        return max(0.0, (self.done - before) / (now - since)) if now > since else 0.0
 
     @property
     def left_s(self) -> float | None:

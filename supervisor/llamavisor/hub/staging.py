@@ -121,7 +121,7 @@ class Staging:
         here = 0
         for file in record.remote_files:
             part = self.part_of(record, file)
-            here += max(map(_size_of, (folder / file.name, part.whole, part.partial)))
+            here += max(0, *map(_size_of, (folder / file.name, part.whole, part.partial)))
         return here
 
     def _read(self, path: Path) -> Record:
