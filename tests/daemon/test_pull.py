@@ -25,7 +25,7 @@ from llamavisor.hub.staging import NAME as STAGING
 from llamavisord.exit_codes import ExitCode
 from llamavisord.problem_documents import HUB_STATUS
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon
+from running import RunningDaemon, UnixConnection
 from terminal import INTERRUPT, Terminal
 
 PULLS = "/control/v1/pulls"
@@ -70,6 +70,7 @@ def hub(tmp_path: Path) -> Iterator[HubServer]:
             }
         ),
         "user/tiny": Repository({"tiny-Q8_0.gguf": tiny}),
+        "user/broken": Repository({"B-Q4_K_M.gguf": HubFile(b"no model at all" * 100)}),
         "user/private": Repository({"P-Q4_K_M.gguf": tiny}, is_private=True),
     }
     with HubServer(repositories, tokens=(TOKEN,)) as server:
@@ -179,68 +180,70 @@ def test_the_projector_comes_along_unless_it_is_not_wanted(daemon: RunningDaemon
     assert {path.name for path in (folder / "S-Q4_K_M").iterdir()} == {"S-Q4_K_M.gguf", "mmproj-F16.gguf"}
 
 
-@pytest.mark.parametrize(
-    ("words", "said", "code"),
-    [
-        (["user/nothing"], "there is no such repository, or it is private", ExitCode.NOT_FOUND),
-        (["user/private"], "set HF_TOKEN", ExitCode.NOT_FOUND),
-        (["user/repo:Q4_K"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
-        (["user/repo:Q4_K", "--list"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
-        (["user/repo", "--revision", "v2"], "there is no such revision", ExitCode.NOT_FOUND),
-        (["user/repo", "--file", "*Q5*"], "has no GGUF file like", ExitCode.NOT_FOUND),
-        (["../repo"], "is no name on the Hub", ExitCode.USAGE),
-        (["user/tiny", "--name", "../up"], "is no name for a model", ExitCode.USAGE),
-        (["user/repo:F16"], "Make room, or take a smaller quantization", ExitCode.FAILED),
-        (["user/tiny", "--router", "gpu7"], "no router", ExitCode.NOT_FOUND),
-        ([], "name either what to pull", ExitCode.USAGE),
-        (["user/tiny", "--drop"], "--drop goes with --cancel", ExitCode.USAGE),
-        (["--cancel", "nobody"], "there is no pull 'nobody'", ExitCode.NOT_FOUND),
-    ],
-)
-def test_what_cannot_be_pulled_is_told_in_one_line(
-    daemon: RunningDaemon, folder: Path, words: list[str], said: str, code: ExitCode
-) -> None:
+REFUSED = [
+    (["user/nothing"], "there is no such repository, or it is private", ExitCode.NOT_FOUND),
+    (["user/private"], "set HF_TOKEN", ExitCode.NOT_FOUND),
+    (["user/repo:Q4_K"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
+    (["user/repo:Q4_K", "--list"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
+    (["user/repo", "--revision", "v2"], "there is no such revision", ExitCode.NOT_FOUND),
+    (["user/repo", "--file", "*Q5*"], "has no GGUF file like", ExitCode.NOT_FOUND),
+    (["../repo"], "is no name on the Hub", ExitCode.USAGE),
+    (["user/tiny", "--name", "../up"], "is no name for a model", ExitCode.USAGE),
+    (["user/repo:F16"], "Make room, or take a smaller quantization", ExitCode.FAILED),
+    (["user/tiny", "--router", "gpu7"], "no router", ExitCode.NOT_FOUND),
+    ([], "name either what to pull", ExitCode.USAGE),
+    (["user/tiny", "--drop"], "--drop goes with --cancel", ExitCode.USAGE),
+    (["--cancel", "nobody"], "there is no pull 'nobody'", ExitCode.NOT_FOUND),
+]
+
+
+def test_what_cannot_be_pulled_is_told_in_one_line(daemon: RunningDaemon, folder: Path) -> None:
     """With what there is instead or what to do, an exit code that says whose fault it is, and nothing on the disk."""
-    done = daemon.cli("pull", *words)
-    assert (done.returncode, done.stdout) == (code, "")
-    assert said in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    for words, said, code in REFUSED:
+        done = daemon.cli("pull", *words)
+        assert (done.returncode, done.stdout) == (code, ""), words
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1, words
     assert visible(folder) == set()
 
 
-@pytest.mark.parametrize(
-    ("fault", "status", "why"),
-    [
+def test_refusals_of_the_hub_have_a_status_of_their_own(daemon: RunningDaemon, hub: HubServer) -> None:
+    """One code for programs, `why` in one word, and how long to leave the Hub alone if it says so."""
+    for fault, status, why in (
         (Fault(at="hub", status=403), 403, "forbidden"),
         (Fault(at="hub", status=429, headers={"Retry-After": "1000"}), 429, "busy"),
         (Fault(at="hub", status=418), 403, "forbidden"),
-    ],
-)
-def test_refusals_of_the_hub_have_a_status_of_their_own(
-    daemon: RunningDaemon, hub: HubServer, fault: Fault, status: int, why: str
-) -> None:
-    """One code for programs, `why` in one word, and how long to leave the Hub alone if it says so."""
-    hub.faults = [fault]
-    found, body = order(daemon, "user/tiny")
-    assert (found, body["code"], body["why"]) == (status, "hub_failed", why)
+    ):
+        hub.faults = [fault]
+        with closing(UnixConnection(daemon.socket)) as connection:
+            connection.request("POST", PULLS, b'{"spec": "user/tiny"}')
+            response = connection.getresponse()
+            body = json.loads(response.read())
+        assert (response.status, body["code"], body["why"]) == (status, "hub_failed", why)
+        assert response.getheader("Retry-After") == fault.headers.get("Retry-After")
 
 
-@pytest.mark.parametrize(
-    ("body", "said"),
-    [
+def test_an_order_that_makes_no_sense_is_refused(daemon: RunningDaemon) -> None:
+    """With the key that is wrong; other commands still take no body."""
+    for text, said in (
         (b"{", "Invalid JSON"),
         (b"{}", "spec"),
         (b'{"spec": 7}', "spec"),
         (b'{"spec": "user/tiny", "quant": "Q8_0"}', "quant"),
         (b'{"spec": "user/tiny", "mmproj": "no"}', "mmproj"),
-    ],
-)
-def test_an_order_that_makes_no_sense_is_refused(daemon: RunningDaemon, body: bytes, said: str) -> None:
-    """With the key that is wrong; other commands still take no body."""
-    status, problem = daemon.call("POST", PULLS, body=body)
-    assert (status, problem["code"]) == (400, "bad_request")
-    assert said in problem["detail"]
+    ):
+        status, problem = daemon.call("POST", PULLS, body=text)
+        assert (status, problem["code"]) == (400, "bad_request"), text
+        assert said in problem["detail"]
     assert daemon.call("DELETE", f"{PULLS}/x", body=b'{"drop": true}')[0] == 400
+
+
+def test_a_model_that_cannot_be_served_is_told_at_once(daemon: RunningDaemon, folder: Path) -> None:
+    """What came is what the Hub has, and stays; that it is no model is not found out by the first request."""
+    done = daemon.cli("pull", "user/broken")
+    assert done.returncode == ExitCode.FAILED
+    assert "B-Q4_K_M cannot be served: it is invalid: " in done.stderr
+    assert visible(folder) == {"B-Q4_K_M.gguf"}
 
 
 def test_a_token_opens_private_repositories(begin: Begin, hub: HubServer) -> None:

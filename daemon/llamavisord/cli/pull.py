@@ -24,6 +24,8 @@ LOOK_TIMEOUT_S = 300.0
 """The daemon asks the Hub again when it is busy, and has a timeout of its own for every attempt."""
 TICK_S = 0.2
 """Between two looks at how far it is."""
+SEEN_S = 10.0
+"""How long the daemon may take to see what it has put into its folder."""
 _PULLS = "/control/v1/pulls"
 _UNDER_WAY = "under_way"
 
@@ -55,7 +57,7 @@ def pull(arguments: Namespace) -> int:
             hint=f"{which} ends it",
             exit_code=ExitCode.INTERRUPTED,
         ) from None
-    return _tell_end(ended, answer, arguments)
+    return _tell_end(client, ended, answer, arguments)
 
 
 def pulls(arguments: Namespace) -> int:
@@ -103,9 +105,23 @@ def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
     return seen
 
 
-def _tell_end(pull: dict[str, Any], answer: dict[str, Any], arguments: Namespace) -> int:
+def _find(client: Client, path: str) -> dict[str, Any] | None:
+    """The model at this path as the daemon sees it, once it does: who pulls a model uses it next."""
+    deadline = time.monotonic() + SEEN_S
+    while time.monotonic() < deadline:
+        for model in client.get("/control/v1/models")["models"]:
+            is_it = model["path"] is not None and f"{model['path']}/".startswith(f"{path}/")
+            if is_it and (model["router"] is not None or model["file_state"] not in {"ready", "settling"}):
+                found: dict[str, Any] = model
+                return found
+        time.sleep(TICK_S)
+    return None
+
+
+def _tell_end(client: Client, pull: dict[str, Any], answer: dict[str, Any], arguments: Namespace) -> int:
+    model = _find(client, pull["path"]) if pull["state"] == "done" else None
     if arguments.json:
-        Screen().json({**answer, "pull": pull})
+        Screen().json({**answer, "pull": pull, "model": model})
     if error := pull["error"]:
         raise CommandError(
             f"{pull['model']}: {error['detail']}", hint=error["hint"] or "", exit_code=hub_exit_code(error["why"])
@@ -117,7 +133,9 @@ def _tell_end(pull: dict[str, Any], answer: dict[str, Any], arguments: Namespace
     if not arguments.json:
         was_there = answer["pull"]["state"] == "done"
         told = "is there already" if was_there else f"pulled, {format_size(pull['size_bytes'])}"
-        Screen().line(f"{plain(pull['model'])}: {told}: {plain(pull['path'])}")
+        Screen().line(f"{plain(model['name'] if model else pull['model'])}: {told}: {plain(pull['path'])}")
+    if model is not None and model["file_state"] != "ready":
+        raise CommandError(f"{model['name']} cannot be served: it is {model['file_state']}: {model['problem']}")
     return ExitCode.OK
 
 
