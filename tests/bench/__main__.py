@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import gateway_bench
 import gguf_header
 import models_folder
+import pulling
 import recovery
 import residency_simulation
 import resident_models
@@ -159,6 +160,7 @@ PARTS: Mapping[str, Callable[[Path, Path, Path], Iterable[Row]]] = {
     "header": lambda folder, *_: gguf_header.measure(folder),
     "folder": lambda folder, _, llama_server: models_folder.measure(folder, llama_server),
     "residents": lambda folder, _, llama_server: resident_models.measure(folder / "residents", llama_server),
+    "pull": lambda folder, _, llama_server: pulling.measure(folder / "pull", llama_server),
     "simulation": lambda *_: residency_simulation.measure(),
     "gateway": lambda folder, _, llama_server: gateway_bench.measure(folder / "gateway", llama_server),
 }
