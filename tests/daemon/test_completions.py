@@ -124,6 +124,8 @@ def daemon(tmp_path: Path) -> Iterator[ControlStub]:
         models = [model(name, aliases=["little"] if name == "alpha" else []) for name in names]
         stub.answer("GET", "/control/v1/models", {"models": models, "folders": []})
         stub.answer("GET", "/control/v1/routers", {"routers": [router("gpu0"), router("spare")]})
+        pulls = [{"id": "new-0123", "state": "under_way"}, {"id": "new-4567", "state": "done"}]
+        stub.answer("GET", "/control/v1/pulls", {"pulls": pulls})
         yield stub
 
 
@@ -150,6 +152,7 @@ CASES = {
     "llamavisor pin alpha qw\t": ["pin", "alpha", "qwen3-8b"],
     "llamavisor unload --router sp\t alpha": ["unload", "--router", "spare", "alpha"],
     "llamavisor unload --router=sp\t alpha": ["unload", "--router=spare", "alpha"],
+    "llamavisor pull --cancel ne\t": ["pull", "--cancel", "new-0123"],
     "llamavisor restart gp\t": ["restart", "gpu0"],
     "llamavisor config check spec\t": ["config", "check", "special.toml"],
     "llamavisor serve --config spec\t": ["serve", "--config", "special.toml"],

@@ -25,7 +25,7 @@ from llamavisor.hub.staging import NAME as STAGING
 from llamavisord.exit_codes import ExitCode
 from llamavisord.problem_documents import HUB_STATUS
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon, UnixConnection
+from running import RunningDaemon, UnixConnection, config_of
 from terminal import INTERRUPT, Terminal
 
 PULLS = "/control/v1/pulls"
@@ -404,6 +404,27 @@ def test_a_closed_terminal_stops_nothing(daemon: RunningDaemon, hub: HubServer, 
         watching.kill()
     hub.released.set()
     wait_for(daemon, "M-Q4_K_M", "done")
+
+
+def test_every_router_has_a_folder_to_pull_into(
+    hub: HubServer, tmp_path: Path, models_dir: Path, free_port: int, fake_llama_server: Callable[..., FakeLlamaServer]
+) -> None:
+    """The first one if none is named; the list tells of all."""
+    other = tmp_path / "other"
+    other.mkdir()
+    routers = f'[[router]]\nname = "one"\n[[router]]\nname = "two"\nmodels_dir = "{other}"\n'
+    config = config_of(models_dir, free_port, routers)
+    with RunningDaemon(
+        tmp_path, models_dir, fake_llama_server(), config=config, env={"HF_ENDPOINT": hub.url}
+    ) as daemon:
+        daemon.wait_for_router("ready", "one")
+        daemon.wait_for_router("ready", "two")
+        assert daemon.cli("pull", "user/tiny", "--router", "two").returncode == 0
+        assert visible(other) == {"tiny-Q8_0.gguf"}
+        assert daemon.cli("pull", "user/tiny", "--name", "here").returncode == 0
+        assert "here.gguf" in visible(models_dir)
+        listed = daemon.call("GET", PULLS)[1]["pulls"]
+        assert {each["folder"] for each in listed} == {str(models_dir), str(other)}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Names of models and routers for the completions of shells: quick, and silent where no daemon answers."""
+"""Names of models, routers and pulls for the completions of shells: quick, and silent where no daemon answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def complete(words: Sequence[str]) -> int:
     """Print the names of one kind, each on a line.
 
     Args:
-        words: "models" or "routers", then what stands on the command line so far: it may name a socket.
+        words: "models", "routers" or "pulls", then what stands on the command line so far: it may name a socket.
     """
     kind, *line = words or [""]
     try:
@@ -37,6 +37,9 @@ def _names(kind: str, client: Client) -> list[str]:
     if kind == "models":
         found = client.call("GET", "/control/v1/models", {}, timeout_s=PATIENCE_S)["models"]
         return list(_with_aliases(found))
+    if kind == "pulls":
+        found = client.call("GET", "/control/v1/pulls", {}, timeout_s=PATIENCE_S)["pulls"]
+        return [pull["id"] for pull in found if pull["state"] != "done"]
     return []
 
 

@@ -18,7 +18,7 @@ _{program}_of() {{
 # What fits a kind of value, one on each line.
 _{program}_offer() {{
     case $1 in
-        models | routers) {call} "$1" "${{words[@]}}" 2>/dev/null ;;
+        models | routers | pulls) {call} "$1" "${{words[@]}}" 2>/dev/null ;;
         files) compgen -f -- "$2" ;;
         folders) compgen -d -- "$2" ;;
         words:*) printf '%s\\n' ${{1#words:}} ;;

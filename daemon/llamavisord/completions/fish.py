@@ -68,7 +68,7 @@ def _taking(value: Value | None) -> list[str]:
 
 def _offering(value: Value) -> list[str]:
     match value.kind:
-        case Kind.MODELS | Kind.ROUTERS:
+        case Kind.MODELS | Kind.ROUTERS | Kind.PULLS:
             return ["-a", f"'(__{PROGRAM}_names {value.kind.value})'"]
         case Kind.FILES:
             return ["-F"]

@@ -24,6 +24,8 @@ class Kind(Enum):
     """Names of models, from the daemon."""
     ROUTERS = "routers"
     """Names of routers, likewise."""
+    PULLS = "pulls"
+    """IDs of pulls that have not ended well, likewise."""
     FILES = "files"
     """Paths of files and folders."""
     FOLDERS = "folders"
@@ -42,6 +44,7 @@ _KINDS = {
     "models": Kind.MODELS,
     "names": Kind.MODELS,
     "router": Kind.ROUTERS,
+    "cancel": Kind.PULLS,
 }
 """By how a value is called for people, else by its name in the program."""
 

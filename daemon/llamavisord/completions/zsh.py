@@ -99,7 +99,7 @@ def _spelled(flag: Flag, spelling: str) -> str:
 
 def _action(value: Value) -> str:
     match value.kind:
-        case Kind.MODELS | Kind.ROUTERS:
+        case Kind.MODELS | Kind.ROUTERS | Kind.PULLS:
             return f"_{PROGRAM}_names {value.kind.value}"
         case Kind.FILES:
             return "_files"
