@@ -382,6 +382,19 @@ def test_a_daemon_that_ends_goes_on_when_it_is_back(
         assert hub.downloads()[-1].range.startswith("bytes=1000000-")
 
 
+def test_who_watches_outlives_a_restart_of_the_daemon(begin: Begin, hub: HubServer, folder: Path) -> None:
+    """The bars go on where the next daemon goes on, and the command ends well."""
+    is_stalled = stalled(hub, folder)
+    with begin() as daemon, on_a_terminal(daemon, "pull", "user/repo") as terminal:
+        eventually(is_stalled)
+        terminal.until("M-Q4_K_M.gguf [")
+        daemon.signal(signal.SIGKILL)
+        daemon.wait()
+        daemon.start()
+        terminal.until("M-Q4_K_M: pulled")
+        assert terminal.wait() == 0
+
+
 def test_a_pull_that_was_cancelled_is_known_to_the_next_daemon(begin: Begin, hub: HubServer, folder: Path) -> None:
     """It does not go on by itself, is listed as paused, and can be dropped."""
     is_stalled = stalled(hub, folder)

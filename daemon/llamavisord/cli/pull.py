@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from llamavisord.cli.bars import Bars
 from llamavisord.cli.client import Client, hub_exit_code
-from llamavisord.cli.errors import CommandError
+from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.look import client_of
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
@@ -24,6 +24,8 @@ LOOK_TIMEOUT_S = 300.0
 """The daemon asks the Hub again when it is busy, and has a timeout of its own for every attempt."""
 TICK_S = 0.2
 """Between two looks at how far it is."""
+BACK_S = 30.0
+"""How long whoever watches waits for a daemon that is being restarted: it goes on with the pull."""
 SEEN_S = 10.0
 """How long the daemon may take to see what it has put into its folder."""
 _PULLS = "/control/v1/pulls"
@@ -91,14 +93,26 @@ def _order(arguments: Namespace) -> dict[str, object]:
 
 
 def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
-    """Show how far it is until it has ended."""
-    bars, seen = Bars(Screen(sys.stderr)), begun
+    """Show how far it is until it has ended.
+
+    Raises:
+        CommandError: that will not be known.
+    """
+    bars, seen, heard_at = Bars(Screen(sys.stderr)), begun, time.monotonic()
     try:
         while seen["state"] == _UNDER_WAY:
             bars.show(seen)
             time.sleep(TICK_S)
-            found = client.get(_PULLS, id=begun["id"])["pulls"]
-            seen = found[0] if found else {**seen, "state": "cancelled"}
+            try:
+                found = client.get(_PULLS, id=begun["id"])["pulls"]
+            except UnreachableError:
+                if time.monotonic() - heard_at > BACK_S:
+                    raise
+                continue
+            if not found:
+                text = f"the daemon was restarted, and knows nothing of {begun['model']} any more"
+                raise CommandError(text, hint="the same command says whether it is there")
+            seen, heard_at = found[0], time.monotonic()
         bars.show(seen)
     finally:
         bars.close()
