@@ -88,13 +88,20 @@ class Shell:
         """End it, and what it has left in its session, which comes to us."""
         self._popen.kill()
         self._popen.wait()
-        for child in psutil.Process().children():
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                if os.getsid(child.pid) == self._popen.pid:
-                    child.kill()
-                    child.wait(PATIENCE_S)
+        eventually(lambda: not self._end_some(), what="the end of its session")
         self._reader.join()
         os.close(self._fd)
+
+    def _end_some(self) -> bool:
+        """Kill and reap what of its session is ours by now; whether there is more of it, which its parent has still."""
+        found = False
+        for process in psutil.process_iter():
+            with suppress(psutil.NoSuchProcess, ProcessLookupError, ChildProcessError):
+                if os.getsid(process.pid) == self._popen.pid:
+                    found = True
+                    process.kill()
+                    os.waitpid(process.pid, 0)
+        return found
 
     def typed(self, keys: str) -> list[str]:
         """What `llamavisor` is called with after these keys and Enter."""

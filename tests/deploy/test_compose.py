@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from deploy.proxy import rewritten
-from llamavisord.app import LEDGER_END_S, REQUEST_END_S, STOP_S, THREAD_END_S
+from llamavisor.bookkeeping import LEDGER_END_S
+from llamavisord.app import REQUEST_END_S, STOP_S, THREAD_END_S
 from llamavisord.config import GatewaySettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

@@ -203,6 +203,7 @@ WALL_CLOCK = {
     "events/bus.py": "when an event happened, which people read",
     "ledger.py": "how old a measurement is, across restarts of the machine",
     "quarantine_records.py": "what is left of a quarantine goes on after a restart, and never for longer than at most",
+    "storage/storage.py": "how old a leftover in the folder is, which its file tells",
 }
 """Who may look at the wall clock, and what for."""
 
