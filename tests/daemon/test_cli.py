@@ -804,7 +804,8 @@ def test_a_daemon_that_hangs_up_is_unreachable(tmp_path: Path, capsys: pytest.Ca
         thread.start()
         assert main(["status", "--socket", str(path)]) == ExitCode.UNREACHABLE
         thread.join()
-    assert capsys.readouterr().err == f"llamavisor: the daemon at {path} closed the connection\n"
+    hint = "see `systemctl status llamavisor`, and `llamavisor config check`"
+    assert capsys.readouterr().err == f"llamavisor: the daemon at {path} closed the connection; {hint}\n"
 
 
 def test_something_else_that_answers_is_not_taken_for_a_daemon(
