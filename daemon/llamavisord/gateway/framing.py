@@ -294,12 +294,14 @@ class Response:
         start, left = line.end(), int(line[1], 16)
         part = bytes(self._held[start : start + left])
         left -= len(part)
-        if left == 0:  # all but its line end
-            return b""
+        tail = b""
+        if left == 0:  # all but its line end: the last byte waits for that
+            part, tail = part[:-1], bytes(self._held[start + len(part) - 1 :])
+            left = 1
         rest = b"%x\r\n" % left
-        self._held[:] = rest
+        self._held[:] = rest + tail
         self._wanted = len(rest) + left + 2
-        return as_chunk(part)
+        return as_chunk(part) if part else b""
 
     def _take_trailer(self, data: bytes, start: int, after_line: int) -> bytes:
         # Trailers are not passed on: nobody asked for them, and the head that announced them is not passed on either.

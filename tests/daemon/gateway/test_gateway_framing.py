@@ -7,7 +7,7 @@ import itertools
 import weakref
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from llamavisord.gateway import framing
@@ -94,6 +94,8 @@ def test_no_bytes_of_a_broken_child_do_more_than_be_garbage(noise: bytes, cuts: 
 @given(
     st.lists(st.binary(min_size=1, max_size=300), min_size=1, max_size=4), CUTS, st.integers(min_value=8, max_value=100)
 )
+@example(payloads=[bytes(1), bytes(16)], cuts=[26], limit=8)  # all of a chunk but its line end
+@example(payloads=[bytes(16)], cuts=[21], limit=8)  # and with half of that
 def test_a_long_chunk_goes_on_as_several(payloads: list[bytes], cuts: list[int], limit: int) -> None:
     """A chunk too long to be held is split, and the payload stays the same."""
     with pytest.MonkeyPatch.context() as patched:
