@@ -50,12 +50,6 @@ class Activation:
         """Host and port of the gateway: of several the one that most can reach, which is what has to be allowed."""
         return self.gateway[0].getsockname()[:2] if self.gateway else None
 
-    def close(self) -> None:
-        """Let go of them; the service manager goes on listening."""
-        for each in (self.control, *self.gateway):
-            if each is not None:
-                each.close()
-
 
 def take(environ: MutableMapping[str, str]) -> Activation:
     """The sockets that are meant for this process; they are asked for once.

@@ -15,6 +15,11 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def listened_on(host: str) -> tuple[str, ...]:
+    """The addresses that are meant: of loopback both, 127.0.0.1 and ::1, whichever is named."""
+    return LOOPBACK if host in {*LOOPBACK, "localhost"} else (host,)
+
+
 def overlap(one: str, other: str) -> bool:
     """Whether one port on both hosts is the same port: a name or a wildcard may be any address."""
     try:

@@ -9,7 +9,7 @@ from importlib import resources
 from ipaddress import ip_address
 from pathlib import Path
 
-from llamavisord.addresses import LOOPBACK, is_loopback
+from llamavisord.addresses import listened_on
 from llamavisord.config import Config
 from llamavisord.loading import METRICS_PORT, PORT
 
@@ -137,6 +137,11 @@ class Machine:
     llama_server: Path | None = None
 
 
+def unit_folder(home: Path | None) -> Path:
+    """Where the units are: the machine's, or those of the user whose home that is."""
+    return Path("/etc/systemd/system") if home is None else home / ".config/systemd/user"
+
+
 def plan(wish: Wish, machine: Machine, config: Config | None, models_dir: Path) -> Iterator[Step]:
     """What is to be done, in this order.
 
@@ -180,7 +185,7 @@ def removal(wish: Wish, *, is_last: bool) -> Iterator[Step]:
     systemctl = _systemctl(is_user=wish.home is not None)
     for unit in [wish.unit] if wish.instance else ["llamavisor.socket", wish.unit]:
         yield Run((*systemctl, "disable", "--now", unit), may_fail=True)
-    folder = _unit_folder(wish)
+    folder = unit_folder(wish.home)
     names = [] if wish.instance else ["llamavisor.service", "llamavisor.socket", "llamavisor.socket.d/10-install.conf"]
     names += _SHARED if is_last else ()
     for name in [*names, *(f"{wish.unit}.d/{each}" for each in _DROP_INS)]:
@@ -196,7 +201,7 @@ def _units(
     wish: Wish, machine: Machine, folders: Sequence[Path], linked: Sequence[Path], config: Config | None
 ) -> dict[Path, str | None]:
     """All unit files by their paths; None for one that does not belong there."""
-    at = _unit_folder(wish)
+    at = unit_folder(wish.home)
     program = _quoted(machine.program)
     has_socket = wish.has_socket and not wish.instance and (config is None or config.gateway is not None)
     if wish.home is not None:
@@ -243,8 +248,8 @@ def _listening(config: Config, shipped: str) -> str | None:
     """Where systemd listens if the configuration says something else than the unit; None if it says the same."""
     gateway = config.gateway
     assert gateway is not None  # noqa: S101 (who calls has looked)
-    hosts = LOOPBACK if is_loopback(gateway.host) or gateway.host == "localhost" else (gateway.host,)
-    addresses = [f"[{host}]:{gateway.port}" if ":" in host else f"{host}:{gateway.port}" for host in hosts]
+    hosts = (f"[{host}]" if ":" in host else host for host in listened_on(gateway.host))
+    addresses = [f"{host}:{gateway.port}" for host in hosts]
     if all(f"ListenStream={address}\n" in shipped for address in addresses):
         return None
     lines = ["[Socket]", "ListenStream=", "ListenStream=%t/llamavisor/control.sock"]
@@ -263,9 +268,9 @@ def can_listen(config: Config) -> bool:
 
 
 def _config_file(wish: Wish, models_dir: Path, llama_server: Path | None) -> Write:
-    text = _CONFIG.format(models_dir=_toml(models_dir))
+    text = _CONFIG.format(models_dir=_in_quotes(str(models_dir)))
     if llama_server is not None:
-        text += f"llama_server = {_toml(llama_server)}\n"
+        text += f"llama_server = {_in_quotes(str(llama_server))}\n"
     if wish.instance:
         text += _INSTANCE_CONFIG.format(port=PORT + 1 + wish.number, metrics_port=METRICS_PORT + 1 + wish.number)
     if wish.home is not None:
@@ -288,10 +293,6 @@ def _systemctl(*, is_user: bool) -> tuple[str, ...]:
     return ("systemctl", "--user") if is_user else ("systemctl",)
 
 
-def _unit_folder(wish: Wish) -> Path:
-    return Path("/etc/systemd/system") if wish.home is None else wish.home / ".config/systemd/user"
-
-
 def _is_hidden(path: Path) -> bool:
     return any(path.is_relative_to(folder) for folder in _HIDDEN)
 
@@ -306,7 +307,7 @@ def _quoted(path: Path, prefix: str = "") -> str:
     text = prefix + str(path).replace("%", "%%")
     if re.fullmatch(r"[A-Za-z0-9_/.,:@%+\\-]+", text):
         return text
-    return '"{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))
+    return _in_quotes(text)
 
 
 def _bound(path: Path) -> str:
@@ -314,5 +315,6 @@ def _bound(path: Path) -> str:
     return _quoted(Path(str(path).replace(":", "\\:")), "-")
 
 
-def _toml(path: Path) -> str:
-    return '"{}"'.format(str(path).replace("\\", "\\\\").replace('"', '\\"'))
+def _in_quotes(text: str) -> str:
+    """As systemd and TOML read it alike."""
+    return '"{}"'.format(text.replace("\\", "\\\\").replace('"', '\\"'))

@@ -22,7 +22,7 @@ from llamavisor.reserved import check_env, find_reserved
 from llamavisor.settings import MemoryBudget, OnOverwrite, Oversize, RouterSettings, Serve
 from llamavisord import gateway_table, model_tables
 from llamavisord.activation import SOURCE, Activation
-from llamavisord.addresses import LOOPBACK, is_loopback, overlap
+from llamavisord.addresses import LOOPBACK, is_loopback, listened_on, overlap
 from llamavisord.api_key import read_api_key
 from llamavisord.config import Config, GatewaySettings, Metrics, Setting
 from llamavisord.document import Document, RouterKeys, RouterTable
@@ -213,7 +213,7 @@ class _Assembly:
     def _gateway(self, top: Scope[Document]) -> GatewaySettings:
         host = self._picker.pick(top, "host", lambda table: table.host, HOST)
         port = self._picker.pick(top, "port", lambda table: table.port, PORT)
-        for address in LOOPBACK if host.value in {*LOOPBACK, "localhost"} else (host.value,):
+        for address in listened_on(host.value):
             self._listeners.append(("the gateway", address, port))
         return gateway_table.read(self._picker, top, host, port, self._environ)
 

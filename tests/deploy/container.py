@@ -16,6 +16,7 @@ from typing import Any, Self
 import pytest
 
 from fakes.waiting import PATIENCE_S, eventually
+from llamavisor import procfs
 
 ROOT = Path(__file__).parents[2]
 START_S = 30.0
@@ -196,11 +197,7 @@ class Container:
     def _children(self) -> list[int]:
         """Its process 1, if there is one."""
         assert self._popen is not None
-        try:
-            pids = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text(encoding="ascii")
-        except FileNotFoundError:
-            return []
-        return [int(pid) for pid in pids.split()]
+        return procfs.children(self._popen.pid)
 
 
 def _os_release() -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import Any, Self
 import pytest
 
 from fakes.waiting import PATIENCE_S, eventually
+from llamavisor import procfs
 
 BOOT_S = 30.0
 """It takes one second; two cores that are busy with other tests may need more."""
@@ -90,11 +91,7 @@ class Systemd:
     def _children(self) -> list[int]:
         """Its process 1, if there is one yet."""
         assert self._popen is not None
-        try:
-            pids = Path(f"/proc/{self._popen.pid}/task/{self._popen.pid}/children").read_text(encoding="ascii")
-        except FileNotFoundError:
-            return []
-        return [int(pid) for pid in pids.split()]
+        return procfs.children(self._popen.pid)
 
     def _is_up(self) -> bool:
         return self.run("systemctl", "is-system-running", check=False).stdout.strip() == "running"

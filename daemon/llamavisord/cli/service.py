@@ -17,13 +17,13 @@ from llamavisord.cli.render import Screen
 from llamavisord.config import Config
 from llamavisord.exit_codes import ExitCode
 from llamavisord.gateway_table import CREDENTIAL
-from llamavisord.installation import GROUP, INSTANCE, MODELS_DIR, Wish, can_listen, plan, removal
+from llamavisord.installation import GROUP, INSTANCE, MODELS_DIR, Wish, can_listen, plan, removal, unit_folder
 from llamavisord.loading import load
 from llamavisord.problems import ConfigError
 from llamavisord.variables import Variable
 
 _CONFIGS = Path("/etc/llamavisor")
-_UNITS = Path("/etc/systemd/system")
+_UNITS = unit_folder(None)
 _CREDENTIALS = Path("/etc/credstore")
 """Where systemd looks for credentials that a unit names without a path."""
 
@@ -59,7 +59,7 @@ def _wish(arguments: Namespace) -> Wish:
     if arguments.user and name:
         raise CommandError("--instance is for services of the machine", exit_code=ExitCode.USAGE)
     home = Path(pwd.getpwuid(os.getuid()).pw_dir) if arguments.user else None
-    units = _UNITS if home is None else home / ".config/systemd/user"
+    units = unit_folder(home)
     # As before, if nothing is said; at first with it.
     had_socket = (units / "llamavisor.socket").exists() or not (units / "llamavisor.service").exists()
     return Wish(
@@ -95,10 +95,8 @@ def _models_dir(arguments: Namespace, wish: Wish, config: Config | None) -> Path
     if config is not None:
         known = config.routers[0].models_dir
         if given not in {None, known}:
-            text, hint = (
-                f"{wish.config_file} has its models in {known}",
-                "change models_dir there, and leave it out here",
-            )
+            text = f"{wish.config_file} has its models in {known}"
+            hint = "change models_dir there, and leave it out here"
             raise CommandError(text, hint=hint, exit_code=ExitCode.USAGE)
         folders = {router.models_dir for router in config.routers}
     else:
@@ -119,7 +117,7 @@ def _say_what_next(wish: Wish, models_dir: Path) -> None:
     screen.line(f"put models into {models_dir}")
     if wish.home is None:
         known = models_dir.stat()
-        if _group_name(known.st_gid) != GROUP or not known.st_mode & stat.S_ISGID:
+        if known.st_gid != grp.getgrnam(GROUP).gr_gid or not known.st_mode & stat.S_ISGID:
             screen.line(f"it is yours, and stays as it is: see that the user {GROUP} can read what is in it, or have")
             screen.line(
                 f"everybody of the group drop files there: chgrp {GROUP} {models_dir} && chmod 2775 {models_dir}"
@@ -132,10 +130,3 @@ def _say_what_next(wish: Wish, models_dir: Path) -> None:
         name = pwd.getpwuid(os.getuid()).pw_name
         screen.line(f"have it run while nobody is logged in: loginctl enable-linger {name}")
         screen.line(f"change {wish.config_file}, then: systemctl --user reload {wish.unit}")
-
-
-def _group_name(gid: int) -> str:
-    try:
-        return grp.getgrgid(gid).gr_name
-    except KeyError:
-        return str(gid)

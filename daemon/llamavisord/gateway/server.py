@@ -15,7 +15,7 @@ from llamavisor.events import Bus, GatewayListening, Warned
 from llamavisor.ports import holder_of
 from llamavisor.threads import run_in_thread
 from llamavisord.acceptor import Acceptor
-from llamavisord.addresses import LOOPBACK
+from llamavisord.addresses import LOOPBACK, listened_on
 from llamavisord.gateway.replies import SERVER, Trouble
 from llamavisord.gateway.routes import Api
 from llamavisord.traffic import Traffic
@@ -152,17 +152,17 @@ def listen(host: str, port: int) -> list[socket.socket]:
         OSError: the port is taken, or the address is none of this machine's.
         UnicodeError: a name that IDNA cannot write.
     """
-    is_local = host == "localhost" or host in LOOPBACK
+    addresses = listened_on(host)
     listeners: list[socket.socket] = []
     try:
-        for each in LOOPBACK if is_local else (host,):
+        for each in addresses:
             try:
                 found = socket.getaddrinfo(each, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
                 for family, _, _, _, address in dict.fromkeys(found):
                     listeners.append(_listen(family, address))
             except OSError as error:
                 # A machine may have no IPv6; then one loopback address is enough.
-                if not (is_local and listeners and error.errno in _NO_ADDRESS):
+                if not (addresses == LOOPBACK and listeners and error.errno in _NO_ADDRESS):
                     raise
     except BaseException:
         for listener in listeners:
