@@ -43,9 +43,9 @@ def delete(daemon: RunningDaemon, name: str, query: str = "") -> tuple[int, dict
     return daemon.call("DELETE", f"/control/v1/models/{name}{query}")
 
 
-def ask_gateway(daemon: RunningDaemon, query: str) -> tuple[int, dict[str, object]]:
+def ask_gateway(port: int, query: str) -> tuple[int, dict[str, object]]:
     """Status and body of DELETE /models as a client of the gateway asks for it."""
-    with closing(HTTPConnection("127.0.0.1", daemon.port, timeout=PATIENCE_S)) as connection:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=PATIENCE_S)) as connection:
         connection.request("DELETE", f"/models{query}")
         response = connection.getresponse()
         return response.status, json.loads(response.read())
@@ -198,7 +198,7 @@ def test_clients_that_hammer_a_model_never_meet_half_a_removal(daemon: RunningDa
     assert set(codes) <= {0, 1, 3}
     assert ("alpha.gguf" not in names(models_dir)) is (0 in codes)
     if 0 in codes:
-        eventually(lambda: ask_gateway(daemon, "?model=alpha")[0] == 500, what="a model that nobody knows")
+        eventually(lambda: ask_gateway(daemon.port, "?model=alpha")[0] == 500, what="a model that nobody knows")
 
 
 def test_two_folders_with_one_name_have_to_be_told_apart(
@@ -223,7 +223,7 @@ def test_the_gateway_removes_in_llama_servers_words(daemon: RunningDaemon, model
     """DELETE /models removes a loaded model, and says of one that is not there, or pinned, what llama-server would."""
     assert daemon.cli("load", "alpha").returncode == 0
     assert daemon.cli("pin", "beta").returncode == 0
-    assert ask_gateway(daemon, "?model=alpha") == (200, {"success": True})
+    assert ask_gateway(daemon.port, "?model=alpha") == (200, {"success": True})
     assert names(models_dir) == {"beta.gguf", "gamma.gguf"}
     for query, status, message in (
         ("", 400, "model must be a non-empty string"),
@@ -231,8 +231,31 @@ def test_the_gateway_removes_in_llama_servers_words(daemon: RunningDaemon, model
         ("?model=beta", 500, "model name=beta is not removable (pinned)"),
     ):
         kind = "invalid_request_error" if status == 400 else "server_error"
-        assert ask_gateway(daemon, query) == (status, {"error": {"code": status, "message": message, "type": kind}})
+        assert ask_gateway(daemon.port, query) == (
+            status,
+            {"error": {"code": status, "message": message, "type": kind}},
+        )
     assert names(models_dir) == {"beta.gguf", "gamma.gguf"}
+
+
+def test_the_gateway_forces_nothing_but_an_unload(
+    tmp_path: Path, models_dir: Path, fake_llama_server: Callable[..., Path], free_port: int
+) -> None:
+    """A file that a table names for another model stays, loaded or not, and the log says why; rm --force removes it."""
+    needed = models_dir / "alpha.gguf"
+    config = config_of(models_dir, free_port, f'[model.beta]\ndraft = "{needed}"')
+    with RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config) as daemon:
+        daemon.wait_for_router("ready")
+        assert daemon.cli("load", "alpha").returncode == 0
+        message = "model name=alpha is not removable (see the log of llamavisor)"
+        refusal = {"error": {"code": 500, "message": message, "type": "server_error"}}
+        assert ask_gateway(free_port, "?model=alpha") == (500, refusal)
+        (warned,) = [event["text"] for event in daemon.events("Warned") if event["subject"] == "model alpha"]
+        assert f'the file {needed} that [model."beta"] names' in warned
+        assert daemon.model("alpha")["state"] == "loaded"
+        assert needed.is_file()
+        assert daemon.cli("rm", "--yes", "--force", "alpha").returncode == 0
+        assert not needed.exists()
 
 
 def test_the_gateway_removes_for_an_admin_alone(

@@ -177,7 +177,8 @@ class Management:
     async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:
         """DELETE /models: answered when its files are gone; it is unloaded first, when its answers have ended.
 
-        A pinned model stays. Why else a model cannot be removed is told in the log: it has paths of this machine.
+        Nothing else is forced: a model stays that is pinned, or whose files another needs. Why one stays is told in the
+        log, for that has paths of this machine.
         """
         if not word:
             return _refusal(400, "model must be a non-empty string")
@@ -188,14 +189,14 @@ class Management:
             return _refusal(500, f"model name={word} is not removable (pinned)")
         try:
             with anyio.fail_after(REMOVE_S):
-                await self._fleet.storage.remove(place.name, force=True)
+                await self._fleet.storage.remove(place.name, unload=True)
         except TimeoutError:
             text = f"model name={word} is not removable yet: it is in use"
             return Trouble(503, text, retry_after_s=RETRY_S, is_native=True).reply(Api.NATIVE)
         except ModelNotFoundError:
             return _refusal(500, f"model name={word} is not found")
         except LlamavisorError as error:
-            self._bus.publish(Warned(subject=f"model {place.name}", text=f"not removed: {error}"))
+            self._bus.publish(Warned(subject=f"model {place.name}", text=f"DELETE /models: {error}"))
             return _refusal(500, f"model name={word} is not removable (see the log of llamavisor)")
         return _SUCCESS
 

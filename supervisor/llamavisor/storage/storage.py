@@ -98,19 +98,21 @@ class Storage:
         model: str,
         *,
         folder: str | None = None,
+        unload: bool = False,
         force: bool = False,
         is_dry: bool = False,
         token: str | None = None,
     ) -> Removal:
         """Remove all files of a model: parts, its projector and draft if no other model uses them, and its folder.
 
-        With `force` it is unloaded first, which waits for the answers that are on their way; who is cancelled before
-        that is done has removed nothing.
+        If it is unloaded first, that waits for the answers that are on their way; who is cancelled before that is done
+        has removed nothing.
 
         Args:
             model: its name, or an alias.
             folder: the models folder, if several have a model of that name.
-            force: whether it goes although it is in memory, in use or pinned.
+            unload: whether it goes although it is in memory or in use: it is unloaded first.
+            force: whether it goes whatever is in the way: also while it is pinned, settling, or named by a table.
             is_dry: whether nothing is done, and only told.
             token: of the plan that somebody has agreed to; only that is carried out.
 
@@ -120,7 +122,7 @@ class Storage:
         Raises:
             ModelNotFoundError: there is no such model, or it is gone already.
             ModelAmbiguousError: several folders have it.
-            ModelInUseError: it may only be removed by force.
+            ModelInUseError: something is in the way that nobody has said to overcome.
             FilesChangedError: its files are not those any more that were looked at or agreed upon.
             NotRemovableError: they lie outside of the folder, or the rights or the disk do not allow it.
             LlamavisorError: it could not be unloaded.
@@ -128,18 +130,18 @@ class Storage:
         place, entry = self._find(model, folder)
         await self._look(place)
         place, entry = self._find(model, folder)
-        removal = await self._plan(place, entry)
+        removal = await self._plan(place, entry, unload=unload)
         if is_dry:
             return removal
         _check(removal, token, force=force)
-        for _ in range(UNLOADS_MAX if force else 0):
+        for _ in range(UNLOADS_MAX if unload or force else 0):
             if not (holders := list(self._holders(place, entry.name))):
                 break
             for router, _ in holders:
                 await self._unload(router, entry.name)
         async with self._deed:
             place, entry = self._find(entry.name, str(place.path))
-            removal = await self._plan(place, entry)
+            removal = await self._plan(place, entry, unload=unload)
             _check(removal, token, force=force)
             if list(self._holders(place, entry.name)):
                 raise ModelInUseError(f"model {entry.name} was loaded again meanwhile", hint="try again")
@@ -223,19 +225,23 @@ class Storage:
             why = folder.catalog.stale or f"does not answer within {LOOK_S:.0f} s"
             raise NotRemovableError(f"folder {folder.path}: {why}", hint="nothing was removed")
 
-    async def _plan(self, folder: Folder, entry: Entry) -> Removal:
+    async def _plan(self, folder: Folder, entry: Entry, *, unload: bool) -> Removal:
         others = [each for each in folder.catalog if each.name != entry.name]
         needed = dict(_named_files(self._rules(), entry.name))
         removal = await run_in_thread(plan, str(folder.path), entry, others, needed.keys())
-        obstacles = list(self._obstacles(folder, entry))
+        obstacles = [] if unload else list(self._uses(folder, entry.name))
+        obstacles += self._objections(entry)
         obstacles += [f"the file {path} that {needed[path]} names" for path in removal.paths() if path in needed]
         return replace(removal, obstacles=tuple(obstacles))
 
-    def _obstacles(self, folder: Folder, entry: Entry) -> Iterator[str]:
-        """Why a model is not removed unless that is forced."""
-        for router, model in self._holders(folder, entry.name):
-            is_used = self._memory.scheduler.is_used(router.name, entry.name)
+    def _uses(self, folder: Folder, name: str) -> Iterator[str]:
+        """Why a model is not removed unless it is unloaded first."""
+        for router, model in self._holders(folder, name):
+            is_used = self._memory.scheduler.is_used(router.name, name)
             yield f"{'in use' if is_used else model.state.value} on router {router.name}"
+
+    def _objections(self, entry: Entry) -> Iterator[str]:
+        """Why a model is not removed unless that is forced."""
         if self._memory.scheduler.is_pinned(entry.name):
             yield "pinned"
         if entry.state is EntryState.SETTLING:
