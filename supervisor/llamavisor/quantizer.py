@@ -6,8 +6,10 @@ Everything here blocks. What the tool can do is asked of the tool; checked again
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -23,6 +25,8 @@ from llamavisor.catalog.naming import PART
 from llamavisor.errors import LlamavisorError
 
 NAME = "llama-quantize"
+STAGING = ".llamavisor-quantize-"
+"""How the name of the folder begins, beside the target, in which it is made; what is killed leaves it there."""
 HELP_TIMEOUT_S = 30.0
 MEASURE_TIMEOUT_S = 120.0
 """Only headers are read to say how large the result will be, but those of a slow disk."""
@@ -30,6 +34,7 @@ REAP_S = 10.0
 SLACK_BYTES = 1024 * 1024
 """What the tool rounds away when it says a size."""
 TAIL_LINES = 5
+_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MIB = 1024 * 1024
 _TYPES = re.compile(r"^ *(?:\d+ +or +)?([A-Z][A-Z0-9_]*) *: *(.*?) *$", re.MULTILINE)
@@ -60,6 +65,7 @@ class Order:
         threads: CPU threads, None for all that the tool takes by itself.
         imatrix: file with the importance of weights, None for none.
         may_requantize: whether a source that is quantized already will do.
+        may_replace: whether a file that is there, or comes meanwhile, makes way for the target.
     """
 
     source: Path
@@ -68,6 +74,7 @@ class Order:
     threads: int | None = None
     imatrix: Path | None = None
     may_requantize: bool = False
+    may_replace: bool = False
 
 
 Tell = Callable[[float, str], None]
@@ -142,21 +149,24 @@ class Quantizer:
     def make(self, order: Order, tell: Tell) -> gguf.Header:
         """Make the target, whole or not at all, and return its header.
 
-        It is made under another name beside the target, checked, and renamed. An exception of `tell`, or an interrupt,
-        ends it and leaves nothing.
+        It is made in a folder beside the target, checked, and put in its place. An exception of `tell` or an interrupt
+        ends it, and leaves nothing.
 
         Raises:
             QuantizeError: it did not succeed.
         """
-        staged = order.target.with_name(f".{order.target.name}.{os.getpid()}.part")
+        # Nobody can guess the name and put a link there. No mkdtemp: what only its owner may enter nobody else cleans.
+        folder = order.target.with_name(f"{STAGING}{secrets.token_hex(8)}")
+        staged = folder / order.target.name
         try:
+            folder.mkdir()
             self._run(order, staged, tell)
             header = _checked(staged, order)
-            staged.replace(order.target)
+            _put(staged, order)
         except OSError as exc:
             raise QuantizeError(f"{order.target} cannot be written: {exc.strerror}") from exc
         finally:
-            staged.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
         return header
 
     def _run(self, order: Order, staged: Path, tell: Tell) -> None:
@@ -249,6 +259,23 @@ def _checked(staged: Path, order: Order) -> gguf.Header:
     finally:
         os.close(fd)
     return header
+
+
+def _put(staged: Path, order: Order) -> None:
+    """Gives what was made the name that was ordered, which nobody else has got meanwhile unless it may be replaced."""
+    if order.may_replace:
+        staged.replace(order.target)
+        return
+    try:
+        try:
+            os.link(staged, order.target)
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            order.target.touch(exist_ok=False)  # that the name is ours a rename would not find out
+            staged.replace(order.target)
+    except FileExistsError as exc:
+        raise QuantizeError(f"{order.target} has come meanwhile, and stays", hint="--force replaces it") from exc
 
 
 def _failure(order: Order, returncode: int, why: str, tail: Sequence[str]) -> QuantizeError:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fakes.control_stub import ControlStub, details
 from fakes.waiting import PATIENCE_S, eventually
-from llamavisor.quantizer import Quantizer, parts_of, target_beside
+from llamavisor.quantizer import Order, QuantizeError, Quantizer, parts_of, target_beside
 from llamavisord.exit_codes import ExitCode
 from llamavisord.tiny_model import write_tiny_model
 from terminal import INTERRUPT, Terminal
@@ -78,11 +80,21 @@ echo "[   1/   2] output.weight - [ 32, 1, 1, 1], type = f32, converting to q8_0
     return make
 
 
-def quantize(env: dict[str, str], *argv: str | Path) -> subprocess.CompletedProcess[str]:
+def quantize(env: dict[str, str], *argv: str | Path, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """The command with pipes all around."""
     return subprocess.run(
-        [*COMMAND, *map(str, argv)], env=env, capture_output=True, text=True, check=False, timeout=2 * PATIENCE_S
+        [*launcher, *COMMAND, *map(str, argv)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=2 * PATIENCE_S,
     )
+
+
+def powerless() -> list[str]:
+    """What makes a program of root, put before it, obey the modes of files."""
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
 
 
 @pytest.mark.parametrize(
@@ -128,8 +140,8 @@ def test_the_result_stands_beside_the_source(tool: Make, source: Path) -> None:
     )
     assert options == f"--allow-requantize --imatrix {matrix}"
     assert (given, type_, threads) == (str(source), "Q8_0", "3\n")
-    assert Path(staged).parent == source.parent
-    assert Path(staged).name.startswith(".tiny-Q8_0.gguf.")
+    assert Path(staged).parent.parent == source.parent
+    assert Path(staged).parent.name.startswith(".llamavisor-quantize-")
 
 
 def test_a_file_that_is_there_stays_unless_forced(tool: Make, source: Path) -> None:
@@ -144,6 +156,54 @@ def test_a_file_that_is_there_stays_unless_forced(tool: Make, source: Path) -> N
     assert there.read_bytes() == source.read_bytes()
     itself = quantize(env, source, "Q8_0", source, "--force")
     assert (itself.returncode, "is the source itself" in itself.stderr) == (ExitCode.USAGE, True)
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_file_that_comes_meanwhile_stays_unless_forced(
+    tool: Make, source: Path, monkeypatch: pytest.MonkeyPatch, *, has_links: bool
+) -> None:
+    """The hours of a quantization are long enough for a pull of the same name; also where a disk knows no links."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    target = source.with_name("tiny-Q8_0.gguf")
+    quantizer = Quantizer(Path(tool()["LLAMAVISOR_LLAMA_SERVER"]), os.environ)
+    order = Order(source=source, target=target, type="Q8_0")
+    with pytest.raises(QuantizeError) as refused:
+        quantizer.make(order, lambda *_: target.write_text("mine") and None)
+    assert (str(refused.value), refused.value.hint) == (
+        f"{target} has come meanwhile, and stays",
+        "--force replaces it",
+    )
+    assert (target.read_text(), len(list(source.parent.iterdir()))) == ("mine", 2)
+    quantizer.make(replace(order, may_replace=True), lambda *_: None)
+    assert target.read_bytes() == source.read_bytes()
+    target.unlink()
+    quantizer.make(order, lambda *_: None)
+    assert target.read_bytes() == source.read_bytes()
+    assert len(list(source.parent.iterdir())) == 2
+
+
+def test_a_source_that_may_not_be_read_is_told(tool: Make, source: Path) -> None:
+    """With whose it is and what helps, before anything else is done; by its path, by a model's name, by its folder."""
+    env = tool()
+    source.chmod(0)
+    whose = f"it is {source.owner()}'s; let your user read it and its folder, or run this as its owner; "
+    with ControlStub(Path(env["LLAMAVISOR_SOCKET"])) as stub:
+        answer = details(files=[{"path": str(source), "size_bytes": 1, "mtime_unix": 0.0}])
+        stub.answer("GET", "/control/v1/models/tiny", answer)
+        for word in (str(source), "tiny"):
+            refused = quantize(env, word, "Q8_0", launcher=powerless())
+            assert refused.returncode == ExitCode.NOT_PERMITTED
+            assert refused.stderr.startswith(f"llamavisor: {source} cannot be read: Permission denied; {whose}")
+        source.parent.chmod(0o600)
+        refused = quantize(env, source, "Q8_0", launcher=powerless())
+        source.parent.chmod(0o700)
+    assert refused.returncode == ExitCode.NOT_PERMITTED
+    assert refused.stderr.startswith(f"llamavisor: {source} cannot be read: Permission denied; it is not for everybody")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ def _quantize(arguments: Namespace) -> int:
     quantizer = Quantizer(_llama_server(client), os.environ)
     type_ = quantizer.type_named(arguments.type)
     source = _source(client, arguments.source)
+    _check_readable(source)
     target = _target(arguments, source, target_beside(source, type_, list(quantizer.types)))
     order = Order(
         source=source,
@@ -47,6 +48,7 @@ def _quantize(arguments: Namespace) -> int:
         threads=arguments.threads,
         imatrix=arguments.imatrix,
         may_requantize=arguments.allow_requantize,
+        may_replace=arguments.force,
     )
     _check_room(quantizer.expected_bytes(order), target.parent)
     progress = Progress(f"quantizing {shortened(source.name, NAME_WIDTH)} to {type_}", Screen(sys.stderr))
@@ -89,9 +91,13 @@ def _llama_server(client: Client) -> Path:
 def _source(client: Client, named: str) -> Path:
     """The file that is meant: one at that path, else that of the model that is called so."""
     path = Path(named)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except PermissionError as exc:
+        raise _unreadable(path, exc) from exc
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         raise CommandError(f"{named} is a folder", hint="name the file in it", exit_code=ExitCode.USAGE)
     try:
         files = client.get(model_path(named, "").rstrip("/"))["files"]
@@ -104,6 +110,29 @@ def _source(client: Client, named: str) -> Path:
     if not files:
         raise CommandError(f"model {named} has no file any more", exit_code=ExitCode.NOT_FOUND)
     return Path(files[0]["path"])
+
+
+def _check_readable(source: Path) -> None:
+    for part in parts_of(source):
+        try:
+            part.open("rb").close()
+        except FileNotFoundError:  # the quantizer says which parts it lacks
+            continue
+        except PermissionError as exc:
+            raise _unreadable(part, exc) from exc
+
+
+def _unreadable(path: Path, error: PermissionError) -> CommandError:
+    """What was pulled is often the daemon's own: its models folder may be closed to others."""
+    try:
+        whose = f"it is {path.owner()}'s"
+    except (OSError, KeyError):
+        whose = "it is not for everybody"
+    return CommandError(
+        f"{path} cannot be read: {error.strerror}; {whose}",
+        hint="let your user read it and its folder, or run this as its owner; the result goes where DST says",
+        exit_code=ExitCode.NOT_PERMITTED,
+    )
 
 
 def _target(arguments: Namespace, source: Path, beside: Path) -> Path:
