@@ -56,7 +56,10 @@ class _Tidying:
         return web.json_response({**_removal_view(removal), "removed": not is_dry, "event_id": event_id})
 
     async def disk(self, _: web.Request) -> web.Response:
-        """Who takes the disk: the models with their files, what is no model, and what is free, folder by folder."""
+        """Who takes the disk: the models with their files, what is no model, and what is free, folder by folder.
+
+        A folder that cannot be looked at has a `problem`, which says why, and no figures.
+        """
         return web.json_response({"folders": [_account_view(each) for each in await self._storage.accounts()]})
 
     async def clean(self, request: web.Request) -> web.Response:
@@ -94,6 +97,7 @@ def _account_view(account: Account) -> dict[str, Any]:
         "leftover_bytes": account.leftover_bytes,
         "models": [_share_view(each) for each in account.models],
         "leftovers": [_leftover_view(account.folder, each) for each in account.leftovers],
+        "problem": account.problem or None,
     }
 
 

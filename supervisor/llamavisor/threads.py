@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
@@ -14,7 +16,12 @@ _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
 
 
-async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
+async def run_in_thread(
+    work: Callable[[*_Ts], _R],
+    *args: *_Ts,
+    abandon_on_cancel: bool = False,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> _R:
     """Do `work` in a thread. If none can be started, one that is at work is waited for, or a better time.
 
     Threads count as processes do against RLIMIT_NPROC and a cgroup's pids.max, and the want of one ends no daemon.
@@ -23,6 +30,7 @@ async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_canc
         work: what blocks.
         args: its arguments.
         abandon_on_cancel: whether a caller who is cancelled leaves it to itself.
+        limiter: how many threads there may be; None for the limit that all share who name none.
     """
     has_begun = False
 
@@ -33,8 +41,52 @@ async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_canc
 
     while True:
         try:
-            return await anyio.to_thread.run_sync(begin, *args, abandon_on_cancel=abandon_on_cancel)
+            return await anyio.to_thread.run_sync(begin, *args, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
         except RuntimeError:  # "can't start new thread": Python has no error of its own for that
             if has_begun:
                 raise
         await anyio.sleep(RETRY_S)
+
+
+class Threads:
+    """A few threads for one thing that may hang, such as a folder on a server: these are all that it ever takes.
+
+    A limiter alone would not do: on asyncio a thread that was left to itself counts for it no longer.
+
+    Args:
+        most: so many of them. One that was left to itself counts until it ends.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._at_work: set[object] = set()  # threads take themselves out of it; what a set does is atomic
+
+    def __repr__(self) -> str:
+        return f"<Threads {len(self._at_work)} of {self._most}>"
+
+    @property
+    def at_work(self) -> int:
+        """How many there are now."""
+        return len(self._at_work)
+
+    async def run(self, work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
+        """Do `work` in one of them, as `run_in_thread` does; who waits for a free one can always be cancelled."""
+        place, claim = object(), threading.Lock()
+
+        def begin() -> _R:
+            if not claim.acquire(blocking=False):
+                raise RuntimeError("whoever wanted it has gone before it began")
+            try:
+                return work(*args)
+            finally:
+                self._at_work.discard(place)
+
+        while len(self._at_work) >= self._most:
+            await anyio.sleep(RETRY_S)
+        self._at_work.add(place)
+        try:
+            unlimited = anyio.CapacityLimiter(math.inf)
+            return await run_in_thread(begin, abandon_on_cancel=abandon_on_cancel, limiter=unlimited)
+        finally:
+            if claim.acquire(blocking=False):
+                self._at_work.discard(place)

@@ -83,12 +83,12 @@ def du(arguments: Namespace) -> int:
     answer = client.call("GET", "/control/v1/disk", {}, timeout_s=DISK_TIMEOUT_S)
     if arguments.json:
         screen.json(answer)
-        return ExitCode.OK
-    for number, folder in enumerate(answer["folders"]):
-        if number:
-            screen.line()
-        _show_folder(screen, folder)
-    return ExitCode.OK
+    else:
+        for number, folder in enumerate(answer["folders"]):
+            if number:
+                screen.line()
+            _show_folder(screen, folder)
+    return ExitCode.FAILED if any(folder["problem"] for folder in answer["folders"]) else ExitCode.OK
 
 
 def _clean(client: Client, screen: Screen, arguments: Namespace) -> int:
@@ -104,18 +104,23 @@ def _clean(client: Client, screen: Screen, arguments: Namespace) -> int:
             screen.json(plan)
         elif not gone:
             screen.line("nothing to clean: no staging leftovers that are older than a day and that nobody writes")
-        return ExitCode.OK
+        return _tell_problems(plan)
     size = format_size(sum(each["size_bytes"] for each in gone))
     if asks and not _confirms(f"Remove {len(gone)} leftovers, {size}, for good?"):
         print("llamavisor: left as it is", file=sys.stderr)
         return ExitCode.FAILED
     answer = client.call("POST", _CLEAN, query, timeout_s=DISK_TIMEOUT_S)
-    problems = [problem for folder in answer["folders"] for problem in folder["problems"]]
     if arguments.json:
         screen.json(answer)
     else:
         freed = format_size(sum(folder["size_bytes"] for folder in answer["folders"]))
         screen.line(f"removed {sum(len(folder['gone']) for folder in answer['folders'])} leftovers, {freed}")
+    return _tell_problems(answer)
+
+
+def _tell_problems(answer: dict[str, Any]) -> int:
+    """The exit code of a cleaning, after what went wrong in any folder has been told."""
+    problems = [problem for folder in answer["folders"] for problem in folder["problems"]]
     for problem in problems:
         print(f"llamavisor: {plain(problem)}", file=sys.stderr)
     return ExitCode.FAILED if problems else ExitCode.OK
@@ -153,6 +158,9 @@ def _show_plan(screen: Screen, plan: dict[str, Any]) -> None:
 
 
 def _show_folder(screen: Screen, folder: dict[str, Any]) -> None:
+    if folder["problem"]:
+        screen.line(plain(folder["problem"]))
+        return
     told = [f"{format_size(folder['models_bytes'])} in {len(folder['models'])} models"]
     told.append(f"{format_size(folder['leftover_bytes'])} in what is no model")
     if folder["total_bytes"] is not None:

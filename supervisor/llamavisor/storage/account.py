@@ -111,6 +111,7 @@ class Account:
         leftovers: likewise.
         models_bytes: what models take, each content once.
         leftover_bytes: what is left over takes, also what was too little to be told.
+        problem: why none of this is known; empty when it is.
     """
 
     folder: str
@@ -119,6 +120,12 @@ class Account:
     leftovers: tuple[Leftover, ...]
     models_bytes: int
     leftover_bytes: int
+    problem: str = ""
+
+    @classmethod
+    def unknown(cls, folder: str, problem: str) -> Account:
+        """That of a folder that cannot be looked at."""
+        return cls(folder, None, (), (), 0, 0, problem)
 
 
 @dataclass(frozen=True, slots=True)

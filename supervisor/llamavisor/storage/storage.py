@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -27,8 +28,8 @@ from llamavisor.rules import ModelRule, split_scale
 from llamavisor.states import HAS_CHILD
 from llamavisor.storage.account import Account, account
 from llamavisor.storage.cleaning import Cleaned, clean
+from llamavisor.storage.desk import Desk
 from llamavisor.storage.removal import Removal, carry_out, plan
-from llamavisor.threads import run_in_thread
 
 LOOK_S = 10.0
 """How long a look at a folder may take, before something is removed and after that."""
@@ -69,7 +70,7 @@ class Storage:
         self._unload = unload
         self._bus = bus
         self._wall = wall
-        self._deed = anyio.Lock()  # two at once would plan over each other's files
+        self._desks: dict[str, Desk] = {}  # also of folders that have gone: what hangs there still does
 
     def __repr__(self) -> str:
         return f"<Storage {', '.join(str(folder.path) for folder in self._folders)}>"
@@ -124,7 +125,7 @@ class Storage:
             ModelAmbiguousError: several folders have it.
             ModelInUseError: something is in the way that nobody has said to overcome.
             FilesChangedError: its files are not those any more that were looked at or agreed upon.
-            NotRemovableError: they lie outside of the folder, or the rights or the disk do not allow it.
+            NotRemovableError: they lie outside of the folder, the rights or the disk do not allow it, or it hangs.
             LlamavisorError: it could not be unloaded.
         """
         place, entry = self._find(model, folder)
@@ -139,14 +140,14 @@ class Storage:
                 break
             for router, _ in holders:
                 await self._unload(router, entry.name)
-        async with self._deed:
+        async with self._desk(place).turn():
             place, entry = self._find(entry.name, str(place.path))
             removal = await self._plan(place, entry, unload=unload)
             _check(removal, token, force=force)
             if list(self._holders(place, entry.name)):
                 raise ModelInUseError(f"model {entry.name} was loaded again meanwhile", hint="try again")
             with anyio.CancelScope(shield=True):  # what has begun is told, whoever has gone meanwhile
-                await run_in_thread(carry_out, removal)
+                await self._desk(place).remove(carry_out, removal)
                 paths, freed = tuple(removal.paths()), removal.size_bytes
                 self._bus.publish(ModelDeleted(folder=removal.folder, model=entry.name, files=paths, freed_bytes=freed))
                 await place.look(within_s=LOOK_S)
@@ -156,12 +157,8 @@ class Storage:
         return removal
 
     async def accounts(self) -> list[Account]:
-        """Who takes the disk, folder by folder.
-
-        Raises:
-            NotRemovableError: a folder cannot be opened.
-        """
-        return [await self._ask(folder, account, str(folder.path), list(folder.catalog)) for folder in self._folders]
+        """Who takes the disk, folder by folder. Of one that cannot be looked at it is told why."""
+        return await self._of_each(self._account)
 
     async def clean(self, *, revisions: bool = False, is_dry: bool = False) -> list[Cleaned]:
         """Remove staging leftovers that are older than a day and that nobody writes.
@@ -170,23 +167,45 @@ class Storage:
             revisions: whether old revisions in caches of the hub go as well.
             is_dry: whether nothing is done, and only told.
         """
-        done = []
-        async with self._deed:
-            for folder in list(self._folders):
-                await self._look(folder)
+        return await self._of_each(partial(self._clean, revisions=revisions, is_dry=is_dry))
 
-                def work(folder: Folder = folder, entries: Sequence[Entry] = tuple(folder.catalog)) -> Cleaned:
-                    return clean(str(folder.path), entries, revisions=revisions, is_dry=is_dry, now=self._wall())
+    async def _of_each(self, work: Callable[[Folder], Awaitable[_R]]) -> list[_R]:
+        """Something for every folder, for all at once: one that hangs keeps the others from nothing."""
+        folders = list(self._folders)
+        done: dict[int, _R] = {}
 
-                with anyio.CancelScope(shield=True):
-                    cleaned = await self._ask(folder, work)
-                    if cleaned.gone and not is_dry:
+        async def put(at: int) -> None:
+            done[at] = await work(folders[at])
+
+        async with anyio.create_task_group() as group:
+            for at in range(len(folders)):
+                group.start_soon(put, at)
+        return [done[at] for at in range(len(folders))]
+
+    async def _account(self, folder: Folder) -> Account:
+        root = str(folder.path)
+        try:
+            await self._look(folder, may_be_stale=True)
+            return await self._desk(folder).ask(account, root, list(folder.catalog))
+        except NotRemovableError as error:
+            return Account.unknown(root, str(error))
+
+    async def _clean(self, folder: Folder, *, revisions: bool, is_dry: bool) -> Cleaned:
+        root, desk = str(folder.path), self._desk(folder)
+        try:
+            await self._look(folder)
+            work = partial(clean, root, list(folder.catalog), revisions=revisions, is_dry=is_dry, now=self._wall())
+            if is_dry:
+                return await desk.ask(work)
+            async with desk.turn():
+                with anyio.CancelScope(shield=True):  # what has begun is told, whoever has gone meanwhile
+                    cleaned = await desk.remove(work)
+                    if cleaned.gone:
                         gone = tuple(each.rel for each in cleaned.gone)
-                        self._bus.publish(
-                            StorageCleaned(folder=cleaned.folder, gone=gone, freed_bytes=cleaned.size_bytes)
-                        )
-                done.append(cleaned)
-        return done
+                        self._bus.publish(StorageCleaned(folder=root, gone=gone, freed_bytes=cleaned.size_bytes))
+                return cleaned
+        except NotRemovableError as error:
+            return Cleaned(root, (), (str(error),))
 
     def _find(self, model: str, folder: str | None) -> tuple[Folder, Entry]:
         found: dict[str, tuple[Folder, Entry]] = {}
@@ -214,21 +233,25 @@ class Storage:
                 return entries[name]
         return next((entry for entry in folder.catalog if word in entry.aliases), None)
 
-    async def _look(self, folder: Folder) -> None:
-        """See the folder as it is now: what is removed must be what is there.
+    def _desk(self, folder: Folder) -> Desk:
+        path = str(folder.path)
+        return self._desks.setdefault(path, Desk(path))
+
+    async def _look(self, folder: Folder, *, may_be_stale: bool = False) -> None:
+        """See the folder as it is now: what is removed must be what is there. One that hangs costs no thread of ours.
 
         Raises:
             NotRemovableError: that cannot be seen.
         """
         has_looked = await folder.look(within_s=LOOK_S)
-        if folder.catalog.stale or not has_looked:
+        if not has_looked or (folder.catalog.stale and not may_be_stale):
             why = folder.catalog.stale or f"does not answer within {LOOK_S:.0f} s"
             raise NotRemovableError(f"folder {folder.path}: {why}", hint="nothing was removed")
 
     async def _plan(self, folder: Folder, entry: Entry, *, unload: bool) -> Removal:
         others = [each for each in folder.catalog if each.name != entry.name]
         needed = dict(_named_files(self._rules(), entry.name))
-        removal = await run_in_thread(plan, str(folder.path), entry, others, needed.keys())
+        removal = await self._desk(folder).ask(plan, str(folder.path), entry, others, needed.keys())
         obstacles = [] if unload else list(self._uses(folder, entry.name))
         obstacles += self._objections(entry)
         obstacles += [f"the file {path} that {needed[path]} names" for path in removal.paths() if path in needed]
@@ -252,12 +275,6 @@ class Storage:
             model = router.table.get(name)
             if router.settings.models_dir == folder.path and model is not None and model.state in HAS_CHILD:
                 yield router, model
-
-    async def _ask(self, folder: Folder, work: Callable[..., _R], *args: object) -> _R:
-        try:
-            return await run_in_thread(work, *args)
-        except OSError as exc:
-            raise NotRemovableError(f"folder {folder.path} cannot be looked at: {exc.strerror or exc}") from exc
 
 
 def _check(removal: Removal, token: str | None, *, force: bool) -> None:
