@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar, TypeVarTuple
 
 import anyio
@@ -14,7 +18,12 @@ _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
 
 
-async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
+async def run_in_thread(
+    work: Callable[[*_Ts], _R],
+    *args: *_Ts,
+    abandon_on_cancel: bool = False,
+    limiter: anyio.CapacityLimiter | None = None,
+) -> _R:
     """Do `work` in a thread. If none can be started, one that is at work is waited for, or a better time.
 
     Threads count as processes do against RLIMIT_NPROC and a cgroup's pids.max, and the want of one ends no daemon.
@@ -23,6 +32,7 @@ async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_canc
         work: what blocks.
         args: its arguments.
         abandon_on_cancel: whether a caller who is cancelled leaves it to itself.
+        limiter: how many threads there may be; None for the limit that all share who name none.
     """
     has_begun = False
 
@@ -33,8 +43,46 @@ async def run_in_thread(work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_canc
 
     while True:
         try:
-            return await anyio.to_thread.run_sync(begin, *args, abandon_on_cancel=abandon_on_cancel)
+            return await anyio.to_thread.run_sync(begin, *args, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
         except RuntimeError:  # "can't start new thread": Python has no error of its own for that
             if has_begun:
                 raise
         await anyio.sleep(RETRY_S)
+
+
+class Threads:
+    """A few threads for one thing that may hang, such as a folder on a server: these are all that it ever takes.
+
+    Args:
+        most: so many of them. One that was left to itself counts until it ends.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = anyio.CapacityLimiter(most)
+
+    def __repr__(self) -> str:
+        return f"<Threads {self._free.borrowed_tokens} of {self._free.total_tokens}>"
+
+    async def run(self, work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
+        """Do `work` in one of them, as `run_in_thread` does; who waits for a free one can always be cancelled."""
+        loop, place, claim = asyncio.get_running_loop(), object(), threading.Lock()
+
+        def give_back() -> None:
+            self._free.release_on_behalf_of(place)
+
+        def begin() -> _R:
+            if not claim.acquire(blocking=False):
+                raise RuntimeError("whoever wanted it has gone before it began")
+            try:
+                return work(*args)
+            finally:
+                with suppress(RuntimeError):  # the event loop has ended meanwhile
+                    loop.call_soon_threadsafe(give_back)
+
+        await self._free.acquire_on_behalf_of(place)
+        try:
+            unlimited = anyio.CapacityLimiter(math.inf)
+            return await run_in_thread(begin, abandon_on_cancel=abandon_on_cancel, limiter=unlimited)
+        finally:
+            if claim.acquire(blocking=False):
+                give_back()
