@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from llamavisor.events import Bus
-from llamavisor.hub import Hub, HubError, Pulls, Why
+from llamavisor.hub import Hub, HubError, Pull, Pulls, Record, Why
 
 OPEN_S = 10.0
 """How long somebody waits for a folder to be looked at; one on a server that is away does not answer."""
@@ -64,25 +64,62 @@ class Downloads:
             return folder.pulls
         raise HubError(f"{models_dir} does not answer", why=Why.DISK)
 
+    async def known(self, models_dirs: Collection[Path], key: str | None = None) -> list[tuple[Path, Pull | Record]]:
+        """The pulls of all folders, those first that only the disk knows of; a folder that hangs tells what it can.
+
+        Args:
+            models_dirs: the folders that are meant; those that were meant before and have pulls are, too.
+            key: only those of this id. Of one that is under way no disk is asked, however often somebody asks for it.
+        """
+        if key is not None and (here := self._here(key)):
+            return list(here)
+        paused: list[tuple[Path, Record]] = []
+
+        async def ask(pulls: Pulls) -> None:
+            paused.extend((pulls.models_dir, record) for record in await pulls.paused() if key in {None, record.key})
+
+        await self._each({*models_dirs, *self._folders}, ask)
+        here = self._here(key)
+        known = {(folder, pull.id) for folder, pull in here}
+        fresh = [(folder, record) for folder, record in paused if (folder, record.key) not in known]
+        return [*sorted(fresh, key=lambda each: each[0]), *here]
+
+    def _here(self, key: str | None) -> list[tuple[Path, Pull]]:
+        """What is in memory."""
+        found = ((folder.pulls.models_dir, pull) for folder in self._folders.values() for pull in folder.pulls.all)
+        return [(folder, pull) for folder, pull in found if key in {None, pull.id}]
+
     async def cancel(self, key: str, models_dirs: Collection[Path], *, drop: bool = False) -> None:
         """End a pull wherever it goes.
 
         Args:
             key: its id.
-            models_dirs: the folders that are meant.
+            models_dirs: the folders that are meant; those that were meant before and have pulls are, too.
             drop: whether what came is removed.
 
         Raises:
-            HubError: there is none of that name.
+            HubError: there is none of that name, or its disk does not let go of it.
         """
+        holders = [path for path, each in self._folders.items() if any(key == pull.id for pull in each.pulls.under_way)]
+        folders = holders or {*models_dirs, *self._folders}
+        refusals = await self._each(folders, lambda pulls: pulls.cancel(key, drop=drop))
+        if len(refusals) == len(folders):
+            raise min(refusals, key=lambda each: each.why is Why.NO_PULL)
+
+    async def _each(self, models_dirs: Collection[Path], ask: Callable[[Pulls], Awaitable[None]]) -> list[HubError]:
+        """Asks all folders at once; what those say that cannot do it."""
         refusals: list[HubError] = []
-        for models_dir in models_dirs:
+
+        async def ask_one(models_dir: Path) -> None:
             try:
-                await (await self.into(models_dir)).cancel(key, drop=drop)
+                await ask(await self.into(models_dir))
             except HubError as exc:
                 refusals.append(exc)
-        if len(refusals) == len(models_dirs):
-            raise refusals[-1]
+
+        async with anyio.create_task_group() as asking:
+            for models_dir in models_dirs:
+                asking.start_soon(ask_one, models_dir)
+        return refusals
 
     def _begin(self, models_dir: Path) -> _Folder:
         folder = self._folders.get(models_dir)

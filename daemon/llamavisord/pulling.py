@@ -86,7 +86,8 @@ class _Pulling:
 
         The body is JSON: `spec` (`USER/REPO` or `USER/REPO:QUANT`) and if need be `file` (a pattern), `revision`,
         `mmproj` and `draft` (false: not these), `name` (what the model is to be called), `router`. Answered as soon as
-        it is known what is to be brought; it is pulled in the background, and a later daemon goes on with it.
+        it is known what is to be brought; it is pulled in the background, and a later daemon goes on with it. Of a
+        model that `was_there` already, only the content is looked at.
         """
         try:
             order = _Order.model_validate_json(await request.read())
@@ -106,7 +107,7 @@ class _Pulling:
         pull = await (await self._daemon.downloads.into(folder)).start(spec, name=order.name)
         is_usual = not spec.quantization and not spec.file
         body = {"pull": _pull_view(pull, folder), "usual": is_usual, "event_id": event_id}
-        return web.json_response(body, status=HTTPStatus.OK if pull.ended.is_set() else HTTPStatus.ACCEPTED)
+        return web.json_response(body, status=HTTPStatus.ACCEPTED)
 
     async def pulls(self, request: web.Request) -> web.Response:
         """The pulls that are under way, those that have ended lately, and those that can be gone on with.
@@ -132,15 +133,10 @@ class _Pulling:
 
     async def _known(self, key: str | None) -> list[dict[str, Any]]:
         """The pulls of all folders, or those of that id."""
-        found: list[dict[str, Any]] = []
-        for folder in self._daemon.models_dirs:
-            pulls = await self._daemon.downloads.into(folder)
-            here = {pull.id: _pull_view(pull, folder) for pull in pulls.all}
-            if key not in here:  # who asks often for one that is under way has no disk looked at
-                paused = {record.key: _record_view(record, folder) for record in await pulls.paused()}
-                here = {**paused, **here}
-            found += [view for each, view in here.items() if key in {None, each}]
-        return found
+        known = await self._daemon.downloads.known(self._daemon.models_dirs, key)
+        return [
+            _pull_view(each, folder) if isinstance(each, Pull) else _record_view(each, folder) for folder, each in known
+        ]
 
     def _budget_bytes(self, router: Router) -> int | None:
         """What a model may take on a router: of its GPUs together, of RAM if it has none. None if nobody knows."""
@@ -197,6 +193,7 @@ def _pull_view(pull: Pull, folder: Path) -> dict[str, Any]:
         "left_s": pull.left_s,
         "files": [_progress_view(file) for file in pull.files],
         "path": str(pull.path) if pull.path else None,
+        "was_there": pull.was_there,
         "error": None if error is None else {"why": error.why.value, "detail": str(error), "hint": error.hint or None},
     }
 
@@ -211,6 +208,7 @@ def _record_view(record: Record, folder: Path) -> dict[str, Any]:
         "left_s": None,
         "files": [],
         "path": None,
+        "was_there": False,
         "error": None,
     }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import threading
 from collections.abc import Callable
-from typing import TypeVar, TypeVarTuple
+from contextlib import suppress
+from typing import TypeVar, TypeVarTuple, cast
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 
 RETRY_S = 0.1
@@ -51,27 +54,27 @@ async def run_in_thread(
 class Threads:
     """A few threads for one thing that may hang, such as a folder on a server: these are all that it ever takes.
 
-    A limiter alone would not do: on asyncio a thread that was left to itself counts for it no longer.
-
     Args:
         most: so many of them. One that was left to itself counts until it ends.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = most
-        self._at_work: set[object] = set()  # threads take themselves out of it; what a set does is atomic
+        self._free = anyio.CapacityLimiter(most)
 
     def __repr__(self) -> str:
-        return f"<Threads {len(self._at_work)} of {self._most}>"
+        return f"<Threads {self.at_work} of {self._free.total_tokens}>"
 
     @property
     def at_work(self) -> int:
-        """How many there are now."""
-        return len(self._at_work)
+        """How many there are now, also of those that were left to themselves."""
+        return self._free.borrowed_tokens
 
     async def run(self, work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
         """Do `work` in one of them, as `run_in_thread` does; who waits for a free one can always be cancelled."""
-        place, claim = object(), threading.Lock()
+        call_soon, place, claim = _call_soon(), object(), threading.Lock()
+
+        def give_back() -> None:
+            self._free.release_on_behalf_of(place)
 
         def begin() -> _R:
             if not claim.acquire(blocking=False):
@@ -79,14 +82,20 @@ class Threads:
             try:
                 return work(*args)
             finally:
-                self._at_work.discard(place)
+                with suppress(RuntimeError):  # the event loop has ended meanwhile
+                    call_soon(give_back)
 
-        while len(self._at_work) >= self._most:
-            await anyio.sleep(RETRY_S)
-        self._at_work.add(place)
+        await self._free.acquire_on_behalf_of(place)
         try:
             unlimited = anyio.CapacityLimiter(math.inf)
             return await run_in_thread(begin, abandon_on_cancel=abandon_on_cancel, limiter=unlimited)
         finally:
             if claim.acquire(blocking=False):
-                self._at_work.discard(place)
+                give_back()
+
+
+def _call_soon() -> Callable[[Callable[[], None]], object]:
+    """How a thread has the event loop do something, without waiting; after the loop's end it raises RuntimeError."""
+    loop = anyio.lowlevel.current_token().native_token
+    name = "call_soon_threadsafe" if isinstance(loop, asyncio.AbstractEventLoop) else "run_sync_soon"  # that is trio's
+    return cast("Callable[[Callable[[], None]], object]", getattr(loop, name))

@@ -348,7 +348,9 @@ def test_one_pull_for_all_who_want_the_same(daemon: RunningDaemon, hub: HubServe
     eventually(is_stalled)
     hub.released.set()
     wait_for(daemon, "M-Q4_K_M", "done")
-    assert order(daemon, "user/repo")[0] == 200
+    assert order(daemon, "user/repo")[0] == 202
+    wait_for(daemon, "M-Q4_K_M", "done")
+    assert pull_of(daemon, "M-Q4_K_M")["was_there"]
 
 
 def test_a_failed_pull_is_told_of(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:

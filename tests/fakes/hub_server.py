@@ -57,8 +57,11 @@ class HubFile:
 
     @cached_property
     def blob_id(self) -> str:
-        """What git calls it."""
-        return hashlib.sha1(b"blob %d\0" % self.length + self.content, usedforsecurity=False).hexdigest()
+        """What git calls what it holds: all of it, or a pointer into the store."""
+        held = self.content
+        if self.is_lfs:
+            held = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.oid}\nsize {self.length}\n".encode()
+        return hashlib.sha1(b"blob %d\0" % len(held) + held, usedforsecurity=False).hexdigest()
 
     def part(self, begin: int, end: int) -> Iterator[bytes]:
         """The bytes from `begin` up to `end`, in pieces."""

@@ -23,7 +23,7 @@ def login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def sent(environ: dict[str, str]) -> str | None:
     """What would be sent."""
     token = find_access(environ).token
-    return token.header if token is not None else None
+    return f"Bearer {token.reveal()}" if token is not None else None
 
 
 def test_which_token_counts(login: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def header(architecture: str = "llama", *, tokens: int = 300, before: int = 0) -
 
 def listing(*paths: str) -> Listing:
     """A repository that holds these files."""
-    return arrange("user/repo", "main", "a" * 40, [RemoteFile(path, 10) for path in paths], {})
+    return arrange("user/repo", "main", "a" * 40, [RemoteFile(path, 10) for path in paths])
 
 
 def choose(there: Listing, text: str = "user/repo", **more: str) -> Choice:
@@ -193,7 +193,7 @@ async def test_a_repository_is_one_question(server: HubServer, revision: str) ->
         "M-Q4_K_M": 40,
         "M-Q8_0": 70,
     }
-    assert there.choices[1].first.sha256 == server.repositories["user/repo"].files["M-Q4_K_M.gguf"].oid
+    assert there.choices[1].first.digest == server.repositories["user/repo"].files["M-Q4_K_M.gguf"].oid
     assert len(server.asked) == 1
 
 

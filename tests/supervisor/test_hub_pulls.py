@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -391,11 +390,14 @@ async def test_litter_is_swept_and_nothing_else(here: Here, server: HubServer) -
         await here.pull("user/big")
     kept = here.hidden()
     staging = Staging(here.models_dir)
-    (staging.path / "files" / "0123-9.part").write_bytes(b"12345")
-    (staging.path / "files" / "0123-9.etag").write_text("x")
-    (staging.path / "old-0123").mkdir()
-    (staging.path / "old-0123" / "a.gguf").write_bytes(b"123")
-    (staging.path / "left.lock").touch()
-    assert staging.sweep() == 9
-    assert here.hidden() == kept
-    assert not [name for name in os.listdir(staging.path) if name.endswith(".lock")]
+    content, key = "0" * 32 + "-9", "old-" + "1" * 16
+    (staging.path / "files" / f"{content}.part").write_bytes(b"12345")
+    (staging.path / "files" / f"{content}.etag").write_text("x")
+    (staging.path / key).mkdir()
+    (staging.path / key / "a.gguf").write_bytes(b"123")
+    (staging.path / f"left-{'2' * 16}.lock").touch()
+    foreign = [".part", ".lock", "mine.txt", ".x-0123456789abcdef.json.tmp", "files/.etag", "files/mine"]
+    for name in foreign:
+        (staging.path / name).write_text("x")
+    staging.sweep()
+    assert here.hidden() == sorted([*kept, *foreign])

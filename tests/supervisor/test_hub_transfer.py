@@ -15,6 +15,7 @@ from llamavisor.hub.listing import Listing
 from llamavisor.hub.remote import Connection
 from llamavisor.hub.staging import Part
 from llamavisor.hub.transfer import Errand, fetch
+from llamavisor.threads import Threads
 
 pytestmark = pytest.mark.anyio
 
@@ -52,7 +53,7 @@ async def bring(
     """Has the file fetched."""
     progress = Progress(file.name, file.size)
     with anyio.fail_after(30):
-        await fetch(connection, Errand(LISTING, file, part, progress), patience)
+        await fetch(connection, Errand(LISTING, file, part, progress, Threads(4)), patience)
     return progress
 
 
@@ -218,7 +219,7 @@ async def test_cancelled_in_the_middle(connection: Connection, part: Part, serve
     progress = Progress(NAME, len(CONTENT))
     patience = Patience(stall_s=30.0)
     async with Hub({"HF_ENDPOINT": server.url}, patience).connect() as patient, anyio.create_task_group() as tasks:
-        tasks.start_soon(fetch, patient, Errand(LISTING, WANTED, part, progress), patience)
+        tasks.start_soon(fetch, patient, Errand(LISTING, WANTED, part, progress, Threads(4)), patience)
         with anyio.fail_after(10):
             while progress.done < 1_000_000:
                 await anyio.sleep(0.01)

@@ -145,8 +145,7 @@ def _tell_end(client: Client, pull: dict[str, Any], answer: dict[str, Any], argu
             f"{pull['model']} was cancelled", hint="the same pull goes on with what came, if it was kept"
         )
     if not arguments.json:
-        was_there = answer["pull"]["state"] == "done"
-        told = "is there already" if was_there else f"pulled, {format_size(pull['size_bytes'])}"
+        told = "is there already" if pull["was_there"] else f"pulled, {format_size(pull['size_bytes'])}"
         Screen().line(f"{plain(model['name'] if model else pull['model'])}: {told}: {plain(pull['path'])}")
     if model is not None and model["file_state"] != "ready":
         raise CommandError(f"{model['name']} cannot be served: it is {model['file_state']}: {model['problem']}")
@@ -158,10 +157,7 @@ def _tell_detached(answer: dict[str, Any], arguments: Namespace) -> int:
         Screen().json(answer)
         return ExitCode.OK
     begun = answer["pull"]
-    if begun["state"] == _UNDER_WAY:
-        told = f"{format_size(begun['size_bytes'])} under way as {plain(begun['id'])}; `llamavisor pulls` shows it"
-    else:
-        told = f"is there already: {plain(begun['path'])}"
+    told = f"{format_size(begun['size_bytes'])} under way as {plain(begun['id'])}; `llamavisor pulls` shows it"
     Screen().line(f"{plain(begun['model'])}: {told}")
     return ExitCode.OK
 

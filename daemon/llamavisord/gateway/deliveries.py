@@ -5,6 +5,7 @@ A client knows such a model by the word that it asked with until it is there: th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,12 @@ from llamavisor.hub import HubError, Pull, Spec
 from llamavisord.downloads import Downloads
 from llamavisord.gateway.notices import Notices
 
+MOST = 16
+"""So many are on their way at once."""
 TELL_EVERY_S = 1.0
 """Between two words on how far a download is."""
+
+_log = logging.getLogger(__name__)
 
 
 class Deliveries:
@@ -54,6 +59,11 @@ class Deliveries:
         """Whether it is on its way."""
         return word in self._scopes
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is taken now."""
+        return len(self._scopes) >= MOST
+
     def words(self) -> list[str]:
         """What is on its way."""
         return sorted(self._scopes)
@@ -65,29 +75,35 @@ class Deliveries:
         self._tasks.start_soon(self._follow, word, spec, self._scopes[word])
 
     def end(self, word: str) -> None:
-        """Give it up; what came is kept."""
+        """Give it up; what came is kept. A pull that somebody else has begun goes on."""
         self._scopes[word].cancel()
 
     async def _follow(self, word: str, spec: Spec, scope: anyio.CancelScope) -> None:
-        pull: Pull | None = None
-        is_there = False
+        is_there, own = False, None
         try:
             with scope:
                 pulls = await self._downloads.into(self._folder())
+                others = pulls.under_way
                 pull = await pulls.start(spec)
-                while not pull.ended.is_set():
-                    self._notices.tell(word, "download_progress", {"progress": _progress(pull)})
-                    with anyio.move_on_after(TELL_EVERY_S):
-                        await pull.ended.wait()
-                is_there = await pull.wait() is not None
-            if scope.cancelled_caught and pull is not None:
-                await pulls.cancel(pull.id)
+                own = pull if pull not in others else None
+                is_there = await self._watch(word, pull)
+            if scope.cancelled_caught and own is not None:
+                await pulls.cancel(own.id)
         except HubError as error:
-            if pull is None:  # of one that had begun there is an event
-                self._bus.publish(Warned(subject=f"pull {word}", text=str(error)))
+            self._bus.publish(Warned(subject=f"pull {word}", text=str(error)))
+        except Exception:  # noqa: BLE001 (what one client wants must end nothing for the others)
+            _log.exception("pull %s failed", word)
         finally:
             del self._scopes[word]
         self._notices.tell(word, "download_finished" if is_there else "download_failed")
+
+    async def _watch(self, word: str, pull: Pull) -> bool:
+        """Tells how far it is until it has ended; whether it is there. Of one that fails there is an event."""
+        while not pull.ended.is_set():
+            self._notices.tell(word, "download_progress", {"progress": _progress(pull)})
+            with anyio.move_on_after(TELL_EVERY_S):
+                await pull.ended.wait()
+        return pull.path is not None
 
 
 def _progress(pull: Pull) -> dict[str, object]:

@@ -20,7 +20,7 @@ import anyio.abc
 from llamavisor.errors import LlamavisorError, ModelNotFoundError
 from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.fleet import Fleet
-from llamavisor.hub import HubError, parse
+from llamavisor.hub import HubError, Why, parse
 from llamavisor.router import Router
 from llamavisor.states import ModelState
 from llamavisord.downloads import Downloads
@@ -167,12 +167,21 @@ class Management:
             return _refusal(400, "error: invalid HF repo format, expected <user>/<model>[:quant]\n")
         if word in self._deliveries or self._listing.find(word) is not None:
             return _refusal(400, f"model '{word}' already exists")
+        if self._deliveries.is_full:
+            return Trouble(503, "too many downloads", retry_after_s=RETRY_S, is_native=True).reply(Api.NATIVE)
         self._deliveries.begin(word, spec)
         return _SUCCESS
 
     def _folder(self) -> Path:
-        """Where downloads go."""
-        return next(iter(self._fleet)).settings.models_dir
+        """Where downloads go.
+
+        Raises:
+            HubError: nobody knows yet.
+        """
+        router = next(iter(self._fleet), None)
+        if router is None:
+            raise HubError("the fleet has no router yet", why=Why.DISK)
+        return router.settings.models_dir
 
     async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:
         """DELETE /models: answered when its files are gone; it is unloaded first, when its answers have ended.

@@ -19,7 +19,7 @@ _TOKEN = re.compile(r"[!-~]+")
 
 
 class Token:
-    """A secret. It is shown by nothing; only `header` says it."""
+    """A secret. It is shown by nothing; only `reveal` says it."""
 
     __slots__ = ("_text",)
 
@@ -29,13 +29,8 @@ class Token:
     def __repr__(self) -> str:
         return "<Token>"
 
-    @property
-    def header(self) -> str:
-        """What is sent as `Authorization`."""
-        return f"Bearer {self._text}"
-
     def reveal(self) -> str:
-        """The secret itself, for a library that takes it so."""
+        """The secret itself."""
         return self._text
 
 
@@ -86,7 +81,14 @@ def _find_token(environ: Mapping[str, str]) -> Token | None:
             return _token(text, str(path))
     from huggingface_hub import get_token  # noqa: PLC0415 (half a second, for who pulls nothing)
 
-    return _token(text, "the token of `hf auth login`") if (text := (get_token() or "").strip()) else None
+    try:
+        text = (get_token() or "").strip()
+    except Exception as exc:  # noqa: BLE001 (its file may be anything, its renewal fail in any way, and name the token)
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else type(exc).__name__
+        text = f"the token of `hf auth login` cannot be read: {reason}"
+        hint = "Let the user of the daemon read it, or set HF_TOKEN."
+        raise HubError(text, why=Why.UNAUTHORIZED, hint=hint) from None
+    return _token(text, "the token of `hf auth login`") if text else None
 
 
 def _token(text: str, origin: str) -> Token:

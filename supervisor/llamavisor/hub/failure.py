@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
+from pathlib import Path
 
 from llamavisor.errors import LlamavisorError
 from llamavisor.gguf.container import printable
@@ -41,6 +45,8 @@ class Why(StrEnum):
     """What came is not what the Hub says it has."""
     EXISTS = "exists"
     """Something else has that name in the models folder."""
+    TOO_MANY = "too_many"
+    """So many pulls wait already that no other is taken."""
     NO_PULL = "no_pull"
     """There is no such pull."""
     DISK = "disk"
@@ -113,3 +119,21 @@ def retry_after(text: str) -> float | None:
     """The seconds of a `Retry-After`, None if there are none; dates are not read, as huggingface_hub does not."""
     text = text.strip()
     return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Errors of the disk as ours.
+
+    Raises:
+        HubError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            hint = "Make room, and pull again: it goes on."
+            raise HubError(f"{path.parent}: the disk is full", why=Why.NO_SPACE, hint=hint) from exc
+        is_denied = exc.errno in {errno.EACCES, errno.EPERM, errno.EROFS}
+        hint = "Let the user of the daemon write there." if is_denied else ""
+        raise HubError(f"{path} cannot be written: {exc.strerror}", why=Why.DISK, hint=hint) from exc

@@ -7,6 +7,7 @@ together, which projector and draft a model gets, and what it is called.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ common/download.cpp of llama.cpp b11434."""
 _NO_MODELS = (PROJECTOR_MARK, "imatrix", "eagle3-", *DRAFT_PREFIXES)
 """What is in the names of files that are no models: `gguf_filename_is_model`, ibidem."""
 _LISTED = 12
+_GIT_DIGITS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +42,24 @@ class RemoteFile:
     Attributes:
         path: in the repository.
         size: bytes.
-        sha256: of its content, empty when the Hub does not tell.
+        digest: of its content, in hexadecimal: its SHA-256, or what git calls it if git holds it, which is the SHA-1 of
+            a short header and it. Empty when the Hub does not tell.
     """
 
     path: str
     size: int
-    sha256: str = ""
+    digest: str = ""
 
     @property
     def name(self) -> str:
         """The last part of its path."""
         return self.path.rpartition("/")[2]
+
+    def hash(self) -> hashlib._Hash:
+        """What all of its content is given to, so as to be its `digest` in the end."""
+        if len(self.digest) != _GIT_DIGITS:
+            return hashlib.sha256()
+        return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)  # as `git hash-object` does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +168,7 @@ class Listing:
 _NO_GGUF = "llama-server reads GGUF files only; other repositories have them, often with -GGUF in their names."
 
 
-def arrange(
-    repository: str, revision: str, commit: str, files: Iterable[RemoteFile], beginnings: Mapping[str, Beginning]
-) -> Listing:
+def arrange(repository: str, revision: str, commit: str, files: Iterable[RemoteFile]) -> Listing:
     """The files of a repository as models. Files that cannot be taken by their names are left out.
 
     Args:
@@ -169,21 +176,18 @@ def arrange(
         revision: what was asked for.
         commit: what that is.
         files: all that it holds.
-        beginnings: what first files say, by their paths, as far as they were read.
     """
     snapshot = Snapshot(repository, f"models--{repository.replace('/', '--')}/{SNAPSHOTS}/{commit}")
     known = {file.path: file for file in files if file.name.lower().endswith(SUFFIX) and not path_problem(file.path)}
     models = {path: file for path, file in known.items() if not _is_statistic(file)}
     entries = group(join(_judged(models.values(), snapshot)), (), "").values()
-    choices = sorted(_choices(entries, models, snapshot, beginnings), key=lambda choice: choice.first.path)
+    choices = sorted(_choices(entries, models, snapshot), key=lambda choice: choice.first.path)
     own = {file.path for choice in choices for file in choice.files}
     others = tuple(file for path, file in sorted(known.items()) if path not in own)
     return Listing(repository=repository, revision=revision, commit=commit, choices=tuple(choices), others=others)
 
 
-def _choices(
-    entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot: Snapshot, beginnings: Mapping[str, Beginning]
-) -> Iterator[Choice]:
+def _choices(entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot: Snapshot) -> Iterator[Choice]:
     for entry in entries:
         files = tuple(known[snapshot.inside(file.path)] for file in entry.files)
         if any(mark in files[0].name.lower() for mark in _NO_MODELS):
@@ -194,7 +198,6 @@ def _choices(
             projector=known[snapshot.inside(entry.projector.path)] if entry.projector else None,
             draft=known[snapshot.inside(entry.draft.path)] if entry.draft else None,
             problem="" if entry.state is EntryState.READY else entry.reason,
-            beginning=beginnings.get(files[0].path),
         )
 
 

@@ -22,16 +22,18 @@ class Patience:
         stall_s: for the next byte, however long all of them take.
         answer_s: for what a repository holds, all in all.
         delays_s: before it is tried again, after the first failure in a row, the second, and so on; then no more.
-        questions: how many failures in a row a question may have, to which a person waits for the answer.
         max_retry_after_s: a server that wants to be left alone for longer is told of instead.
+        questions: how many failures in a row a question may have, to which a person waits for the answer.
+        max_question_delay_s: the same as `max_retry_after_s`, of a question.
     """
 
     connect_s: float = 10.0
     stall_s: float = 30.0
     answer_s: float = 60.0
     delays_s: tuple[float, ...] = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0, 60.0, 60.0, 60.0)
-    questions: int = 2
     max_retry_after_s: float = 300.0
+    questions: int = 2
+    max_question_delay_s: float = 20.0
 
     def delay_s(self, error: HubError, failures: int) -> float | None:
         """Seconds until the next attempt, None for never.
@@ -58,6 +60,6 @@ class Patience:
             except HubError as exc:
                 failures += 1
                 delay_s = self.delay_s(exc, failures) if failures <= self.questions else None
-                if delay_s is None:
+                if delay_s is None or delay_s > self.max_question_delay_s:
                     raise
             await anyio.sleep(delay_s)

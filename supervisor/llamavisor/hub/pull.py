@@ -36,6 +36,7 @@ class Pull:
         state: how it is.
         error: why it failed, None if it did not.
         path: where the model is, once it is done.
+        was_there: whether it was there before.
         ended: set when nothing more happens.
     """
 
@@ -45,6 +46,7 @@ class Pull:
         self.state = PullState.UNDER_WAY
         self.error: HubError | None = None
         self.path: Path | None = None
+        self.was_there = False
         self.ended = anyio.Event()
         self.scope = anyio.CancelScope()
         self.is_dropped = False

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TypeVar, TypeVarTuple
 
 import anyio
 from anyio.abc import TaskGroup
 
 from llamavisor.events import Bus, PullCancelled, PullEnded, PullFailed, PullProgress, PullStarted
 from llamavisor.hub.failure import HubError, Why
+from llamavisor.hub.flock import FileLock
+from llamavisor.hub.placing import is_placed, keep, paths_of, place, taken, target_of
 from llamavisor.hub.progress import Stage
 from llamavisor.hub.pull import Pull, PullState
 from llamavisor.hub.record import Record, plan
 from llamavisor.hub.remote import Connection, Hub
 from llamavisor.hub.spec import Spec
-from llamavisor.hub.staging import Staging, is_placed, keep, locked, place, target_of
-from llamavisor.hub.transfer import Errand, fetch
-from llamavisor.threads import run_in_thread
+from llamavisor.hub.staging import Staging, size_of
+from llamavisor.hub.transfer import Errand, fetch, is_same
+from llamavisor.threads import Threads
 
 AT_ONCE = 2
 """So many pulls are at work; the others wait for their turn."""
 FILES_AT_ONCE = 4
+MOST = 32
+"""So many pulls are at work or wait; no other is taken."""
 TELL_EVERY_S = 1.0
 KEPT = 100
 """So many pulls that have ended are remembered."""
+DISK_S = 10.0
+"""A folder that does not answer for so long is told of; one on a server that is away does not."""
+THREADS = 2 * AT_ONCE * FILES_AT_ONCE
+"""So many threads work in the folder, and hang if it does."""
+
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
+_log = logging.getLogger(__name__)
 
 
 class Pulls:
@@ -44,15 +57,26 @@ class Pulls:
         self._bus = bus
         self._pulls: dict[str, Pull] = {}
         self._turns = anyio.CapacityLimiter(AT_ONCE)
+        self._threads = Threads(THREADS)
         self._tasks: TaskGroup | None = None
 
     def __repr__(self) -> str:
         return f"<Pulls {list(self._pulls.values())}>"
 
     @property
+    def models_dir(self) -> Path:
+        """The folder that models come into."""
+        return self.staging.models_dir
+
+    @property
     def all(self) -> tuple[Pull, ...]:
         """Those under way, and the last that have ended, the oldest first."""
         return tuple(self._pulls.values())
+
+    @property
+    def under_way(self) -> tuple[Pull, ...]:
+        """Those that are at work, or wait for their turn."""
+        return tuple(pull for pull in self._pulls.values() if pull.state is PullState.UNDER_WAY)
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
@@ -62,19 +86,19 @@ class Pulls:
         """
         async with anyio.create_task_group() as tasks:
             self._tasks = tasks
-            records = await run_in_thread(self.staging.records)
-            await run_in_thread(self.staging.sweep)
-            for record in records:
-                if record.is_under_way:
-                    self._begin(record)
             try:
+                records = await self._threads.run(self.staging.records, abandon_on_cancel=True)
+                await self._threads.run(self.staging.sweep, abandon_on_cancel=True)
+                for record in records:
+                    if record.is_under_way:
+                        self._begin(record)
                 yield
             finally:
                 self._tasks = None
                 tasks.cancel_scope.cancel()
 
     async def start(self, spec: Spec, *, name: str = "") -> Pull:
-        """Begins to bring a model; the same one twice is one pull.
+        """Begins to bring a model; the same one twice is one pull. One that is there already is only looked at.
 
         Args:
             spec: which.
@@ -87,38 +111,52 @@ class Pulls:
         record = plan(listing, spec, name)
         if (known := self._under_way(record.key)) is not None:
             return known
-        await run_in_thread(self.staging.prepare)
-        if await run_in_thread(is_placed, record, self.staging.models_dir):
-            return self._already(record)
-        await self._check_room(record)
         self._check_name(record)
-        await run_in_thread(self.staging.write, record)
-        # Somebody may have asked for the same meanwhile.
-        return self._under_way(record.key) or self._begin(record)
+        if not await self._ask(is_placed, record, self.models_dir):
+            await self._check_room(record)
+        with anyio.CancelScope(shield=True):  # what is written down is begun, whoever has gone meanwhile
+            await self._ask(self.staging.write, record)
+        return self._under_way(record.key) or self._begin(record)  # somebody may have asked for the same meanwhile
 
     async def cancel(self, key: str, *, drop: bool = False) -> None:
         """Ends a pull; what came is kept, so that the same pull goes on with it, or dropped.
 
         Raises:
-            HubError: there is none of that name.
+            HubError: there is none of that name, or the disk does not let go of it.
         """
-        pull = self._under_way(key)
-        if pull is not None:
+        if (pull := self._under_way(key)) is not None:
             pull.is_dropped = drop
             pull.scope.cancel()
-            await pull.ended.wait()
-            return
-        records = [record for record in await run_in_thread(self.staging.records) if record.key == key]
+            with anyio.move_on_after(DISK_S):
+                await pull.ended.wait()
+                if pull.error is not None:
+                    raise pull.error
+                return
+            raise self._hangs()
+        records = [record for record in await self._ask(self.staging.records) if record.key == key]
         if not records and key not in self._pulls:
             raise HubError(f"there is no pull {key!r}", why=Why.NO_PULL, hint="`llamavisor pulls` shows them.")
         if drop:
             for record in records:
-                await run_in_thread(self._drop, record)
+                await self._ask(self.staging.drop, record)
 
     async def paused(self) -> list[Record]:
-        """What was begun, and is not under way: pulls that failed or were cancelled, and keep room on the disk."""
-        records = await run_in_thread(self.staging.records)
-        return [record for record in records if self._under_way(record.key) is None]
+        """What was begun, and is not under way: pulls that failed or were cancelled, and keep room on the disk.
+
+        Raises:
+            HubError: the folder does not answer.
+        """
+        return [record for record in await self._ask(self.staging.records) if self._under_way(record.key) is None]
+
+    async def _ask(self, work: Callable[[*_Ts], _R], *args: *_Ts) -> _R:
+        """Has the disk looked at or a small thing done, within bounds; it may be left to itself."""
+        with anyio.move_on_after(DISK_S):
+            return await self._threads.run(work, *args, abandon_on_cancel=True)
+        raise self._hangs()
+
+    def _hangs(self) -> HubError:
+        hint = "Look at the disk, or at the server that it is on."
+        return HubError(f"{self.models_dir} does not answer", why=Why.DISK, hint=hint)
 
     def _under_way(self, key: str) -> Pull | None:
         pull = self._pulls.get(key)
@@ -126,101 +164,95 @@ class Pulls:
 
     def _begin(self, record: Record) -> Pull:
         if self._tasks is None:
-            raise RuntimeError("pulls are not open")
-        pull = self._remember(Pull(record))
-        self._tasks.start_soon(self._carry, pull)
-        return pull
-
-    def _already(self, record: Record) -> Pull:
-        pull = self._remember(Pull(record))
-        for file in pull.files:
-            file.stage, file.done = Stage.DONE, file.size
-        pull.state, pull.path = PullState.DONE, target_of(record, self.staging.models_dir)
-        pull.ended.set()
-        return pull
-
-    def _remember(self, pull: Pull) -> Pull:
+            raise HubError("llamavisor ends, and begins no pull", why=Why.DISK, hint="The next one goes on with it.")
+        pull = Pull(record)
         self._pulls.pop(pull.id, None)
         self._pulls[pull.id] = pull
         for key in [key for key, each in self._pulls.items() if each.ended.is_set()][:-KEPT]:
             del self._pulls[key]
+        self._tasks.start_soon(self._carry, pull)
         return pull
 
     def _check_name(self, record: Record) -> None:
         """Two models of one name would find out at their end."""
-        target = target_of(record, self.staging.models_dir)
-        for pull in self._pulls.values():
-            is_same = target_of(pull.record, self.staging.models_dir) == target
-            if is_same and pull.id != record.key and pull.state is PullState.UNDER_WAY:
+        under_way, models_dir = self.under_way, self.models_dir
+        if len(under_way) >= MOST:
+            text = f"{len(under_way)} pulls are under way or wait already"
+            raise HubError(text, why=Why.TOO_MANY, hint="Wait for one to end, or cancel one.")
+        for pull in under_way:
+            if pull.id != record.key and target_of(pull.record, models_dir) == target_of(record, models_dir):
                 text = f"{record.name} is being pulled already, from {pull.record.repository} at {pull.record.commit}"
                 raise HubError(text, why=Why.EXISTS, hint="Cancel that, or pull under another name.")
 
     async def _check_room(self, record: Record) -> None:
         """Refuses what the disk has no room for, what others bring considered."""
-        free = await run_in_thread(self.staging.free_bytes)
-        needed = record.size_bytes - await run_in_thread(self.staging.here_bytes, record)
-        others = sum(
-            pull.total_bytes - pull.done_bytes for pull in self._pulls.values() if pull.state is PullState.UNDER_WAY
-        )
-        if free is not None and needed + others > free:
+        others = [pull.record for pull in self.under_way]
+        free = await self._ask(self.staging.free_bytes)
+        needed = await self._ask(self.staging.missing_bytes, [*others, record])
+        taken_bytes = await self._ask(self.staging.missing_bytes, others)
+        if free is not None and needed > free:
             gib = 1024**3
-            text = f"{record.name} needs {needed / gib:.1f} GiB more, and {self.staging.models_dir} has "
-            text += f"{max(0, free - others) / gib:.1f} GiB to spare"
+            text = f"{record.name} needs {(needed - taken_bytes) / gib:.1f} GiB more, and {self.models_dir} has "
+            text += f"{max(0, free - taken_bytes) / gib:.1f} GiB to spare"
             raise HubError(text, why=Why.NO_SPACE, hint="Make room, or take a smaller quantization.")
 
     async def _carry(self, pull: Pull) -> None:
         """The task of one pull. There are four ends; only that of the daemon leaves its record as it is."""
-        began, record = anyio.current_time(), pull.record
-        failure: HubError | None = None
+        record = pull.record
+        began = anyio.current_time()
         try:
             with pull.scope:
                 try:
-                    async with self._turns, locked(self.staging.folder_of(record)):
+                    async with self._turns, self.staging.lock_of(record).held(self._threads):
+                        # Whoever had the lock before may have paused or forgotten it.
+                        await self._threads.run(self.staging.write, record)
                         pull.path = await self._bring(pull)
                 except HubError as exc:
-                    failure = exc
-                except Exception as exc:  # noqa: BLE001 (one pull that fails by a bug of ours must end no other)
-                    failure = HubError(f"{record.name}: {type(exc).__name__}: {exc}", why=Why.DISK)
-            if pull.path is not None:
-                await self._forget(record)
-                pull.state = PullState.DONE
-                took_s = anyio.current_time() - began
-                total = pull.total_bytes
-                where = str(pull.path)
-                self._bus.publish(
-                    PullEnded(pull=pull.id, model=pull.name, path=where, total_bytes=total, duration_s=took_s)
-                )
-            elif failure is not None:
-                await self._pause(record)
-                pull.state, pull.error = PullState.FAILED, failure
-                self._bus.publish(PullFailed(pull=pull.id, model=pull.name, why=failure.why.value, reason=str(failure)))
-            else:
-                await (run_in_thread(self._drop, record) if pull.is_dropped else self._pause(record))
-                pull.state = PullState.CANCELLED
-                self._bus.publish(PullCancelled(pull=pull.id, model=pull.name, is_dropped=pull.is_dropped))
+                    pull.error = exc
+                except Exception:  # noqa: BLE001 (one pull that fails by a bug of ours must end no other)
+                    _log.exception("pull %s failed", pull.id)
+                    pull.error = HubError(f"{record.name}: a bug in llamavisor; see its log", why=Why.DISK)
+            if pull.path is None:
+                await self._give_up(pull)
+            self._end(pull, anyio.current_time() - began)
         finally:
             pull.ended.set()
 
-    async def _pause(self, record: Record) -> None:
-        """Remembers that nobody wants it now; a disk that does not take that has been told of by then."""
-        with suppress(HubError):
-            await run_in_thread(self.staging.write, record.model_copy(update={"is_under_way": False}))
+    async def _give_up(self, pull: Pull) -> None:
+        """Remembers that nobody wants it now, or drops it; a disk that refuses that is told of."""
+        is_cancelled = pull.error is None
+        give_up = self.staging.drop if is_cancelled and pull.is_dropped else self.staging.pause
+        try:
+            await self._threads.run(give_up, pull.record)
+        except HubError as exc:
+            pull.error = pull.error or exc
 
-    async def _forget(self, record: Record) -> None:
-        """It is done; one that cannot be forgotten is found done by the next daemon."""
-        with suppress(HubError):
-            await run_in_thread(self.staging.forget, record)
-
-    def _drop(self, record: Record) -> None:
-        self.staging.forget(record)
-        self.staging.sweep()
+    def _end(self, pull: Pull, took_s: float) -> None:
+        if pull.path is not None:
+            pull.state = PullState.DONE
+            path, total = str(pull.path), pull.total_bytes
+            self._bus.publish(PullEnded(pull=pull.id, model=pull.name, path=path, total_bytes=total, duration_s=took_s))
+        elif pull.error is not None:
+            pull.state = PullState.FAILED
+            why, reason = pull.error.why.value, str(pull.error)
+            self._bus.publish(PullFailed(pull=pull.id, model=pull.name, why=why, reason=reason))
+        else:
+            pull.state = PullState.CANCELLED
+            self._bus.publish(PullCancelled(pull=pull.id, model=pull.name, is_dropped=pull.is_dropped))
 
     async def _bring(self, pull: Pull) -> Path:
         """Everything from the first byte to the rename."""
-        record, models_dir = pull.record, self.staging.models_dir
-        # By another daemon, or by one that died right then.
-        if not await run_in_thread(is_placed, record, models_dir):
-            here = await run_in_thread(self.staging.here_bytes, record)
+        record, models_dir = pull.record, self.models_dir
+        # By another daemon, or by one that died right then, or long ago.
+        if await self._threads.run(is_placed, record, models_dir):
+            paths = paths_of(record, models_dir)
+            for progress, wanted, path in zip(pull.files, record.remote_files, paths, strict=True):
+                if not await is_same(path, wanted, progress, self._threads):
+                    raise taken(target_of(record, models_dir))
+            await self._threads.run(self._conclude, record)
+            pull.was_there = True
+        else:
+            missing = await self._threads.run(self.staging.missing_bytes, [record])
             self._bus.publish(
                 PullStarted(
                     pull=pull.id,
@@ -229,11 +261,11 @@ class Pulls:
                     commit=record.commit,
                     file_count=len(pull.files),
                     total_bytes=pull.total_bytes,
-                    here_bytes=here,
+                    here_bytes=pull.total_bytes - missing,
                 )
             )
             await self._fetch_all(pull)
-            await run_in_thread(self._place, record)
+            await self._threads.run(self._place, record)
         for file in pull.files:
             file.stage, file.done = Stage.DONE, file.size
         return target_of(record, models_dir)
@@ -241,7 +273,14 @@ class Pulls:
     def _place(self, record: Record) -> None:
         """All in one thread: what is in its place is not cancelled any more."""
         self.staging.sweep(done=record)  # before, as another link to a file would change it in the catalog's eyes
-        place(record, self.staging.folder_of(record), self.staging.models_dir)
+        place(record, self.staging.folder_of(record), self.models_dir)
+        self._conclude(record)
+
+    def _conclude(self, record: Record) -> None:
+        """It is done; one that cannot be forgotten is found done by the next daemon."""
+        with suppress(HubError):
+            self.staging.forget(record)
+        self.staging.sweep()
 
     async def _fetch_all(self, pull: Pull) -> None:
         failures: list[HubError] = []
@@ -265,20 +304,20 @@ class Pulls:
             raise failures[0]
 
     async def _fetch(self, connection: Connection, pull: Pull, number: int) -> None:
-        record, progress = pull.record, pull.files[number]
+        record, progress, run = pull.record, pull.files[number], self._threads.run
         file = record.remote_files[number]
         path, part = self.staging.folder_of(record) / file.name, self.staging.part_of(record, file)
-        if await run_in_thread(_has_size, path, file.size):  # nothing gets there that is not verified
+        if await run(size_of, path) == file.size:  # nothing gets there that is not verified
             progress.stage, progress.done = Stage.DONE, file.size
             return
 
-        def watch() -> None:
-            progress.reach(_size_of(part.partial))
+        async def watch() -> None:
+            progress.reach(max(0, await run(size_of, part.partial)))
 
-        async with locked(part.whole, waits=watch):
-            if not await run_in_thread(_has_size, part.whole, file.size):
-                await fetch(connection, Errand(record.listing, file, part, progress), self.hub.patience)
-            await run_in_thread(keep, part, path)
+        async with FileLock(part.whole).held(self._threads, waits=watch):
+            if await run(size_of, part.whole) != file.size:
+                await fetch(connection, Errand(record.listing, file, part, progress, self._threads), self.hub.patience)
+            await run(keep, part, path)
         progress.stage, progress.done = Stage.DONE, file.size
 
     async def _tell_on(self, pull: Pull) -> None:
@@ -294,17 +333,3 @@ class Pulls:
                     left_s=pull.left_s,
                 )
             )
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return os.stat(path).st_size  # noqa: PTH116 (called from the event loop, where quick is good)
-    except OSError:
-        return 0
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False

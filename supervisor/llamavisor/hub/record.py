@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.listing import Listing, RemoteFile
-from llamavisor.hub.spec import Spec, path_problem
+from llamavisor.hub.spec import Spec, parse, path_problem
 
 
 def _harmless(path: str) -> str:
@@ -18,12 +18,22 @@ def _harmless(path: str) -> str:
     return path
 
 
+def _is_repository(text: str) -> str:
+    try:
+        is_plain = parse(text).repository == text
+    except HubError:
+        is_plain = False
+    if not is_plain:
+        raise ValueError("is no repository")
+    return text
+
+
 class _RecordedFile(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     path: Annotated[str, AfterValidator(_harmless)]
     size: int = Field(ge=0)
-    sha256: str = Field(default="", pattern=r"^(?:[0-9a-f]{64})?$")
+    digest: str = Field(default="", pattern=r"^(?:[0-9a-f]{64}|[0-9a-f]{40})?$")
 
 
 class Record(BaseModel):
@@ -40,17 +50,17 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    repository: str
+    repository: Annotated[str, AfterValidator(_is_repository)]
     revision: str
-    commit: str
-    name: Annotated[str, AfterValidator(_harmless)]
+    commit: str = Field(pattern=r"^[0-9a-zA-Z]{1,64}$")
+    name: Annotated[str, AfterValidator(_harmless), Field(pattern=r"^[^/]*$")]
     files: tuple[_RecordedFile, ...] = Field(min_length=1)
     is_under_way: bool = True
 
     @classmethod
     def of(cls, listing: Listing, name: str, files: tuple[RemoteFile, ...]) -> Record:
         """What is to be brought of a repository."""
-        recorded = tuple(_RecordedFile(path=each.path, size=each.size, sha256=each.sha256) for each in files)
+        recorded = tuple(_RecordedFile(path=each.path, size=each.size, digest=each.digest) for each in files)
         return cls(
             repository=listing.repository,
             revision=listing.revision,
@@ -62,7 +72,7 @@ class Record(BaseModel):
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The files as the Hub has them."""
-        return tuple(RemoteFile(each.path, each.size, each.sha256) for each in self.files)
+        return tuple(RemoteFile(each.path, each.size, each.digest) for each in self.files)
 
     @property
     def listing(self) -> Listing:

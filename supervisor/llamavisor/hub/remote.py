@@ -7,9 +7,10 @@ bounded, forget to which version of a file a part belongs, and do not look at th
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 from urllib.parse import quote
 
 import anyio
@@ -21,7 +22,10 @@ from llamavisor.hub.failure import HubError, Why, refusal
 from llamavisor.hub.listing import Choice, Listing, RemoteFile, arrange
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.spec import Spec
-from llamavisor.threads import run_in_thread
+from llamavisor.threads import Threads
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
 
 PREFIX_BYTES = (64 * 1024, 2 * 1024 * 1024)
 """So much of a file is fetched to see what it is: the first is enough for what llama.cpp's tools write."""
@@ -29,7 +33,13 @@ MAX_HEADERS = 32
 """Of more models of one repository nothing is read: what the Hub allows in a minute is not endless."""
 HEADERS_AT_ONCE = 4
 MAX_REDIRECTS = 5
+GIT_MAX_BYTES = 10_000_000
+"""Git itself holds no larger files on the Hub."""
+ASKED_AT_ONCE = 8
+"""So many repositories are asked about at once."""
 
+_R = TypeVar("_R")
+_Ts = TypeVarTuple("_Ts")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 
 
@@ -97,7 +107,7 @@ class Connection:
             path = f"{listing.repository}/resolve/{listing.commit}/{quote(file.path)}"
             url = httpx.URL(f"{self._access.endpoint}/{path}")
             if self._access.token is not None:  # httpx keeps it from other hosts
-                headers["Authorization"] = self._access.token.header
+                headers["Authorization"] = f"Bearer {self._access.token.reveal()}"
         if begin or end is not None:
             headers["Range"] = f"bytes={begin}-{'' if end is None else end - 1}"
             if etag:
@@ -138,6 +148,7 @@ class Hub:
     def __init__(self, environ: Mapping[str, str], patience: Patience | None = None) -> None:
         self.patience = patience or Patience()
         self._environ = environ
+        self._threads = Threads(ASKED_AT_ONCE)
 
     def __repr__(self) -> str:
         return "<Hub>"
@@ -150,9 +161,17 @@ class Hub:
             HubError: the environment forbids it, or makes no sense.
         """
         access = await self._access()
-        timeout = httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s)
+
+        async def stay_safe(request: httpx.Request) -> None:
+            if access.endpoint.startswith("https:") and request.url.scheme != "https":
+                raise HubError(f"{access.endpoint} sends us to an address without TLS", why=Why.SERVER)
+
         async with httpx.AsyncClient(
-            timeout=timeout, headers={"User-Agent": "llamavisor"}, follow_redirects=True, max_redirects=MAX_REDIRECTS
+            timeout=httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s),
+            headers={"User-Agent": "llamavisor"},
+            follow_redirects=True,
+            max_redirects=MAX_REDIRECTS,
+            event_hooks={"request": [stay_safe]},  # called for each redirect, too
         ) as client:
             yield Connection(client, access)
 
@@ -168,8 +187,10 @@ class Hub:
             HubError: it cannot be known.
         """
         access = await self._access()
-        commit, files = await self.patience.keep_trying(lambda: self._ask(spec, access))
-        listing = arrange(spec.repository, spec.revision, commit, files, {})
+        commit, files = await self.patience.keep_trying(
+            lambda: self._ask(spec.repository, _fetch_info, spec, access, self.patience.stall_s)
+        )
+        listing = arrange(spec.repository, spec.revision, commit, files)
         if not reads_headers or not listing.choices:
             return listing
         choices = dict(enumerate(listing.choices))
@@ -210,15 +231,16 @@ class Hub:
         raise HubError(f"{file.path}: its header is too long to look at", why=Why.WRONG_CONTENT)
 
     async def _access(self) -> Access:
-        access = await run_in_thread(find_access, self._environ)
+        access = await self._ask("the token of the Hub", find_access, self._environ)
         if access.is_offline:
             raise HubError("HF_HUB_OFFLINE is set: the Hub is not asked", why=Why.OFFLINE, hint="Unset it to pull.")
         return access
 
-    async def _ask(self, spec: Spec, access: Access) -> tuple[str, list[RemoteFile]]:
+    async def _ask(self, what: str, ask: Callable[[*_Ts], _R], *args: *_Ts) -> _R:
+        """Has something asked that blocks, by few at once, and within bounds."""
         with anyio.move_on_after(self.patience.answer_s):
-            return await run_in_thread(_fetch_info, spec, access, self.patience.stall_s, abandon_on_cancel=True)
-        raise HubError(f"{spec.repository}: the Hub does not answer", why=Why.STALLED)
+            return await self._threads.run(ask, *args, abandon_on_cancel=True)
+        raise HubError(f"{what}: the Hub does not answer", why=Why.STALLED)
 
 
 def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list[RemoteFile]]:
@@ -232,7 +254,7 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     try:
         info = api.model_info(spec.repository, revision=spec.revision, files_metadata=True, timeout=timeout_s)
         files = [
-            RemoteFile(each.rfilename, int(each.size), each.lfs.sha256 if each.lfs else "")
+            RemoteFile(each.rfilename, int(each.size), _digest(each))
             for each in info.siblings or ()
             if each.size is not None
         ]
@@ -248,9 +270,17 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
         raise HubError(f"{spec.repository}: the Hub does not answer", why=Why.STALLED) from exc
     except httpx2.HTTPError as exc:
         raise HubError(f"{access.endpoint} cannot be reached: {_cause(exc)}", why=Why.UNREACHABLE) from exc
-    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+    except (ValueError, TypeError, KeyError, AttributeError, httpx2.InvalidURL) as exc:
         text = f"{access.endpoint} answers what is no answer of a Hub"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+
+
+def _digest(told: RepoSibling) -> str:
+    """What names the content of a file; empty if the Hub does not tell."""
+    if told.lfs is not None:
+        return str(told.lfs.sha256)
+    # A mirror that does not tell of a large file's hash tells that of git's pointer to it.
+    return str(told.blob_id or "") if (told.size or 0) <= GIT_MAX_BYTES else ""
 
 
 async def _chunks(response: httpx.Response, what: str) -> AsyncIterator[bytes]:

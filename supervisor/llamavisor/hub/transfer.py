@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
+from pathlib import Path
 
 import anyio
 
-from llamavisor.hub.failure import HubError, Why
+from llamavisor.hub.failure import HubError, Why, on_disk
 from llamavisor.hub.listing import Listing, RemoteFile
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.progress import Progress, Stage
 from llamavisor.hub.remote import Connection
-from llamavisor.hub.staging import Part, on_disk
-from llamavisor.threads import run_in_thread
+from llamavisor.hub.staging import Part
+from llamavisor.threads import Threads
 
 SPAN_BYTES = 16 * 1024**3
 """So much is asked for at once: what serves the Hub's files sends none beyond 50 GB in one answer."""
@@ -32,28 +31,27 @@ class Sink:
 
     Args:
         part: where it is.
+        file: which file it is to be.
 
     Attributes:
         size: bytes that are there.
     """
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: Part, file: RemoteFile) -> None:
         self.size = 0
         self._part = part
-        self._hash = hashlib.sha256()
+        self._file = file
+        self._hash = file.hash()
         with on_disk(part.partial):
-            self._fd = os.open(part.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            self._fd = os.open(part.partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
     def __repr__(self) -> str:
         return f"<Sink {self._part.partial.name} {self.size}>"
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._fd)
+    def close(self) -> None:
+        """Nothing more is written. What a file system loses only now is missed when it is gone on with."""
+        with suppress(OSError):
+            os.close(self._fd)
 
     def recall(self) -> bool:
         """Takes over the next bytes that are there from before; whether there were any."""
@@ -79,7 +77,7 @@ class Sink:
         with on_disk(self._part.partial):
             os.ftruncate(self._fd, 0)
             self._part.etag.unlink(missing_ok=True)
-        self.size, self._hash = 0, hashlib.sha256()
+        self.size, self._hash = 0, self._file.hash()
 
     def note(self, etag: str) -> None:
         """Remembers what the server calls the content that this is the beginning of."""
@@ -89,9 +87,9 @@ class Sink:
             else:
                 self._part.etag.unlink(missing_ok=True)
 
-    def is_right(self, file: RemoteFile) -> bool:
-        """Whether this is that file."""
-        return self.size == file.size and file.sha256 in {"", self._hash.hexdigest()}
+    def is_right(self) -> bool:
+        """Whether this is all of that file, and no other."""
+        return self.size == self._file.size and self._file.digest in {"", self._hash.hexdigest()}
 
     def finish(self) -> None:
         """Makes it whole, so that a power failure finds it so."""
@@ -113,12 +111,14 @@ class Errand:
         file: what is wanted.
         part: where it goes.
         progress: is told how far it is.
+        threads: in which the disk is touched.
     """
 
     listing: Listing
     file: RemoteFile
     part: Part
     progress: Progress
+    threads: Threads
 
 
 async def fetch(connection: Connection, errand: Errand, patience: Patience) -> None:
@@ -134,63 +134,73 @@ async def fetch(connection: Connection, errand: Errand, patience: Patience) -> N
     Raises:
         HubError: it cannot be had, or not now.
     """
-    listing, file, part, progress = errand.listing, errand.file, errand.part, errand.progress
-    with await run_in_thread(Sink, part) as sink:
+    run, progress = errand.threads.run, errand.progress
+    sink = await run(Sink, errand.part, errand.file)
+    try:
         progress.stage = Stage.CHECKING
-        while await run_in_thread(sink.recall):
+        while await run(sink.recall):
             progress.reach(sink.size)
-        if sink.size > file.size or (sink.size and not file.sha256 and not part.read_etag()):
-            await run_in_thread(sink.clear)
-        failures, is_second = 0, False
-        while True:
-            before = sink.size
-            try:
-                await _bring(connection, errand, sink)
-                if await run_in_thread(sink.is_right, file):
-                    break
-                await run_in_thread(sink.clear)
-                progress.reach(0)
-                if is_second:
-                    raise _wrong(listing, file, "what comes has another hash than the Hub says")
-                is_second = True  # what was here, or one bit on the way
-                continue
-            except HubError as exc:
-                failures = 1 if sink.size > before else failures + 1
-                delay_s = patience.delay_s(exc, failures)
-                if delay_s is None:
-                    raise
-                progress.stage, progress.trouble = Stage.WAITING, str(exc)
-            await anyio.sleep(delay_s)
-            progress.trouble = ""
-        await run_in_thread(sink.finish)
+        await _complete(connection, errand, sink, patience)
+        await run(sink.finish)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run(sink.close)
     progress.stage = Stage.DONE
+
+
+async def _complete(connection: Connection, errand: Errand, sink: Sink, patience: Patience) -> None:
+    """Brings what is missing of a file, until all of it is there and right."""
+    file, progress, run = errand.file, errand.progress, errand.threads.run
+    if sink.size > file.size or (sink.size and not file.digest and not await run(errand.part.read_etag)):
+        await run(sink.clear)
+    failures, is_second = 0, False
+    while True:
+        before = sink.size
+        try:
+            await _bring(connection, errand, sink)
+            if await run(sink.is_right):
+                return
+            await run(sink.clear)
+            progress.reach(0)
+            if is_second:
+                raise _wrong(errand, "what comes has another hash than the Hub says")
+            is_second = True  # what was here, or one bit on the way
+            continue
+        except HubError as exc:
+            failures = 1 if sink.size > before else failures + 1
+            delay_s = patience.delay_s(exc, failures)
+            if delay_s is None:
+                raise
+            progress.stage, progress.trouble = Stage.WAITING, str(exc)
+        await anyio.sleep(delay_s)
+        progress.trouble = ""
 
 
 async def _bring(connection: Connection, errand: Errand, sink: Sink) -> None:
     """Brings what is missing of a file, until its size is reached or something goes wrong."""
-    listing, file, progress = errand.listing, errand.file, errand.progress
+    listing, file, progress, run = errand.listing, errand.file, errand.progress, errand.threads.run
     while sink.size < file.size:
         end = min(sink.size + SPAN_BYTES, file.size)
-        etag = await run_in_thread(errand.part.read_etag) if sink.size else ""
+        etag = await run(errand.part.read_etag) if sink.size else ""
         async with connection.open(listing, file, begin=sink.size, end=end, etag=etag) as body:
             if body.total not in {None, file.size}:
                 text = f"it has {body.total} bytes where the Hub's list says {file.size}"
-                raise _wrong(listing, file, text)
+                raise _wrong(errand, text)
             if body.begin != sink.size:
-                await run_in_thread(sink.clear)
+                await run(sink.clear)
                 end = file.size
             if not sink.size or not etag:
-                await run_in_thread(sink.note, body.etag)
+                await run(sink.note, body.etag)
             progress.stage = Stage.RECEIVING
             progress.reach(sink.size)
-            await _pour(body.chunks, sink, progress, end - sink.size)
+            await _pour(body.chunks, sink, errand, end - sink.size)
         if sink.size < end:
             raise HubError(f"{listing.repository}/{file.path}: the connection was cut", why=Why.UNREACHABLE)
         if sink.size > end:
-            raise _wrong(listing, file, "more comes than the Hub's list says")
+            raise _wrong(errand, "more comes than the Hub's list says")
 
 
-async def _pour(chunks: AsyncIterator[bytes], sink: Sink, progress: Progress, limit: int) -> None:
+async def _pour(chunks: AsyncIterator[bytes], sink: Sink, errand: Errand, limit: int) -> None:
     """Has the disk take what comes while more comes, no further than a piece beyond `limit` bytes.
 
     Whatever goes wrong on the way, what came before is on the disk in the end.
@@ -201,8 +211,8 @@ async def _pour(chunks: AsyncIterator[bytes], sink: Sink, progress: Progress, li
     async def write() -> None:
         try:
             while batch := await buffer.take():
-                await run_in_thread(sink.write, batch)
-                progress.reach(sink.size)
+                await errand.threads.run(sink.write, batch)
+                errand.progress.reach(sink.size)
         except HubError as exc:
             failures.append(exc)
             tasks.cancel_scope.cancel()
@@ -265,6 +275,30 @@ class _Buffer:
         changed.set()
 
 
-def _wrong(listing: Listing, file: RemoteFile, text: str) -> HubError:
+def _wrong(errand: Errand, text: str) -> HubError:
+    what = f"{errand.listing.repository}/{errand.file.path}"
     hint = "Try again later; if it stays so, tell who keeps the repository."
-    return HubError(f"{listing.repository}/{file.path}: {text}", why=Why.WRONG_CONTENT, hint=hint)
+    return HubError(f"{what}: {text}", why=Why.WRONG_CONTENT, hint=hint)
+
+
+async def is_same(path: Path, file: RemoteFile, progress: Progress, threads: Threads) -> bool:
+    """Whether a file on the disk is that file; all of it is read, unless the Hub does not tell its hash.
+
+    Raises:
+        HubError: it cannot be read.
+    """
+    if not file.digest:
+        return True
+    progress.stage, found, at = Stage.CHECKING, file.hash(), 0
+
+    def take() -> int:
+        with on_disk(path), path.open("rb") as source:
+            source.seek(at)
+            piece = source.read(_READ_BYTES)
+        found.update(piece)
+        return len(piece)
+
+    while size := await threads.run(take, abandon_on_cancel=True):
+        at += size
+        progress.reach(at)
+    return found.hexdigest() == file.digest
