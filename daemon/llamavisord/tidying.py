@@ -63,7 +63,7 @@ class _Tidying:
         return web.json_response({"folders": [_account_view(each) for each in await self._storage.accounts()]})
 
     async def clean(self, request: web.Request) -> web.Response:
-        """Remove staging leftovers that are older than a day and that nobody writes.
+        """Remove what is staged and that nobody wants or writes, and pulls that were left more than a day ago.
 
         `?revisions=true`: also revisions in caches of the hub that no model needs. `?dry_run=true`: only tell of it.
         """
@@ -114,6 +114,8 @@ def _leftover_view(folder: str, leftover: Leftover) -> dict[str, Any]:
         "changed_unix": leftover.changed_at,
         "reason": leftover.reason or None,
         "model": leftover.model or None,
+        "pull": leftover.pull or None,
+        "under_way": leftover.is_under_way,
     }
 
 

@@ -14,6 +14,8 @@ import pytest
 
 from fakes.waiting import PATIENCE_S, eventually
 from hub_cache import HubCache
+from llamavisor.hub import Listing, Record, RemoteFile
+from llamavisor.hub.staging import Staging
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon, config_of, start_with
 from terminal import Terminal
@@ -307,8 +309,9 @@ def test_du_shows_who_takes_the_disk(daemon: RunningDaemon, models_dir: Path) ->
 
 def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir: Path) -> None:
     """Staging leftovers go after a yes, old revisions only with --revisions, and what a model needs stays."""
-    (models_dir / ".llamavisor-staging" / "x").mkdir(parents=True)
-    (models_dir / ".llamavisor-staging" / "x" / "part").write_bytes(b"x" * 5000)
+    draft = models_dir / ".llamavisor-quantize-x"
+    draft.mkdir()
+    (draft / "alpha-Q4_0.gguf").write_bytes(b"x" * 5000)
     cache = HubCache(models_dir)
     for number in (1, 2):
         cache.blob(f"b{number}")
@@ -327,7 +330,7 @@ def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir:
             terminal.until("[y/N]")
             terminal.type("y\n")
             assert terminal.wait() == 0
-        assert not (models_dir / ".llamavisor-staging" / "x").exists()
+        assert not draft.exists()
         assert (cache.folder / "snapshots" / "r1").exists()
         assert daemon.cli("du", "--clean", "--revisions", "--yes").returncode == 0
         assert not (cache.folder / "snapshots" / "r1").exists()
@@ -335,6 +338,34 @@ def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir:
         assert not (cache.folder / "blobs" / "b1").exists()
         assert daemon.chat("user/repo:Q8_0")
         assert len(daemon.events("StorageCleaned")) == 2
+
+
+def test_du_tells_of_pulls(start: Callable[..., RunningDaemon], models_dir: Path) -> None:
+    """What was left of one is shown with what it is going to be, and the way out; cleaning says what it gives up."""
+    name = "Qwen2.5-7B"
+    listing = Listing(repository="user/repo", revision="main", commit="c0ffee", choices=())
+    record = Record.of(listing, name, (RemoteFile(f"{name}.gguf", 9000, "0" * 64),))
+    staging = Staging(models_dir)
+    staging.write(record.model_copy(update={"is_under_way": False}))
+    staging.part_of(record, record.remote_files[0]).partial.write_bytes(b"x" * 5000)
+    daemon = start()
+    start_with(daemon, "import llamavisor.storage.cleaning as cleaning; cleaning.OLD_S = 0")
+    with daemon:
+        daemon.wait_for_router("ready")
+        shown = daemon.cli("du").stdout
+        assert f".llamavisor-pull/{record.key}: {name}, was left" in shown
+        assert f"`pull --cancel {record.key} --drop` removes it" in shown
+        ((left,),) = [each["leftovers"] for each in json.loads(daemon.cli("du", "--json").stdout)["folders"]]
+        assert (left["kind"], left["model"], left["pull"], left["under_way"]) == ("pull", name, record.key, False)
+        assert daemon.cli("pull", "--cancel", record.key).returncode == 0
+        planned = daemon.cli("du", "--clean", "--dry-run").stdout
+        assert "pulls that were left more than a day ago are given up" in planned
+        assert staging.records()
+        assert daemon.cli("du", "--clean", "--yes").stdout.endswith(
+            f"removed 1 leftovers, {left['size_bytes'] / 1024:.1f} KiB\n"
+        )
+        assert staging.records() == []
+        assert "was left" not in daemon.cli("du").stdout
 
 
 def test_du_flags_that_mean_nothing_are_refused(daemon: RunningDaemon) -> None:

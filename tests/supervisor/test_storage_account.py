@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -11,6 +11,8 @@ import pytest
 
 from hub_cache import HubCache
 from llamavisor.catalog import Entry, Scanner
+from llamavisor.hub import Listing, Record, RemoteFile
+from llamavisor.hub.staging import Staging
 from llamavisor.storage import Account, Cleaned, Kind
 from llamavisor.storage.account import account
 from llamavisor.storage.anchor import Anchor
@@ -49,9 +51,9 @@ def tidy(root: Path, *, age_s: float = 2 * OLD_S, revisions: bool = False, is_dr
 
 
 def staged(root: Path, name: str = "x") -> Path:
-    """A file that a download has staged."""
-    path = root / ".llamavisor-staging" / name / "part"
-    path.parent.mkdir(parents=True)
+    """The draft of something that is quantized, or was."""
+    path = root / f".llamavisor-quantize-{name}" / "draft.gguf"
+    path.parent.mkdir()
     path.write_bytes(b"x" * 5000)
     return path
 
@@ -90,7 +92,7 @@ def test_what_is_no_model_is_told_by_what_it_seems_to_be(root: Path) -> None:
     assert kinds(seen) == {
         "more/half.gguf.partial": Kind.PARTIAL,
         "notes.txt": Kind.OTHER,
-        ".llamavisor-staging/x": Kind.STAGING,
+        ".llamavisor-quantize-x": Kind.STAGING,
         "bad.gguf": Kind.BROKEN,
     }
     assert [each.size_bytes for each in seen.leftovers] == [9000, 7000, 5000, 4]
@@ -143,7 +145,7 @@ def test_old_staging_goes_and_young_stays(root: Path) -> None:
     assert path.exists()
     assert tidy(root, is_dry=True).size_bytes == 5000
     assert path.exists()
-    assert [each.rel for each in tidy(root).gone] == [".llamavisor-staging/x"]
+    assert [each.rel for each in tidy(root).gone] == [".llamavisor-quantize-x"]
     assert not path.parent.exists()
 
 
@@ -151,32 +153,53 @@ def test_what_somebody_writes_stays(root: Path) -> None:
     """A file that is open for writing is left alone however old it is, and its neighbour goes."""
     path, other = staged(root), staged(root, "y")
     with path.open("ab"):
-        assert [each.rel for each in tidy(root).gone] == [".llamavisor-staging/y"]
+        assert [each.rel for each in tidy(root).gone] == [".llamavisor-quantize-y"]
     assert (path.exists(), other.exists()) == (True, False)
     assert len(tidy(root).gone) == 1
 
 
-def test_what_somebody_has_locked_stays(root: Path) -> None:
-    """A download that pauses holds its lock without writing."""
-    path = staged(root)
-    with path.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert tidy(root).gone == ()
-    assert path.exists()
+def pulled(root: Path, name: str, *, is_under_way: bool = False) -> Record:
+    """A pull of which some bytes have come."""
+    file = RemoteFile(f"{name}.gguf", 9000, hashlib.sha256(name.encode()).hexdigest())
+    listing = Listing(repository="user/repo", revision="main", commit="c0ffee", choices=())
+    record = Record.of(listing, name, (file,)).model_copy(update={"is_under_way": is_under_way})
+    staging = Staging(root)
+    staging.write(record)
+    staging.part_of(record, file).partial.write_bytes(b"x" * 5000)
+    return record
 
 
-def test_a_lock_speaks_for_its_download(root: Path) -> None:
-    """Of two shared files the one whose lock is held stays, with its lock; the locks of what goes stay as well."""
-    folder = root / ".llamavisor-pull" / "files"
-    folder.mkdir(parents=True)
-    for name in ("a", "b"):
-        (folder / f"{name}.part").write_bytes(b"x" * 100)
-        (folder / f"{name}.lock").touch()
-    with (folder / "a.lock").open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert [each.rel for each in tidy(root).gone] == [".llamavisor-pull/files/b"]
-    assert {path.name for path in folder.iterdir()} == {"a.part", "a.lock", "b.lock"}
-    assert kinds(look(root)) == {".llamavisor-pull/files/a": Kind.STAGING}
+def test_pulls_are_told_by_their_models(root: Path) -> None:
+    """Whatever dots are in their names each is for itself, with its id and whether somebody wants it now."""
+    left, wanted = pulled(root, "Qwen2.5-7B"), pulled(root, "Qwen2.5-14B", is_under_way=True)
+    told = {each.model: each for each in look(root).leftovers}
+    assert {each.kind for each in told.values()} == {Kind.PULL}
+    assert [(told[name].pull, told[name].is_under_way) for name in ("Qwen2.5-7B", "Qwen2.5-14B")] == [
+        (left.key, False),
+        (wanted.key, True),
+    ]
+    assert all(each.size_bytes >= 5000 for each in told.values())
+
+
+def test_pulls_are_given_up_when_they_were_left_for_long(root: Path) -> None:
+    """What is under way stays however long it waits for its turn; a young one can be taken up again."""
+    left, wanted = pulled(root, "Qwen2.5-7B"), pulled(root, "Qwen2.5-14B", is_under_way=True)
+    assert tidy(root, age_s=OLD_S / 2).gone == ()
+    assert [each.pull for each in tidy(root, is_dry=True).gone] == [left.key]
+    assert len(Staging(root).records()) == 2
+    assert [each.pull for each in tidy(root).gone] == [left.key]
+    assert [each.pull for each in look(root).leftovers] == [wanted.key]
+    assert Staging(root).records() == [wanted]
+
+
+def test_what_else_lies_in_the_folder_of_the_pulls_is_told_and_stays(root: Path) -> None:
+    """A file that somebody has put there takes room, but is nobody's to remove."""
+    pulled(root, "Qwen2.5-7B")
+    (root / ".llamavisor-pull" / "notes").write_bytes(b"x" * 70_000)
+    other = next(each for each in look(root).leftovers if each.kind is Kind.OTHER)
+    assert (other.rel, other.size_bytes) == (".llamavisor-pull", 70_000)
+    tidy(root)
+    assert (root / ".llamavisor-pull" / "notes").exists()
 
 
 def test_cleaning_takes_nothing_else(root: Path) -> None:
@@ -188,12 +211,13 @@ def test_cleaning_takes_nothing_else(root: Path) -> None:
     assert len(list(root.iterdir())) == 4
 
 
-def test_a_staging_folder_that_is_a_link_is_not_entered(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".llamavisor-quantize-x", ".llamavisor-pull"])
+def test_a_staging_folder_that_is_a_link_is_not_entered(root: Path, tmp_path: Path, name: str) -> None:
     """Whoever puts a link there does not get another folder cleaned."""
     outside = tmp_path / "outside"
     (outside / "x").mkdir(parents=True)
     (outside / "x" / "precious").write_bytes(b"x")
-    (root / ".llamavisor-staging").symlink_to(outside)
+    (root / name).symlink_to(outside)
     tidy(root)
     assert (outside / "x" / "precious").exists()
 

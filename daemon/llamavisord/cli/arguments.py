@@ -363,7 +363,7 @@ def _add_tidying(commands: _Commands) -> None:
         json=True,
     )
     du.add_argument(
-        "--clean", action="store_true", help="remove what downloads have left that is older than a day and not written"
+        "--clean", action="store_true", help="remove what nobody wants any more, and pulls left more than a day ago"
     )
     du.add_argument(
         "--revisions", action="store_true", help="with --clean: also revisions in a cache of the hub that are not used"

@@ -99,11 +99,13 @@ def _clean(client: Client, screen: Screen, arguments: Namespace) -> int:
     gone = [each for folder in plan["folders"] for each in folder["gone"]]
     if not arguments.json:
         _show_leftovers(screen, gone)
+        if any(each["pull"] for each in gone):
+            screen.line("pulls that were left more than a day ago are given up: to pull the same again begins anew")
     if arguments.dry_run or not gone:
         if arguments.json:
             screen.json(plan)
         elif not gone:
-            screen.line("nothing to clean: no staging leftovers that are older than a day and that nobody writes")
+            screen.line("nothing to clean: nothing staged that nobody wants, no pull that was left more than a day ago")
         return _tell_problems(plan)
     size = format_size(sum(each["size_bytes"] for each in gone))
     if asks and not _confirms(f"Remove {len(gone)} leftovers, {size}, for good?"):
@@ -173,6 +175,10 @@ def _show_folder(screen: Screen, folder: dict[str, Any]) -> None:
     if folder["leftovers"]:
         screen.line()
         _show_leftovers(screen, folder["leftovers"], folder["path"])
+    left = [each["pull"] for each in folder["leftovers"] if each["pull"] and not each["under_way"]]
+    if left:
+        which = plain(left[0]) if len(left) == 1 else "ID"
+        screen.line(f"a pull that was left goes on when it is wanted again; `pull --cancel {which} --drop` removes it")
 
 
 def _model_rows(model: dict[str, Any], folder: str) -> list[tuple[object, ...]]:
@@ -198,7 +204,7 @@ def _show_leftovers(screen: Screen, leftovers: Sequence[dict[str, Any]], folder:
             each["kind"],
             format_size(each["size_bytes"]),
             format_duration(now - each["changed_unix"]) if each["changed_unix"] else None,
-            _inside(folder, each["path"]) + (f": {each['reason']}" if each["reason"] else ""),
+            _inside(folder, each["path"]) + _what(each),
         )
         for each in leftovers[:LEFTOVERS_SHOWN]
     ]
@@ -206,6 +212,12 @@ def _show_leftovers(screen: Screen, leftovers: Sequence[dict[str, Any]], folder:
         screen.table(("NO MODEL", "SIZE", "UNCHANGED FOR", "PATH"), rows, cuts_last=True)
     if len(leftovers) > LEFTOVERS_SHOWN:
         screen.line(f"and {len(leftovers) - LEFTOVERS_SHOWN} smaller ones; `--json` has them")
+
+
+def _what(leftover: dict[str, Any]) -> str:
+    if leftover["pull"]:
+        return f": {leftover['model']}, {'under way' if leftover['under_way'] else 'was left'}"
+    return f": {leftover['reason']}" if leftover["reason"] else ""
 
 
 def _inside(folder: str, path: str) -> str:

@@ -6,19 +6,19 @@ What then belongs to nobody is told by what it seems to be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from llamavisor.catalog import Entry, EntryState, ModelFile
 from llamavisor.catalog.disk import Disk, disk_of
+from llamavisor.hub.staging import NAME as PULLS
+from llamavisor.hub.staging import Holding, Staging
+from llamavisor.quantizer import STAGING as DRAFTS
 from llamavisor.storage.anchor import Anchor, Thing
 from llamavisor.storage.cache import Repository, is_note, place_of, repository_of
 
-STAGING = ".llamavisor"
-"""What the names of folders begin with, at the top of a models folder, in which downloads are staged."""
-SHARED = "files"
-"""The folder in such a one whose files several downloads may share, so that each is for itself."""
 LEFTOVERS_MAX = 1000
 """Of more leftovers than these the smallest are not told one by one."""
 
@@ -30,8 +30,10 @@ _BROKEN = frozenset({EntryState.INVALID, EntryState.INCOMPLETE})
 class Kind(Enum):
     """What something on the disk seems to be that is no model."""
 
+    PULL = "pull"
+    """What has come of a pull that is under way, or was left and can be taken up again."""
     STAGING = "staging"
-    """What a download of llamavisor has staged."""
+    """What llamavisor was making, and nobody wants any more."""
     PARTIAL = "partial"
     """A download of somebody else that has not ended."""
     REVISION = "revision"
@@ -89,7 +91,9 @@ class Leftover:
         size_bytes: what it takes.
         changed_at: Unix seconds of the last change of anything in it.
         reason: what is wrong with it; empty if nothing is known to be.
-        model: the name under which it can be removed, for what is broken.
+        model: the name under which it can be removed, for what is broken; what it is going to be called, for a pull.
+        pull: the id of a pull.
+        is_under_way: whether somebody wants that now.
     """
 
     kind: Kind
@@ -98,6 +102,21 @@ class Leftover:
     changed_at: float
     reason: str = ""
     model: str = ""
+    pull: str = ""
+    is_under_way: bool = False
+
+    @classmethod
+    def of(cls, holding: Holding) -> Leftover:
+        """What the folder of the pulls holds."""
+        return cls(
+            Kind.PULL if holding.key else Kind.STAGING,
+            holding.rel,
+            holding.size_bytes,
+            holding.changed_at,
+            model=holding.model,
+            pull=holding.key,
+            is_under_way=holding.is_under_way,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +197,12 @@ def account(root: str, entries: Iterable[Entry]) -> Account:
     taken = {_key(file): found.pop(_key(file)) for entry in usable for file in _files(entry) if _key(file) in found}
     shares = [_share(entry, users, taken) for entry in usable]
     leftovers = [_broken(root, entry, found) for entry in known if entry.state in _BROKEN]
-    units = [*old, *staged(found.values())]
-    in_units = {thing.rel for unit in units for thing in unit.things}
+    pulled = [thing for thing in found.values() if top_of(thing) == PULLS]
+    units = [*old, *drafts(found.values())]
+    in_units = {thing.rel for thing in pulled} | {thing.rel for unit in units for thing in unit.things}
     leftovers += _others(thing for thing in found.values() if thing.rel not in in_units)
     leftovers += [unit.told() for unit in units if unit.size_bytes]
+    leftovers += _pulled(root, pulled)
     leftovers.sort(key=lambda each: (-each.size_bytes, each.rel))
     return Account(
         root,
@@ -249,17 +270,28 @@ def _broken(root: str, entry: Entry, found: dict[tuple[int, int], Thing]) -> Lef
     return Leftover(Kind.BROKEN, rel, size, entry.changed_at, entry.reason, entry.name)
 
 
-def staged(things: Iterable[Thing]) -> Iterator[Unit]:
-    """What of all that is staged, by download: what differs behind the first dot of the name belongs together."""
+def top_of(thing: Thing) -> str:
+    """The folder at the top of the models folder in which something lies; empty if that is the models folder itself."""
+    return thing.rel.partition("/")[0] if "/" in thing.rel else ""
+
+
+def drafts(things: Iterable[Thing]) -> Iterator[Unit]:
+    """What is being quantized, or was when that was killed."""
     units: dict[str, list[Thing]] = {}
     for thing in things:
-        folder, *inside = thing.rel.split("/")
-        if folder.startswith(STAGING) and inside:
-            depth = 2 if inside[0] == SHARED and len(inside) > 1 else 1
-            name = inside[depth - 1].partition(".")[0] or inside[depth - 1]
-            units.setdefault("/".join([folder, *inside[: depth - 1], name]), []).append(thing)
+        if (top := top_of(thing)).startswith(DRAFTS):
+            units.setdefault(top, []).append(thing)
     for rel, own in units.items():
         yield Unit(Kind.STAGING, rel, tuple(own))
+
+
+def _pulled(root: str, things: Sequence[Thing]) -> Iterator[Leftover]:
+    """What pulls hold, and what else lies in their folder."""
+    told = [Leftover.of(holding) for holding in Staging(Path(root)).holdings()]
+    yield from told
+    rest = sum(thing.size_bytes for thing in things) - sum(each.size_bytes for each in told)
+    if rest > 0:
+        yield Leftover(Kind.OTHER, PULLS, rest, max(thing.status.st_ctime for thing in things))
 
 
 def _others(rest: Iterable[Thing]) -> Iterator[Leftover]:

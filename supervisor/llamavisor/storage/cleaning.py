@@ -9,17 +9,18 @@ import signal
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from llamavisor.catalog import Entry, EntryState
-from llamavisor.storage.account import Leftover, old_revisions, staged
+from llamavisor.hub import HubError
+from llamavisor.hub.staging import Staging
+from llamavisor.storage.account import Leftover, drafts, old_revisions
 from llamavisor.storage.anchor import Anchor, Thing
 from llamavisor.storage.cache import Place, close_up, place_of, repository_of
 
 OLD_S = 86400.0
 """What has changed since is left alone: a download may be taken up again, a revision has just been replaced."""
 
-_LOCK = ".lock"
-"""How the names of files end that downloads lock. They stay: who has opened one would lock what nobody else sees."""
 _F_SETSIG = 10  # asm-generic/fcntl.h; the fcntl module has no name for it
 
 
@@ -44,7 +45,9 @@ class Cleaned:
 
 
 def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool, now: float) -> Cleaned:
-    """Remove staging leftovers that are old and that nobody writes, and if wanted old revisions. Blocking.
+    """Remove what is staged, old and written by nobody, and if wanted old revisions. Blocking.
+
+    A pull that was left goes as well, and what came of it: the same pull begins anew.
 
     Args:
         root: the absolute path of the models folder.
@@ -61,19 +64,21 @@ def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool,
     with Anchor(root) as anchor:
         things = list(anchor.walk())
         known = [entry for entry in entries if entry.state is not EntryState.GONE]
-        units = [*staged(things), *(old_revisions(anchor, known, things) if revisions else ())]
+        units = [*drafts(things), *(old_revisions(anchor, known, things) if revisions else ())]
         for unit in units:
-            own = [thing for thing in unit.things if not thing.rel.endswith(_LOCK)]
-            is_young = now - unit.changed_at < OLD_S
-            if not own or is_young or any(is_held(anchor, thing) for thing in unit.things):
+            if now - unit.changed_at < OLD_S or any(is_held(anchor, thing) for thing in unit.things):
                 continue
             try:
                 if not is_dry:
-                    _remove(anchor, own)
+                    _remove(anchor, unit.things)
             except OSError as exc:
                 problems.append(f"{unit.rel}: {exc.strerror or exc}")
                 continue
             gone.append(unit.told())
+    try:
+        gone += map(Leftover.of, Staging(Path(root)).clean(now - OLD_S, is_dry=is_dry))
+    except HubError as exc:
+        problems.append(str(exc))
     return Cleaned(root, tuple(gone), tuple(problems))
 
 
@@ -111,7 +116,7 @@ def _remove(anchor: Anchor, own: Iterable[Thing]) -> None:
         place = place_of(thing.rel)
         places += [place] if place is not None else []
         folder = thing.rel.rpartition("/")[0] if repository_of(thing.rel) is None else ""
-        while "/" in folder:  # the staging folder itself stays
+        while folder:
             folders.add(folder)
             folder = folder.rpartition("/")[0]
     for folder in sorted(folders, key=lambda each: -each.count("/")):

@@ -161,7 +161,7 @@ class Storage:
         return await self._of_each(self._account)
 
     async def clean(self, *, revisions: bool = False, is_dry: bool = False) -> list[Cleaned]:
-        """Remove staging leftovers that are older than a day and that nobody writes.
+        """Remove what is staged and that nobody wants or writes, and pulls that were left more than a day ago.
 
         Args:
             revisions: whether old revisions in caches of the hub go as well.
