@@ -13,6 +13,7 @@ from hub_cache import HubCache
 from llamavisor.catalog import Entry, Scanner
 from llamavisor.hub import Listing, Record, RemoteFile
 from llamavisor.hub.staging import Staging
+from llamavisor.quantizer import STAGING as DRAFTS
 from llamavisor.storage import Account, Cleaned, Kind
 from llamavisor.storage.account import account
 from llamavisor.storage.anchor import Anchor
@@ -52,7 +53,7 @@ def tidy(root: Path, *, age_s: float = 2 * OLD_S, revisions: bool = False, is_dr
 
 def staged(root: Path, name: str = "x") -> Path:
     """The draft of something that is quantized, or was."""
-    path = root / f".llamavisor-quantize-{name}" / "draft.gguf"
+    path = root / f"{DRAFTS}{name}" / "draft.gguf"
     path.parent.mkdir()
     path.write_bytes(b"x" * 5000)
     return path

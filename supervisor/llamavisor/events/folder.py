@@ -119,7 +119,7 @@ class ModelDeleted(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StorageCleaned(Event):
-    """Staging leftovers or old revisions were removed from a models folder because a person wanted that."""
+    """Staging leftovers, pulls that were left or old revisions were removed because a person wanted that."""
 
     folder: str
     gone: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What may be cleaned away of a models folder without losing a model, and how: staging leftovers and old revisions."""
+"""What may be cleaned away of a models folder without losing a model, and how: what is staged, and old revisions."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool,
             gone.append(unit.told())
     try:
         gone += map(Leftover.of, Staging(Path(root)).clean(now - OLD_S, is_dry=is_dry))
-    except HubError as exc:
+    except (HubError, OSError) as exc:
         problems.append(str(exc))
     return Cleaned(root, tuple(gone), tuple(problems))
 
