@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 
 import anyio
+import anyio.lowlevel
 import pytest
 
-from llamavisor.threads import run_in_thread
+from llamavisor.threads import Threads, run_in_thread
 
 pytestmark = pytest.mark.anyio
 
@@ -41,3 +42,33 @@ async def test_an_error_of_the_work_is_its_own() -> None:
     with pytest.raises(RuntimeError):
         await run_in_thread(fail)
     assert done == [1]
+
+
+async def test_threads_that_hang_are_bounded() -> None:
+    """Work that was left to itself takes its thread until it ends; who waits for a free one can leave."""
+    threads, released, done = Threads(2), threading.Event(), []
+    for _ in range(2):
+        with anyio.move_on_after(0.05) as left:
+            await threads.run(released.wait, abandon_on_cancel=True)
+        assert left.cancelled_caught
+    with anyio.move_on_after(0.05) as left:
+        await threads.run(done.append, "never")
+    assert (left.cancelled_caught, done) == (True, [])
+    released.set()
+    with anyio.fail_after(5):
+        for number in range(9):
+            await threads.run(done.append, number)
+    assert done == list(range(9))
+
+
+async def test_a_caller_that_is_cancelled_takes_no_thread_along() -> None:
+    """However early it is cancelled, the thread is there for the next one."""
+    threads = Threads(1)
+    for turns in range(6):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(threads.run, str)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    with anyio.fail_after(5):
+        assert await threads.run(str, 7) == "7"
