@@ -513,6 +513,51 @@ def test_a_client_is_told_that_a_download_has_failed(daemon: RunningDaemon) -> N
     assert "no such repository" in daemon.wait_for_event("Warned", lambda event: "pull" in event["subject"])["text"]
 
 
+def test_no_download_of_a_client_ends_the_daemon(begin: Begin, tmp_path: Path) -> None:
+    """A token that cannot be read, or whatever else is wrong here, is the end of that download alone."""
+    with begin(HF_TOKEN_PATH=str(tmp_path)) as daemon:
+        daemon.wait_for_router("ready")
+        daemon.wait_for_gateway()
+        with asked(daemon, "GET", "/models/sse") as stream:
+            assert ask(daemon, "POST", "/models", {"model": "user/repo"})[0] == 200
+            until(stream, "download_failed")
+        told = daemon.wait_for_event("Warned", lambda event: "pull" in event["subject"])["text"]
+        assert told == "the token of `hf auth login` cannot be read: Is a directory"
+        status, refused = order(daemon, "user/repo")
+        assert (status, refused["why"]) == (403, "unauthorized")
+
+
+def test_what_somebody_else_has_begun_goes_on(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """A client that joined a pull of an administrator gives up its own interest in it, and nothing else."""
+    is_stalled = stalled(hub, folder)
+    assert order(daemon, "user/repo")[0] == 202
+    eventually(is_stalled)
+    daemon.wait_for_gateway()
+    with asked(daemon, "GET", "/models/sse") as stream:
+        assert ask(daemon, "POST", "/models", {"model": "user/repo"})[0] == 200
+        until(stream, "download_progress")
+        assert ask(daemon, "POST", "/models/unload", {"model": "user/repo"}) == (200, {"success": True})
+        until(stream, "download_failed")
+    assert pull_of(daemon, "M-Q4_K_M")["state"] == "under_way"
+    hub.released.set()
+    wait_for(daemon, "M-Q4_K_M", "done")
+
+
+def test_clients_cannot_have_downloads_without_end(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """Sixteen at once, though all be one pull, and who wants more is told to come again."""
+    is_stalled = stalled(hub, folder)
+    daemon.wait_for_gateway()
+    words = [f"{where}user/repo:{q}4_{k}_{m}" for where in ("", "hf.co/") for q in "qQ" for k in "kK" for m in "mM"]
+    for word in words:
+        assert ask(daemon, "POST", "/models", {"model": word}) == (200, {"success": True})
+    status, refused = ask(daemon, "POST", "/models", {"model": "user/repo"})
+    assert (status, refused["error"]["message"]) == (503, "too many downloads")
+    eventually(is_stalled)
+    assert len(ask(daemon, "GET", "/models")[1]["data"]) == 16
+    hub.released.set()
+    wait_for(daemon, "M-Q4_K_M", "done")
+
+
 def test_every_failure_of_the_hub_has_a_status() -> None:
     """None of them ends as a bug."""
     assert set(HUB_STATUS) == set(Why)

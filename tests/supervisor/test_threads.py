@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from llamavisor.threads import Threads, run_in_thread
@@ -44,24 +45,33 @@ async def test_an_error_of_the_work_is_its_own() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
-async def test_a_thread_that_was_left_to_itself_counts_until_it_ends() -> None:
-    """Of two that hang each takes a place, the third caller waits in vain, and gets one when the first has ended."""
-    threads, end = Threads(2), threading.Event()
-    for _ in range(3):
-        with anyio.move_on_after(0.05):
-            await threads.run(end.wait, abandon_on_cancel=True)
-    assert repr(threads) == "<Threads 2 of 2>"
-    end.set()
+async def test_threads_that_hang_are_bounded() -> None:
+    """Work that was left to itself takes its thread until it ends; who waits for a free one can leave."""
+    threads, released, done = Threads(2), threading.Event(), []
+    for _ in range(2):
+        with anyio.move_on_after(0.05) as left:
+            await threads.run(released.wait, abandon_on_cancel=True)
+        assert left.cancelled_caught
+    with anyio.move_on_after(0.05) as left:
+        await threads.run(done.append, "never")
+    assert (left.cancelled_caught, done) == (True, [])
+    assert threads.at_work == 2
+    released.set()
     with anyio.fail_after(5):
-        assert await threads.run(lambda: "done") == "done"
-        while threads.at_work:
-            await anyio.sleep(0)
+        for number in range(9):
+            await threads.run(done.append, number)
+    assert done == list(range(9))
 
 
-async def test_who_leaves_before_a_thread_has_begun_leaves_its_place() -> None:
-    """Work that nobody waits for any more is not begun, and takes no place."""
-    threads, done = Threads(1), []
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        await threads.run(lambda: done.append(1), abandon_on_cancel=True)
-    assert (threads.at_work, done) == (0, [])
+@pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
+async def test_a_caller_that_is_cancelled_takes_no_thread_along() -> None:
+    """However early it is cancelled, the thread is there for the next one."""
+    threads = Threads(1)
+    for turns in range(6):
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(threads.run, str)
+            for _ in range(turns):
+                await anyio.lowlevel.checkpoint()
+            tasks.cancel_scope.cancel()
+    with anyio.fail_after(5):
+        assert await threads.run(str, 7) == "7"

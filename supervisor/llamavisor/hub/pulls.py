@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -201,31 +201,18 @@ class Pulls:
         record = pull.record
         began = anyio.current_time()
         try:
-            with pull.scope:
-                try:
-                    async with self._turns, self.staging.lock_of(record).held(self._threads):
-                        # Whoever had the lock before may have paused or forgotten it.
-                        await self._threads.run(self.staging.write, record)
-                        pull.path = await self._bring(pull)
-                except HubError as exc:
-                    pull.error = exc
-                except Exception:  # noqa: BLE001 (one pull that fails by a bug of ours must end no other)
-                    _log.exception("pull %s failed", pull.id)
-                    pull.error = HubError(f"{record.name}: a bug in llamavisor; see its log", why=Why.DISK)
+            with pull.scope, _noting_why(pull):
+                async with self._turns, self.staging.lock_of(record).held(self._threads):
+                    # Whoever had the lock before may have paused or forgotten it.
+                    await self._threads.run(self.staging.write, record)
+                    pull.path = await self._bring(pull)
             if pull.path is None:
-                await self._give_up(pull)
+                drops = pull.is_dropped and pull.error is None
+                with _noting_why(pull):
+                    await self._threads.run(self.staging.drop if drops else self.staging.pause, record)
             self._end(pull, anyio.current_time() - began)
         finally:
             pull.ended.set()
-
-    async def _give_up(self, pull: Pull) -> None:
-        """Remembers that nobody wants it now, or drops it; a disk that refuses that is told of."""
-        is_cancelled = pull.error is None
-        give_up = self.staging.drop if is_cancelled and pull.is_dropped else self.staging.pause
-        try:
-            await self._threads.run(give_up, pull.record)
-        except HubError as exc:
-            pull.error = pull.error or exc
 
     def _end(self, pull: Pull, took_s: float) -> None:
         if pull.path is not None:
@@ -333,3 +320,15 @@ class Pulls:
                     left_s=pull.left_s,
                 )
             )
+
+
+@contextmanager
+def _noting_why(pull: Pull) -> Iterator[None]:
+    """What goes wrong with a pull is its own affair: even a bug of ours ends no other."""
+    try:
+        yield
+    except HubError as exc:
+        pull.error = pull.error or exc
+    except Exception:  # noqa: BLE001 (a pull's boundary)
+        _log.exception("pull %s failed", pull.id)
+        pull.error = pull.error or HubError(f"{pull.name}: a bug in llamavisor; see its log", why=Why.DISK)

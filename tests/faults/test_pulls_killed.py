@@ -48,7 +48,7 @@ def begin(server: HubServer, models_dir: Path, *asked: str) -> subprocess.Popen[
     return subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_is_gone_on_from(server: HubServer, tmp_path: Path) -> None:
+def test_m10_a_killed_process_is_gone_on_from(server: HubServer, tmp_path: Path) -> None:
     """SIGKILL leaves nothing that anybody sees, no lock that anybody waits for, and what came for the next process."""
     server.faults = [Fault(stall_after=4_000_000)]
     first = begin(server, tmp_path, "user/repo")
@@ -65,7 +65,7 @@ def test_a_killed_process_is_gone_on_from(server: HubServer, tmp_path: Path) -> 
     assert [path.name for path in (tmp_path / NAME).rglob("*")] == ["files"]
 
 
-def test_two_processes_bring_one_model_once(server: HubServer, tmp_path: Path) -> None:
+def test_m8_two_processes_bring_one_model_once(server: HubServer, tmp_path: Path) -> None:
     """Two daemons that pull the same into one folder share it by the locks of the kernel."""
     server.faults = [Fault(cut_after=1_000_000)]
     both = [begin(server, tmp_path, "user/repo") for _ in range(2)]
