@@ -291,8 +291,7 @@ class Staging:
         """The bytes of these, with all their suffixes, and when they were changed. What was seen before is nothing."""
         size, changed_at = 0, 0.0
         for path in paths:
-            for file in _files_of(path):
-                status = file.lstat()
+            for status in _files_of(path):
                 if (status.st_dev, status.st_ino) not in seen:
                     size += status.st_size
                 changed_at = max(changed_at, status.st_ctime)
@@ -308,15 +307,16 @@ def size_of(path: Path) -> int:
         return -1
 
 
-def _files_of(path: Path) -> Iterator[Path]:
-    """What goes by this name: a folder's files, a file, what belongs to it."""
+def _files_of(path: Path) -> Iterator[os.stat_result]:
+    """What goes by this name and is there: a folder's files, a file, what belongs to it."""
     for suffix in (*_SUFFIXES, _JSON):
         file = path.with_name(path.name + suffix)
         with suppress(OSError):
-            if stat.S_ISDIR(file.lstat().st_mode):
-                yield from file.iterdir()
+            status = file.lstat()
+            if stat.S_ISDIR(status.st_mode):
+                yield from (inside.lstat() for inside in file.iterdir())
             else:
-                yield file
+                yield status
 
 
 def _remove(path: Path) -> None:
