@@ -110,7 +110,7 @@ class Daemon:
 
     async def _reload(self) -> tuple[tuple[str, ...], Applied]:
         try:
-            config = await run_in_thread(self._load_config)
+            config = await run_in_thread(self._load_config, abandon_on_cancel=True)
             self._refuse_fixed(config)
             settings = config.fleet_settings(router_key=self._router_key)
             if problems := await self.fleet.check(settings):
