@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ async def _live(
     service = Service(daemon, config.gateway, doors) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
-    leave = partial(leave_within, last=partial(_say_farewell, control_socket))
+    leave = partial(leave_within, last=partial(_give_up, control_socket, ledger))
     try:
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
@@ -219,10 +219,12 @@ async def _live(
     return exit_code
 
 
-def _say_farewell(control_socket: ControlSocket) -> None:
-    """What is not done in order when something hangs, and others would miss."""
-    control_socket.close()
+def _give_up(control_socket: ControlSocket, ledger: Ledger) -> None:
+    """What would be missed if something that hangs keeps it from being done in order. The ledger may be what hangs."""
+    with suppress(OSError):
+        control_socket.close()
     _log.warning("something hangs, such as a file system that does not answer; llamavisor ends without waiting for it")
+    ledger.flush()
 
 
 async def _limit_end(leave: _Leave) -> None:

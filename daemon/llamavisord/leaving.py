@@ -9,7 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 THREAD_END_S = 0.5
-"""How long a thread may take to end, and what is done last."""
+LAST_S = 1.0
+"""How long what is done last may take."""
 
 
 def leave_hung_threads(exit_code: int) -> None:
@@ -43,6 +44,6 @@ def _leave(exit_code: int, last: Callable[[], None]) -> None:
     try:
         doing = threading.Thread(target=last, daemon=True)
         doing.start()
-        doing.join(THREAD_END_S)
+        doing.join(LAST_S)
     finally:
         os._exit(exit_code)

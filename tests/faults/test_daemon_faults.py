@@ -434,7 +434,7 @@ def test_d11_a_pid_that_means_another_process() -> None:
 HUNG = """
 import threading
 from llamavisor.threads import run_in_thread
-async def hang(*_): await run_in_thread(threading.Event().wait)
+async def hang(*_, **__): await run_in_thread(threading.Event().wait)
 """
 """What waits in a thread that is not abandoned, as for a dead mount: it cannot be cancelled."""
 
@@ -481,6 +481,20 @@ def test_d12_a_reload_that_hangs(tmp_path: Path, models_dir: Path, fake_llama_se
         with daemon.config.open("wb"):  # opened once it is being read; it has no end
             ends_soon(daemon)
         assert ended_in_order(daemon)
+
+
+def test_d12_a_router_that_cannot_be_ended(start: Start) -> None:
+    """D12: where the end of a router hangs the promised time counts: it goes along, and what was learned is kept."""
+    daemon = start()
+    hangs = "import llamavisor.router\nllamavisor.router.Router.shut_down = app.keep = hang\n"
+    start_with(daemon, f"{HUNG}{hangs}app._ends_within_s = lambda _: 0.5")
+    with daemon:
+        daemon.wait_for_router("ready")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 1
+        eventually(lambda: not list(daemon.processes()), what="a router that goes along")
+        assert not daemon.socket.exists()
+        assert not ended_in_order(daemon)  # and it was written, although `keep` did not
 
 
 def test_d12_a_bug_while_something_hangs(start: Start) -> None:
