@@ -10,9 +10,8 @@ import resource
 import signal
 import socket
 import sys
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from llamavisord.downloads import Downloads
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
+from llamavisord.leaving import leave_hung_threads, leave_within
 from llamavisord.lives import Lives
 from llamavisord.notify import Notifier
 from llamavisord.plain import plain
@@ -65,14 +65,17 @@ LINGER_S = 1.0
 REQUEST_END_S = 1.0
 """How long a request that is being answered may take when the daemon ends; streams are cut."""
 METRICS_RETRY_S = 5.0
-THREAD_END_S = 0.5
 DESCRIPTORS = 65536
 """So many are enough for all that the gateway allows at once."""
 STOP_S = TERM_GRACE_S + 2 * KILL_GRACE_S + 5.0
 """How long routers may take to be gone, and we ourselves after them."""
+END_S = 4.0
+"""How long we may take when nothing of the routers is left: more than all that is done then and has a deadline."""
 HURRY_S = 0.5
 """The grace of the stop ladder after a second SIGTERM."""
 
+_Leave = Callable[[float, int], None]
+"""`leave_within`, which knows what is to be done last."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """All that people send to daemons; each has an effect of its own or none, and none kills us."""
 
@@ -118,16 +121,6 @@ def _raise_descriptors() -> None:
     most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def leave_hung_threads(exit_code: int) -> None:
-    """End the process if a thread of ours does not: one that waits for a dead mount would keep it for ever."""
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and not thread.daemon:
-            thread.join(THREAD_END_S)
-            if thread.is_alive():
-                logging.shutdown()
-                os._exit(exit_code)
 
 
 def _lock_state(state_dir: Path) -> Lock:
@@ -192,9 +185,11 @@ async def _live(
     service = Service(daemon, config.gateway, doors) if config.gateway is not None else None
     await sweep(spawner, bus)
     exit_code = ExitCode.OK
+    leave = partial(leave_within, last=partial(_give_up, control_socket, ledger))
     try:
         # An error in any of these tasks ends them all and leaves here: never half alive.
         async with anyio.create_task_group() as tasks:
+            tasks.start_soon(_limit_end, leave)
             tasks.start_soon(fleet.run, daemon.fleet_settings())
             tasks.start_soon(downloads.run, daemon.models_dirs)
             if service is not None:
@@ -214,8 +209,9 @@ async def _live(
                     bus.publish(Warned(subject="configuration", text=warning))
                 if notifier:
                     tasks.start_soon(report, notifier, daemon, config.socket)
-                await _obey(signals, daemon, service, notifier)
+                await _obey(signals, daemon, service, notifier, leave)
             lives.end()
+            leave(END_S, ExitCode.OK)
             tasks.cancel_scope.cancel()
     except* Exception:  # noqa: BLE001 (the boundary of everything: a bug ends the daemon cleanly)
         _log.exception("an internal task failed; llamavisor ends with all that it started")
@@ -223,8 +219,28 @@ async def _live(
     return exit_code
 
 
+def _give_up(control_socket: ControlSocket, ledger: Ledger) -> None:
+    """What would be missed if something that hangs keeps it from being done in order. The ledger may be what hangs."""
+    with suppress(OSError):
+        control_socket.close()
+    _log.warning("something hangs, such as a file system that does not answer; llamavisor ends without waiting for it")
+    ledger.flush()
+
+
+async def _limit_end(leave: _Leave) -> None:
+    """See that a bug ends the process as well, whatever hangs: first the fleet ends its routers."""
+    try:
+        await anyio.sleep_forever()
+    finally:
+        leave(STOP_S + END_S, ExitCode.FAILED)
+
+
 async def _obey(
-    signals: AsyncIterator[signal.Signals], daemon: Daemon, service: Service | None, notifier: Notifier
+    signals: AsyncIterator[signal.Signals],
+    daemon: Daemon,
+    service: Service | None,
+    notifier: Notifier,
+    leave: _Leave,
 ) -> None:
     """Reload on SIGHUP; end on SIGTERM and SIGINT, and faster on a second one. Returns when the fleet has ended."""
     async with anyio.create_task_group() as tasks:
@@ -236,7 +252,9 @@ async def _obey(
                 tasks.start_soon(daemon.try_reload)
             elif not ending:
                 ending = True
-                notifier.stopping(within_s=_ends_within_s(daemon.config))
+                within_s = _ends_within_s(daemon.config)
+                notifier.stopping(within_s=within_s)
+                leave(within_s + END_S, ExitCode.FAILED)
                 daemon.bus.publish(DaemonStopping(reason=number.name))
                 tasks.start_soon(_shut_down, daemon, service, tasks.cancel_scope)
             else:

@@ -17,7 +17,6 @@ from llamavisor.catalog import EntryState
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded, Warned
 from llamavisor.fleet import Applied, Fleet
-from llamavisor.hub import Hub
 from llamavisor.settings import FleetSettings, base_url
 from llamavisor.states import RouterState
 from llamavisor.threads import run_in_thread
@@ -56,8 +55,8 @@ class Daemon:
         load_config: reads the configuration again; raises ConfigError.
         fleet: the routers.
         bus: where the events go.
-        notifier: hears of reloads.
         downloads: what comes from the Hub, and how it is asked.
+        notifier: hears of reloads.
     """
 
     def __init__(
@@ -67,15 +66,15 @@ class Daemon:
         load_config: Callable[[], Config],
         fleet: Fleet,
         bus: Bus,
+        downloads: Downloads,
         notifier: Notifier | None = None,
-        downloads: Downloads | None = None,
     ) -> None:
         self.config = config
         self.config_error: str | None = None
         self.config_loaded_at = time.time()
         self.fleet = fleet
         self.bus = bus
-        self.downloads = Downloads(Hub({}), bus) if downloads is None else downloads
+        self.downloads = downloads
         self.traffic: Traffic | None = None  # of the gateway, if there is one
         self.metrics_error: str | None = None
         self.loop_lag_s = 0.0
@@ -110,7 +109,7 @@ class Daemon:
 
     async def _reload(self) -> tuple[tuple[str, ...], Applied]:
         try:
-            config = await run_in_thread(self._load_config)
+            config = await run_in_thread(self._load_config, abandon_on_cancel=True)
             self._refuse_fixed(config)
             settings = config.fleet_settings(router_key=self._router_key)
             if problems := await self.fleet.check(settings):

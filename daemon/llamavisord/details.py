@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
@@ -16,6 +15,7 @@ from llamavisor.api import RouterApi
 from llamavisor.catalog import ModelFile
 from llamavisor.errors import ApiError, ModelNotFoundError, OptionError
 from llamavisor.launch import Launch
+from llamavisor.likeness import near
 from llamavisor.options import OptionLayer
 from llamavisor.router import Router
 from llamavisor.sections import layers_in_force
@@ -102,17 +102,17 @@ async def _not_there(inventory: Inventory, name: str, router: str | None) -> Mod
     if router is not None:
         known = [each for each in known if each.router is not None and each.router.name == router]
     # Ten thousand names are compared for a quarter of a second.
-    near = await run_in_thread(_near, name, list(dict.fromkeys(each.name for each in known)))
-    hint = f"did you mean {' or '.join(near)}?" if near else "see `llamavisor models`"
+    meant = await run_in_thread(_meant, name, list(dict.fromkeys(each.name for each in known)))
+    hint = f"did you mean {' or '.join(meant)}?" if meant else "see `llamavisor models`"
     on = f" on router {router}" if router is not None else ""
     return ModelNotFoundError(f"no model {name!r}{on}", hint=hint)
 
 
-def _near(name: str, names: Sequence[str]) -> list[str]:
+def _meant(name: str, names: Sequence[str]) -> list[str]:
     """Names that may have been meant: those that hold this one, else those that look like it."""
     part = name.casefold()
     holding = [each for each in names if part in each.casefold()]
-    return sorted(holding, key=len)[:NEAR_MAX] or difflib.get_close_matches(name, names, NEAR_MAX)
+    return sorted(holding, key=len)[:NEAR_MAX] or near(name, names, most=NEAR_MAX)
 
 
 def _file(file: ModelFile) -> dict[str, Any]:

@@ -6,7 +6,6 @@ stands.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, core_schema
 
+from llamavisor.likeness import near
 from llamavisor.options import ModelOptions
 from llamavisor.quantities import parse_duration, parse_size
 from llamavisor.rules import ModelSettings
@@ -421,7 +421,7 @@ def spell(location: Location) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """The name that was probably meant by `word`, as the end of a sentence; empty if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = near(word, known)
     return f", did you mean {close[0]}?" if close else ""
 
 

@@ -29,6 +29,7 @@ from llamavisord.daemon import Daemon
 from llamavisord.exposition_children import child_metrics
 from llamavisord.exposition_label import OTHER, ModelLabel, folded
 from llamavisord.exposition_memory import MemoryCounts, gauge, memory_gauges, pressure_gauges
+from llamavisord.exposition_pulls import PullCounts
 from llamavisord.exposition_requests import RequestCounts, traffic_gauges
 from llamavisord.lives import Lives
 from llamavisord.view import unix_time
@@ -159,6 +160,7 @@ class Exposition:
         )
         registry.register(self._requests)
         self._memory = MemoryCounts(registry, self._label)
+        self._pulls = PullCounts(registry)
         self._of_models = (
             self._loads,
             self._load_seconds,
@@ -189,6 +191,7 @@ class Exposition:
             self._requests.count(event)
             return
         self._memory.count(event)
+        self._pulls.count(event)
         label = self._label.of
         if (router := getattr(event, "router", None)) is not None:
             self._counted.add((router, ""))

@@ -109,13 +109,14 @@ def _check_open(picker: Picker, settings: GatewaySettings, host: Picked[str]) ->
         return
     if not settings.public_without_key:
         text = (
-            f"other machines reach {settings.host}, and without a key everybody there could use the models:"
+            f"other machines reach {settings.host}, and without a key everybody there could use and delete models:"
             ' set api_key_file = "…" to a file with keys (or have systemd hand them over), or'
             " public_without_key = true in [gateway] if that is meant"
         )
         picker.problems.append(host.problem(text))
         return
-    picker.warnings.append(f"the gateway listens on {settings.host} without a key: everybody who reaches it can use it")
+    text = "without a key: everybody who reaches it can use, download and delete models"
+    picker.warnings.append(f"the gateway listens on {settings.host} {text}")
 
 
 def _held_bytes(written: int | str, max_body_bytes: int) -> int:

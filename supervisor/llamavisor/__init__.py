@@ -8,7 +8,7 @@
             print(entry.name, entry.state.value, entry.size_bytes)
         async with fleet.lease("qwen3-8b") as endpoint:  # loaded if need be; stays until the block ends
             ...  # endpoint.url answers who sends endpoint.api_key
-        await fleet.storage.remove("qwen3-8b", force=True)  # unloads it, then removes its files
+        await fleet.storage.remove("qwen3-8b", unload=True)  # unloads it, then removes its files
 
 When the block ends, all processes have. It runs on asyncio or trio, in the main thread: routers end with the thread
 that has started them. `examples/chat.py` of the sources is a whole program. `settings` has the classes, whose

@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
 
+from llamavisor.units import format_size
+
 MODELS = "models"
 """The device of which every model takes 1, and of which a router has `models_max`."""
 MIN_RESIDENCY_S = 60.0
 """A model loaded less than so long ago leaves only when no older one will do. It never delays a demand."""
-_GIB = 2**30
 _NOTHING: Mapping[str, int] = MappingProxyType({})
 
 
@@ -174,11 +175,11 @@ class Refusal:
         """What stands in the way, in one line."""
         held = ", ".join(each.name for each in self.blockers)
         count = "1 model" if self.limit == 1 else f"{self.limit} models"
-        room = f"room for {count}" if self.device == MODELS else f"{_amount(self.limit)} of {self.device}"
+        room = f"room for {count}" if self.device == MODELS else f"{format_size(self.limit)} of {self.device}"
         match self.reason:
             case Reason.TOO_LARGE:
-                need = _amount(self.demand.bytes.get(self.device, 0))
-                why = f"needs {need} of {self.device}, and the whole budget is {_amount(self.limit)}"
+                need = format_size(self.demand.bytes.get(self.device, 0))
+                why = f"needs {need} of {self.device}, and the whole budget is {format_size(self.limit)}"
             case Reason.ALL_PINNED:
                 why = f"there is {room}, and what is pinned leaves too little: {held}"
             case Reason.ALL_BUSY:
@@ -439,7 +440,3 @@ def _refusal(
 
 def _by_recency(each: Resident) -> tuple[float, str, str]:
     return (each.last_used, each.name, each.router)
-
-
-def _amount(size: int) -> str:
-    return f"{size / _GIB:.1f} GiB" if size >= _GIB else f"{size / 2**20:.0f} MiB"

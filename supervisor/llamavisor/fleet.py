@@ -13,12 +13,12 @@ from pathlib import Path
 import anyio
 import anyio.abc
 
-from llamavisor.catalog import EntryState
 from llamavisor.cause import Cause, Verdict
 from llamavisor.endpoint import Endpoint
-from llamavisor.errors import LlamavisorError, ModelNotFoundError, RouterNotFoundError
+from llamavisor.errors import LlamavisorError, RouterNotFoundError
 from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.folder import Folder, Watch
+from llamavisor.holders import Holders
 from llamavisor.host import Host
 from llamavisor.launch import ModelSource
 from llamavisor.leases import Leases
@@ -96,6 +96,7 @@ class Fleet:
         self._residents = residents
         self._pins = Pins() if pins is None else pins
         self._routers: dict[str, Router] = {}
+        self.holders = Holders(self._routers, self.folders)
         self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
         self._settings = FleetSettings(routers=())
@@ -359,52 +360,13 @@ class Fleet:
         return tuple(problems)
 
     def holder_of(self, model: str, *, router: str | None = None) -> Router:
-        """The router to ask for `model`.
-
-        There are four cases: the router that was named; the one on which the model is loaded or loading; the one that
-        lists it and holds the fewest models; while no list is known yet, the first that may come up.
+        """The router to ask for `model`: the one that is named, else as `Holders.of` says.
 
         Raises:
             RouterNotFoundError: the router that was named does not exist.
             ModelNotFoundError: no router lists it.
         """
-        if router is not None:
-            return self[router]
-        listing = [each for each in self if each.table.get(each.shelf.name_of(model)) is not None]
-        for each in listing:
-            known = each.table.get(each.shelf.name_of(model))
-            if known is not None and known.state in HAS_CHILD:
-                return each
-        if listing:
-            return min(listing, key=_reluctance)
-        for each in self:
-            if not each.is_serving and each.state not in {RouterState.STOPPED, RouterState.FAILED}:
-                return each
-        routers = list(self)
-        if len(routers) == 1 and not routers[0].is_serving:
-            return routers[0]  # it knows best why
-        raise self._not_there(model)
-
-    def why_missing(self, model: str) -> str:
-        """Why nobody serves a model of that name although there are files of it; "" if there are none."""
-        for folder in self.folders:
-            entry = folder.catalog.entries.get(model)
-            if entry is not None and entry.state is not EntryState.READY:
-                return f"is {entry.state.value}: {entry.reason}"
-        for router in self:
-            withheld = router.shelf.offer.withheld.get(model)
-            if withheld is not None:
-                return f"is withheld from router {router.name}: {withheld.reason}"
-        return ""
-
-    def _not_there(self, model: str) -> ModelNotFoundError:
-        """Nobody serves `model`: there is no such thing, or its files cannot be used."""
-        why = self.why_missing(model)
-        if not why:
-            return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
-        entries = (folder.catalog.entries.get(model) for folder in self.folders)
-        path = next((entry.path for entry in entries if entry is not None and entry.state is not EntryState.READY), "")
-        return ModelNotFoundError(f"model {model} {why}", hint=path)
+        return self.holders.of(model) if router is None else self[router]
 
     @property
     def leases(self) -> Leases:
@@ -481,11 +443,6 @@ class Fleet:
         async with anyio.create_task_group() as group:
             for router in self:
                 group.start_soon(partial(router.shut_down, grace_s=grace_s))
-
-
-def _reluctance(router: Router) -> tuple[bool, bool, int]:
-    """How little a router is suited for one more model: the least goes first."""
-    return router.state is not RouterState.READY, not router.is_serving, len(router.table.residents())
 
 
 async def _look(folder: Folder, within_s: float, problems: list[str]) -> None:

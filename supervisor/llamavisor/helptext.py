@@ -8,10 +8,11 @@ on the same line if there is room, else on the lines below.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+from llamavisor.likeness import near
 
 _HELP_COLUMN = 40
 _GAP = slice(_HELP_COLUMN - 3, _HELP_COLUMN)
@@ -131,7 +132,7 @@ class FlagSet:
     def similar(self, spelling: str) -> str | None:
         """The known spelling that somebody who wrote `spelling` most likely meant."""
         known = [known for known, option in self._by_spelling.items() if not option.removal]
-        return next(iter(difflib.get_close_matches(normal(spelling), known, n=1, cutoff=0.8)), None)
+        return next(iter(near(normal(spelling), known, like=0.8)), None)  # they all begin with dashes, and often alike
 
 
 def normal(spelling: str) -> str:

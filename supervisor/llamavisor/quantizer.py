@@ -5,7 +5,6 @@ Everything here blocks. What the tool can do is asked of the tool; checked again
 
 from __future__ import annotations
 
-import difflib
 import errno
 import os
 import re
@@ -23,6 +22,7 @@ from llamavisor import gguf
 from llamavisor.capture import capture
 from llamavisor.catalog.naming import PART
 from llamavisor.errors import LlamavisorError
+from llamavisor.likeness import near
 
 NAME = "llama-quantize"
 STAGING = ".llamavisor-quantize-"
@@ -121,9 +121,8 @@ class Quantizer:
         wanted = name.upper().replace("-", "_")
         if wanted in self.types:
             return wanted
-        near = [each for each in self.types if wanted and each.startswith(wanted)]
-        near = near or difflib.get_close_matches(wanted, self.types, n=4)
-        hint = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(self.types)}."
+        like = [each for each in self.types if wanted and each.startswith(wanted)] or near(wanted, self.types, most=4)
+        hint = f"Did you mean {' or '.join(like)}?" if like else f"It knows {', '.join(self.types)}."
         raise UnknownTypeError(f"{name} is no type that {self.tool} knows", hint=hint)
 
     def expected_bytes(self, order: Order) -> int:

@@ -18,10 +18,12 @@ from fakes.watch import FakeWatch
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.events import Bus
 from llamavisor.fleet import Fleet
+from llamavisor.hub import Hub
 from llamavisor.launch import ModelSource
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisord.config import Config
 from llamavisord.daemon import Daemon
+from llamavisord.downloads import Downloads
 from llamavisord.inventory import Inventory, to_json
 
 
@@ -82,7 +84,8 @@ class Stage:
     @asynccontextmanager
     async def running(self, config: Config) -> AsyncIterator[Daemon]:
         """Have the fleet run, with every router up."""
-        daemon = Daemon(config, load_config=lambda: config, fleet=self.fleet, bus=self.bus)
+        downloads = Downloads(Hub({}), self.bus)
+        daemon = Daemon(config, load_config=lambda: config, fleet=self.fleet, bus=self.bus, downloads=downloads)
         async with anyio.create_task_group() as group:
             group.start_soon(self.fleet.run, config.fleet_settings())
             await self.until(lambda: list(self.fleet) and all(router.is_serving for router in self.fleet))

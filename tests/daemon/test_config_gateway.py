@@ -312,13 +312,14 @@ def test_an_address_for_everybody_needs_a_key_or_a_word_that_it_is_meant(
     text = f'{HEAD}host = "{host}"\n'
     (told,) = refusal(write(text))
     assert told == (
-        f"2: host: other machines reach {host}, and without a key everybody there could use the models:"
+        f"2: host: other machines reach {host}, and without a key everybody there could use and delete models:"
         ' set api_key_file = "…" to a file with keys (or have systemd hand them over), or public_without_key = true'
         " in [gateway] if that is meant"
     )
     assert load(write(f'{text}api_key_file = "{keys_file}"\n'), NOTHING).warnings == ()
     (warning,) = load(write(f"{text}[gateway]\npublic_without_key = true\n"), NOTHING).warnings
-    assert warning == f"the gateway listens on {host} without a key: everybody who reaches it can use it"
+    meant = "everybody who reaches it can use, download and delete models"
+    assert warning == f"the gateway listens on {host} without a key: {meant}"
 
 
 def test_an_open_address_is_refused_before_anything_starts(write: Write, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,6 +312,42 @@ def test_the_token_of_the_hub_is_never_told(examined: Examined, configure: Confi
     assert "hf_secret" not in repr(findings)
 
 
+def test_the_token_of_the_service(
+    examined: Examined, configure: Configure, environ: dict[str, str], tmp_path: Path
+) -> None:
+    """The service has a credential or what its own user has left at home; what is said by who asks is not its own."""
+    environ["HF_TOKEN"] = "hf_secret"
+    file, root, home = configure(), tmp_path / "root", tmp_path / "service"
+    (root / "run/systemd/system").mkdir(parents=True)
+    account = Account(NOBODY.pw_uid, frozenset({NOBODY.pw_gid}), "nobody", home)
+    seen = partial(examined, file, "token", is_service=True, root=root, account=account)
+    credential = root / "etc/credstore/huggingface.token"
+    assert only(seen(), Grade.NOTE).hint.startswith(f"put one into {credential}, readable for root alone")
+    encrypted = root / "etc/credstore.encrypted/huggingface.token"
+    left = home / ".cache/huggingface/token"
+    for path in (credential, encrypted, left):
+        path.parent.mkdir(parents=True, mode=0o755)
+    encrypted.touch(mode=0o600)
+    assert "LoadCredentialEncrypted=huggingface.token" in only(seen(), Grade.NOTE).hint
+    left.touch(mode=0o644)
+    assert only(seen(), Grade.WARNING).hint == f"chmod 600 {left}"
+    credential.touch(mode=0o644)
+    assert only(seen(), Grade.WARNING).hint == f"chmod 600 {credential}"
+    credential.parent.chmod(0o700)  # then the mode of what is in it opens it to nobody
+    assert graded(seen(), Grade.OK) == [f"{credential}, a credential of the service"]
+
+
+def test_the_token_in_a_container(examined: Examined, configure: Configure, environ: dict[str, str]) -> None:
+    """Without systemd a credential is where the environment says, whatever place the configuration has."""
+    folder = Path(environ["HOME"], "secrets")
+    folder.mkdir()
+    token = folder / "huggingface.token"
+    token.touch(mode=0o600)
+    environ["CREDENTIALS_DIRECTORY"] = str(folder)
+    findings = examined(configure(), "token", is_service=True, root=Path(environ["HOME"]))
+    assert graded(findings, Grade.OK) == [f"{token}, readable for its owner alone"]
+
+
 # Ports and the socket
 
 

@@ -317,12 +317,17 @@ def test_a_detached_pull_is_listed_and_cancelled(daemon: RunningDaemon, hub: Hub
     key = pull_of(daemon, "M-Q4_K_M")["id"]
     (row,) = [line.split() for line in daemon.cli("pulls").stdout.splitlines() if line.endswith(key)]
     assert row[:4] == ["M-Q4_K_M", "under", "way", "33%"]
+    assert "llamavisor_pulls 1.0\n" in daemon.metrics()
     cancelled = daemon.cli("pull", "--cancel", key)
     assert cancelled.stdout == f"{key}: cancelled, and what came is kept\n"
     assert pull_of(daemon, "M-Q4_K_M")["state"] == "cancelled"
     assert daemon.cli("pull", "user/repo").returncode == 0
     assert hub.downloads()[-1].range.startswith("bytes=1000000-")
     assert daemon.cli("pull", "--cancel", key).stdout == f"{key}: had ended already\n"
+    counted = daemon.metrics()
+    assert "llamavisor_pulls 0.0\n" in counted
+    for outcome, count in (("cancelled", 1.0), ("done", 1.0), ("failed", 0.0)):
+        assert f'llamavisor_pulls_ended_total{{outcome="{outcome}"}} {count}\n' in counted
 
 
 def test_what_is_dropped_leaves_nothing(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:

@@ -275,6 +275,7 @@ def test_every_event_is_on_it(text: str) -> None:
         assert ("not kept" in level) != kind.is_kept
     assert "`load_s` number, seconds or null" in told_of["ModelLoaded"][-1]
     assert "`bytes` integer, bytes" in told_of["ModelGrown"][-1]
+    assert "`speed_bytes_per_s` number, bytes per second" in told_of["PullProgress"][-1]
 
 
 def every(base: type[Any]) -> set[type[Any]]:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from deploy.proxy import rewritten
-from llamavisor.bookkeeping import LEDGER_END_S
-from llamavisord.app import REQUEST_END_S, STOP_S, THREAD_END_S
+from llamavisord.app import END_S, REQUEST_END_S, STOP_S
 from llamavisord.config import GatewaySettings
+from llamavisord.leaving import LAST_S
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 THREADS_OF_A_MODEL = 262
@@ -45,7 +45,7 @@ def seconds(text: str) -> float:
 def test_it_has_time_to_end(tmp_path: Path) -> None:
     """The engine waits for answers to end, for routers to be gone, and for the daemon after them."""
     service = composed(tmp_path)["services"]["llamavisor"]
-    ends_s = GatewaySettings().drain_s + STOP_S + 2 * REQUEST_END_S + LEDGER_END_S + THREAD_END_S
+    ends_s = GatewaySettings().drain_s + STOP_S + 2 * REQUEST_END_S + END_S + LAST_S
     assert seconds(service["stop_grace_period"]) > ends_s
 
 

@@ -1,4 +1,4 @@
-"""D1 to D3, D6, D8, D9 and D11: a daemon that is told nonsense, ended, or left without what it was started with."""
+"""D1 to D3, D6, D8, D9, D11, D12: a daemon that is told nonsense, ended, or left without what it was started with."""
 
 from __future__ import annotations
 
@@ -427,3 +427,82 @@ def test_d11_a_pid_that_means_another_process() -> None:
     assert ours.is_current
     assert not replace(ours, start_ticks=ours.start_ticks - 1).is_current
     assert not replace(ours, boot_id=str(uuid.uuid4())).is_current
+
+
+# --- D12: something hangs and does not let go -------------------------------------------------------------------------
+
+HUNG = """
+import threading
+from llamavisor.threads import run_in_thread
+async def hang(*_, **__): await run_in_thread(threading.Event().wait)
+"""
+"""What waits in a thread that is not abandoned, as for a dead mount: it cannot be cancelled."""
+
+
+def ended_in_order(daemon: RunningDaemon) -> bool:
+    """Whether the ledger says so."""
+    written = json.loads((daemon.state_dir / NAME).read_text())
+    return bool(written["sections"]["lives"]["has_ended"])
+
+
+def test_d12_a_task_that_cannot_be_cancelled(start: Start) -> None:
+    """D12: SIGTERM ends a daemon in order and in time although a thread of one of its tasks waits for ever."""
+    daemon = start()
+    start_with(daemon, f"{HUNG}app.Downloads.run = hang")
+    with daemon:
+        daemon.wait_for_router("ready")
+        ends_soon(daemon)
+        assert ended_in_order(daemon)
+        assert not daemon.socket.exists()
+        assert "something hangs" in daemon.log.read_text()
+
+
+def test_d12_a_state_folder_that_hangs(start: Start) -> None:
+    """D12: a ledger that can no longer be written does not keep the daemon."""
+    daemon = start()
+    asked = daemon.folder / "asked"
+    hang = f"import pathlib, threading\ndef hang(*_): pathlib.Path({str(asked)!r}).touch(); threading.Event().wait()\n"
+    start_with(daemon, f"{hang}import llamavisor.ledger\nllamavisor.ledger.replace_file = hang")
+    with daemon:
+        daemon.wait_for_router("ready")
+        eventually(asked.exists, what="a write that hangs")
+        ends_soon(daemon)
+        assert not daemon.socket.exists()
+
+
+def test_d12_a_reload_that_hangs(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
+    """D12: nor does a configuration that is being read again and does not come."""
+    daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config_of(models_dir, free_port()))
+    with daemon:
+        daemon.wait_for_router("ready")
+        daemon.config.unlink()
+        os.mkfifo(daemon.config)
+        daemon.signal(signal.SIGHUP)
+        with daemon.config.open("wb"):  # opened once it is being read; it has no end
+            ends_soon(daemon)
+        assert ended_in_order(daemon)
+
+
+def test_d12_a_router_that_cannot_be_ended(start: Start) -> None:
+    """D12: where the end of a router hangs the promised time counts: it goes along, and what was learned is kept."""
+    daemon = start()
+    hangs = "import llamavisor.router\nllamavisor.router.Router.shut_down = app.keep = hang\n"
+    start_with(daemon, f"{HUNG}{hangs}app._ends_within_s = lambda _: 0.5")
+    with daemon:
+        daemon.wait_for_router("ready")
+        daemon.signal(signal.SIGTERM)
+        assert daemon.wait() == 1
+        eventually(lambda: not list(daemon.processes()), what="a router that goes along")
+        assert not daemon.socket.exists()
+        assert not ended_in_order(daemon)  # and it was written, although `keep` did not
+
+
+def test_d12_a_bug_while_something_hangs(start: Start) -> None:
+    """D12: a daemon with a bug ends with exit code 1 all the same, and nothing is left of it."""
+    daemon = start()
+    start_with(daemon, f"{HUNG}app.Downloads.run, app.STOP_S, app.LAG_INTERVAL_S = hang, 2.0, None")
+    daemon.start()
+    assert daemon.wait() == 1
+    assert list(daemon.processes()) == []
+    assert not daemon.socket.exists()
+    daemon.end()

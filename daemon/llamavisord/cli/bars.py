@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
-from llamavisord.cli.render import NAME_WIDTH, Screen, shortened
+from llamavisor.units import format_duration, format_size
+from llamavisord.cli.render import BAR_WIDTH, NAME_WIDTH, SAY_EVERY_S, Screen, Seldom, bar, shortened
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
-_BAR_WIDTH = 24
 _LEAST_NAME = 12
 _ROWS = 24
 """Of a terminal that does not tell how high it is."""
@@ -26,10 +24,9 @@ class Bars:
         every_s: without a terminal, seconds between two lines.
     """
 
-    def __init__(self, screen: Screen, *, every_s: float = 10.0) -> None:
+    def __init__(self, screen: Screen, *, every_s: float = SAY_EVERY_S) -> None:
         self._screen = screen
-        self._every_s = every_s
-        self._said = time.monotonic()
+        self._seldom = Seldom(every_s)
         self._drawn = 0  # lines above the cursor that are ours
 
     def __repr__(self) -> str:
@@ -38,25 +35,25 @@ class Bars:
     def show(self, pull: dict[str, Any]) -> None:
         """This is how far it is, as the control API shows it."""
         if self._screen.is_terminal:
-            self._draw([_line(file, *shape) for file, shape in self._shaped(pull)])
-        elif time.monotonic() - self._said >= self._every_s:
-            self._said = time.monotonic()
+            files, width = self._shown(pull)
+            has_bars = self._screen.width > width + BAR_WIDTH + 40
+            self._draw([_line(file, width, has_bar=has_bars) for file in files])
+        elif self._seldom.is_due():
             self._screen.line(f"{plain(pull['model'])}: {_numbers(pull)}")
 
     def close(self) -> None:
         """What is drawn stays."""
         self._drawn = 0
 
-    def _shaped(self, pull: dict[str, Any]) -> list[tuple[dict[str, Any], tuple[int, int]]]:
-        """The files to be shown, each with the columns of its name and of its bar: all, or those that move."""
+    def _shown(self, pull: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
+        """The files to be shown, all or those that move, and how many columns their names have."""
         files, room = list(pull["files"]), _rows() - 2
         if len(files) > room:
             files = [file for file in files if file["stage"] in _MOVING][:room]
         if len(pull["files"]) > 1:
             files.append({**pull, "name": f"all {len(pull['files'])} files", "stage": "receiving", "trouble": None})
         longest = max(len(plain(file["name"])) for file in files)
-        name = max(_LEAST_NAME, min(longest, NAME_WIDTH, self._screen.width - _BAR_WIDTH - 48))
-        return [(file, (name, _BAR_WIDTH if self._screen.width > name + _BAR_WIDTH + 40 else 0)) for file in files]
+        return files, max(_LEAST_NAME, min(longest, NAME_WIDTH, self._screen.width - BAR_WIDTH - 48))
 
     def _draw(self, lines: Sequence[str]) -> None:
         width = self._screen.width - 1  # a line that wraps would be two, and the next drawing one too low
@@ -66,12 +63,10 @@ class Bars:
         self._drawn = len(lines)
 
 
-def _line(file: dict[str, Any], name_width: int, bar_width: int) -> str:
+def _line(file: dict[str, Any], name_width: int, *, has_bar: bool) -> str:
     name = shortened(plain(file["name"]), name_width).ljust(name_width)
-    if not bar_width:
-        return f"{name} {_numbers(file)}"
-    filled = int(bar_width * _share(file))
-    return f"{name} [{'#' * filled}{'.' * (bar_width - filled)}] {_numbers(file)}"
+    drawn = f" {bar(_share(file))}" if has_bar else ""
+    return f"{name}{drawn} {_numbers(file)}"
 
 
 def _share(file: dict[str, Any]) -> float:

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from llamavisor.units import format_size
 from llamavisord.cli.render import Screen, shortened
 from llamavisord.plain import plain
-from llamavisord.units import format_size
 
 _BAR_WIDTH = 24
 _NARROWEST_BAR = 8

@@ -10,10 +10,10 @@ from functools import partial
 
 import anyio
 
-from llamavisord.app import leave_hung_threads
 from llamavisord.cli.render import Screen
 from llamavisord.doctor import Examined, Finding, Grade, examine, open_case
 from llamavisord.exit_codes import ExitCode
+from llamavisord.leaving import leave_hung_threads
 from llamavisord.plain import plain
 
 _COLOURS: Mapping[Grade, str] = {

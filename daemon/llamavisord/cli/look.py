@@ -10,13 +10,13 @@ from collections import deque
 from contextlib import closing
 from typing import Any
 
+from llamavisor.units import format_duration, format_size
 from llamavisord.cli.budgets import show_budgets
 from llamavisord.cli.client import Client, find_socket
 from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
 RETRY_S = 1.0
 """Between two tries to get an event stream back."""

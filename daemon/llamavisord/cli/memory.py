@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llamavisor.units import format_duration, format_size
 from llamavisord.cli.budgets import short_names
 from llamavisord.cli.client import model_path
 from llamavisord.cli.errors import CommandError
@@ -14,7 +15,6 @@ from llamavisord.cli.look import client_of
 from llamavisord.cli.render import NAME_WIDTH, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
 FORECAST_TIMEOUT_S = 40.0
 """The daemon gives up after 30 s."""

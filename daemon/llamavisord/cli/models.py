@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 from urllib.parse import quote
 
+from llamavisor.units import format_duration, format_size
 from llamavisord.cli.errors import CommandError
 from llamavisord.cli.look import client_of
 from llamavisord.cli.render import NAME_WIDTH, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
 _GROUPS: Mapping[str, tuple[str, ...]] = {
     "Model": (

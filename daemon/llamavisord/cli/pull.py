@@ -11,6 +11,7 @@ from argparse import Namespace
 from typing import Any
 from urllib.parse import quote
 
+from llamavisor.units import format_duration, format_size
 from llamavisord.cli.bars import Bars
 from llamavisord.cli.client import Client, hub_exit_code
 from llamavisord.cli.errors import CommandError, UnreachableError
@@ -18,7 +19,6 @@ from llamavisord.cli.look import client_of
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
 LOOK_TIMEOUT_S = 300.0
 """The daemon asks the Hub again when it is busy, and has a timeout of its own for every attempt."""

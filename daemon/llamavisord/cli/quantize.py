@@ -11,6 +11,7 @@ from pathlib import Path
 from llamavisor import binary, gguf
 from llamavisor.errors import BinaryError, LlamavisorError
 from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, free_bytes, parts_of, target_beside
+from llamavisor.units import format_size
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.cli.look import client_of
@@ -20,7 +21,6 @@ from llamavisord.loading import load
 from llamavisord.places import Places
 from llamavisord.plain import plain
 from llamavisord.problems import ConfigError
-from llamavisord.units import format_size
 
 
 def quantize(arguments: Namespace) -> int:

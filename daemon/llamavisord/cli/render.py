@@ -9,8 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from llamavisor.units import format_duration
 from llamavisord.plain import plain, tame
-from llamavisord.units import format_duration
 from llamavisord.variables import Variable
 
 _COLOURS: Mapping[str, str] = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
@@ -37,7 +37,9 @@ _STATE_COLOURS: Mapping[str, str] = {
 }
 NAME_WIDTH = 48
 """Columns of a model's name on a terminal; of a longer one the middle is left out."""
-_BAR_WIDTH = 24
+BAR_WIDTH = 24
+SAY_EVERY_S = 10.0
+"""Between two lines about the same, where nothing can be drawn over the last one."""
 _GAP = "  "
 _WIDTH = 100
 """Of a terminal that does not tell how wide it is."""
@@ -126,6 +128,35 @@ class Screen:
         self.line(json.dumps(document, indent=None if on_one_line else 2))
 
 
+def bar(share: float) -> str:
+    """What is done of the whole, 0 to 1; it is full when all is."""
+    filled = int(BAR_WIDTH * min(max(share, 0.0), 1.0))
+    return f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}]"
+
+
+class Seldom:
+    """When there is something to say again.
+
+    Args:
+        every_s: seconds between two times; the first is so long after the beginning.
+    """
+
+    def __init__(self, every_s: float = SAY_EVERY_S) -> None:
+        self._every_s = every_s
+        self._said = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"<Seldom, every {self._every_s:g} s>"
+
+    def is_due(self) -> bool:
+        """Whether it is time; then it is said now."""
+        now = time.monotonic()
+        if now - self._said < self._every_s:
+            return False
+        self._said = now
+        return True
+
+
 class Progress:
     """How far something has come, on standard error: one line that is rewritten, or, without a terminal, few lines.
 
@@ -135,23 +166,19 @@ class Progress:
         every_s: without a terminal, seconds between two lines.
     """
 
-    def __init__(self, what: str, screen: Screen, *, every_s: float = 10.0) -> None:
+    def __init__(self, what: str, screen: Screen, *, every_s: float = SAY_EVERY_S) -> None:
         self._what = plain(what)
         self._screen = screen
-        self._every_s = every_s
-        self._began = self._said = time.monotonic()
+        self._seldom = Seldom(every_s)
+        self._began = time.monotonic()
 
     def show(self, fraction: float | None, stage: str) -> None:
         """It has come to `fraction`, 0 to 1 or unknown, of `stage`."""
-        now = time.monotonic()
         percent = "" if fraction is None else f" {fraction:.0%}"
-        after = f" {plain(stage)}".rstrip() + f" {format_duration(now - self._began)}"
+        after = f" {plain(stage)}".rstrip() + f" {format_duration(time.monotonic() - self._began)}"
         if self._screen.is_terminal:
-            filled = round(_BAR_WIDTH * min(max(fraction or 0.0, 0.0), 1.0))
-            bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-            self._screen.rewrite(f"{self._what} [{bar}]{percent}{after}")
-        elif now - self._said >= self._every_s:
-            self._said = now
+            self._screen.rewrite(f"{self._what} {bar(fraction or 0.0)}{percent}{after}")
+        elif self._seldom.is_due():
             self._screen.line(f"{self._what}:{percent}{after}")
 
     def close(self) -> None:

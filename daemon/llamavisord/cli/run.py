@@ -10,6 +10,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+from llamavisor.units import format_duration
 from llamavisord.api_key import read_api_key
 from llamavisord.cli.answer import Answer, Door
 from llamavisord.cli.client import Client, model_path
@@ -19,7 +20,6 @@ from llamavisord.cli.question import Question, prompt_of
 from llamavisord.cli.render import NAME_WIDTH, Progress, Screen, shortened
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration
 from llamavisord.variables import Variable
 
 PROMPT = ">>> "

@@ -11,13 +11,13 @@ from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from llamavisor.units import format_duration, format_size
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
 from llamavisord.cli.look import client_of
 from llamavisord.cli.render import Screen
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
-from llamavisord.units import format_duration, format_size
 
 DISK_TIMEOUT_S = 120.0
 """A look at every file of a folder; one on a server takes long."""

@@ -18,11 +18,13 @@ class Account:
         uid: user id.
         groups: ids of all groups that it is in.
         name: what it is called.
+        home: its folder, `/` if it has none.
     """
 
     uid: int
     groups: frozenset[int]
     name: str
+    home: Path = Path("/")
 
     @classmethod
     def of(cls, uid: int, groups: frozenset[int] | None = None) -> Account:
@@ -33,7 +35,7 @@ class Account:
             return cls(uid, groups or frozenset(), str(uid))
         if groups is None:
             groups = frozenset(os.getgrouplist(entry.pw_name, entry.pw_gid))
-        return cls(uid, groups, entry.pw_name)
+        return cls(uid, groups, entry.pw_name, Path(entry.pw_dir))
 
     @classmethod
     def mine(cls) -> Account:

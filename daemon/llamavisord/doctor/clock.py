@@ -7,9 +7,9 @@ import os
 import time
 from dataclasses import dataclass
 
+from llamavisor.units import format_duration
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, note, ok, problem, warning
-from llamavisord.units import format_duration
 
 TIME_ERROR = 5
 """What adjtimex(2) returns when the clock is not synchronised."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from llamavisor.errors import BinaryError
 from llamavisor.gauge import RAM_ID
 from llamavisor.gauge.machine import has_nvml
+from llamavisor.units import format_size
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, note, ok, warning
 from llamavisord.doctor.machine import Machine, Memory, machine_of
-from llamavisord.units import format_size
 
 LEAST_FREE_SHARE = 0.05
 """Of RAM: below it the kernel is about to end processes."""

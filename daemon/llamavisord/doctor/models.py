@@ -11,10 +11,10 @@ from pathlib import Path
 from llamavisor.catalog import EntryState, Scanner
 from llamavisor.catalog.disk import disk_of
 from llamavisor.catalog.mounts import is_network_type
+from llamavisor.units import format_size
 from llamavisor.watch.hints import MAX_FOLDERS, find_folders
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, note, ok, problem, warning
-from llamavisord.units import format_size
 
 SHOWN_MAX = 10
 """Of more broken files only their number is told."""

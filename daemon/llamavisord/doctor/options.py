@@ -17,12 +17,12 @@ from llamavisor.options import OptionLayer
 from llamavisor.sections import ModelSpec, section, specify
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offered
+from llamavisor.units import format_size
 from llamavisord.config import Config
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, Grade, note, ok, problem, warning
 from llamavisord.doctor.machine import Machine, machine_of
 from llamavisord.trial import doubts, refused
-from llamavisord.units import format_size
 
 LEAST_SEVERAL = 2
 _FOR_SEVERAL = ("split_mode", "tensor_split", "main_gpu")

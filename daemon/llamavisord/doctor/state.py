@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from llamavisor.catalog.disk import disk_of
+from llamavisor.units import format_size
 from llamavisord.doctor.account import Account
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, ok, problem, warning
-from llamavisord.units import format_size
 
 LEAST_BYTES = 64 * 1024**2
 """Less, and what is learned cannot be written down for long."""

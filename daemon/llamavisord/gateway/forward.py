@@ -124,7 +124,7 @@ class Forwarder:
             async with _beating(visit, heartbeat_s):
                 had = await self._fleet.leases.acquire(model, within_s=max(0.0, within_s))
         except LlamavisorError as error:
-            raise TroubleError(trouble_of(error, visit.model or model, self._fleet.why_missing)) from error
+            raise TroubleError(trouble_of(error, visit.model or model, self._fleet.holders.why_missing)) from error
         except BaseException:
             if had is not None:  # ended between the grant and the next step
                 self._fleet.leases.release(had)

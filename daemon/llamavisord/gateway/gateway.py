@@ -354,6 +354,7 @@ class Gateway:
                 await self._forwarder.to_router(visit, body.parts)
                 return visit.answer
             if route == DOWNLOAD:
+                caller.check_model(word)
                 return visit.reply(management.download(word))
             act = {LOAD: management.load, UNLOAD: management.unload}[route]
             return visit.reply(act(word, caller.may_use))

@@ -61,7 +61,7 @@ class Caller:
 
     Attributes:
         name: of the key; None without one.
-        is_admin: whether they may load, unload and reload.
+        is_admin: whether they may load, unload and reload models, download and delete them.
         models: matches the names of the models that they may use; None for all.
     """
 
@@ -88,15 +88,15 @@ class Caller:
             raise TroubleError(Trouble(403, f"the API key {self.name} may not use the model {plain(model)}"))
 
     def check_admin(self) -> None:
-        """Whether they may load, unload and reload.
+        """Whether they may load, unload and reload models, download and delete them.
 
         Raises:
             TroubleError: they may not.
         """
         if not self.is_admin:
             who = "no API key" if self.name is None else f"the API key {self.name}"
-            text = f"{who} may load, unload or reload models only if its line in the file of keys says admin"
-            raise TroubleError(Trouble(403, text))
+            text = f"{who} may load, unload, reload, download or delete models only if its line in the file of keys"
+            raise TroubleError(Trouble(403, f"{text} says admin"))
 
 
 NOBODY = Caller(is_admin=False, models=glob(()))

@@ -35,7 +35,7 @@ class Key:
     Attributes:
         name: what it is called in logs and metrics.
         digest: its SHA-256.
-        is_admin: whether it may load, unload and reload.
+        is_admin: whether it may load, unload and reload models, download and delete them.
         models: globs of the models that it may use, upper and lower case told apart; None for all.
     """
 
@@ -75,9 +75,9 @@ class KeysError(ValueError):
 def read_keys(path: Path) -> tuple[Keys, bool]:
     """The keys in `path`, and whether every user of the machine can read or change it.
 
-    A line is `NAME KEY`, then `admin` if it may load, unload and reload, then `models=` and globs with commas between
-    them if it may not use all models. A line of one word is a key without a name, which may do everything. Empty lines
-    and those that begin with # are skipped.
+    A line is `NAME KEY`, then `admin` if it may load, unload, reload, download and delete models, then `models=` and
+    globs with commas between them if it may not use all models. A line of one word is a key without a name, which may
+    do everything. Empty lines and those that begin with # are skipped.
 
     Raises:
         KeysError: it cannot be read or understood, or holds no key: to serve without one would be worse than not to.

@@ -24,8 +24,15 @@ As `llamavisor events --json` and `GET /control/v1/events` tell them: an object 
 kept are told with `--all` alone, to who listens. The level is that of the line in the log, as a rule."""
 _NONE = re.compile(r"\bNone\b")
 _JSON = {str: "text", int: "integer", float: "number", bool: "true or false", types.NoneType: "null"}
-_UNITS = (("_s", "seconds"), ("seconds", "seconds"), ("bytes", "bytes"), ("bytes_in", "bytes"), ("bytes_out", "bytes"))
-"""The end of a field's name, and what its number counts."""
+_UNITS = {
+    "bytes_per_s": "bytes per second",
+    "_s": "seconds",
+    "seconds": "seconds",
+    "bytes": "bytes",
+    "bytes_in": "bytes",
+    "bytes_out": "bytes",
+}
+"""The end of a field's name, and what its number counts; the first that fits."""
 
 
 def kinds() -> list[type[Event]]:
@@ -104,7 +111,7 @@ def _type(name: str, hint: Any) -> str:
         return " or ".join(_type(name, each) for each in get_args(hint))
     if get_origin(hint) is tuple:
         return f"list of {_type('', get_args(hint)[0])}"
-    unit = next((unit for end, unit in _UNITS if name.endswith(end) and hint in (int, float)), "")
+    unit = next((unit for end, unit in _UNITS.items() if name.endswith(end) and hint in (int, float)), "")
     return f"{_JSON[hint]}, {unit}" if unit else _JSON[hint]
 
 

@@ -6,7 +6,6 @@ together, which projector and draft a model gets, and what it is called.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from llamavisor.gguf import Beginning
 from llamavisor.gguf.container import printable
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.spec import Spec, path_problem
+from llamavisor.likeness import near
 
 USUAL = ("Q4_K_M", "Q8_0")
 """The quantizations that a name without one means, in this order, else the first file: `find_best_model` in
@@ -218,8 +218,8 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _suggestion(wanted: str, present: Sequence[str]) -> str:
-    near = difflib.get_close_matches(wanted, present, n=1, cutoff=0.5)
-    meant = f"Did you mean {printable(near[0], 80)}? " if near else ""
+    like = near(wanted, present, like=0.5)
+    meant = f"Did you mean {printable(like[0], 80)}? " if like else ""
     return f"{meant}It has {_listed(present)}."
 
 

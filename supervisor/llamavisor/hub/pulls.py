@@ -23,6 +23,7 @@ from llamavisor.hub.spec import Spec
 from llamavisor.hub.staging import Staging, size_of
 from llamavisor.hub.transfer import Errand, fetch, is_same
 from llamavisor.threads import Threads
+from llamavisor.units import format_size
 
 AT_ONCE = 2
 """So many pulls are at work; the others wait for their turn."""
@@ -191,9 +192,8 @@ class Pulls:
         needed = await self._ask(self.staging.missing_bytes, [*others, record])
         taken_bytes = await self._ask(self.staging.missing_bytes, others)
         if free is not None and needed > free:
-            gib = 1024**3
-            text = f"{record.name} needs {(needed - taken_bytes) / gib:.1f} GiB more, and {self.models_dir} has "
-            text += f"{max(0, free - taken_bytes) / gib:.1f} GiB to spare"
+            more, spare = format_size(needed - taken_bytes), format_size(max(0, free - taken_bytes))
+            text = f"{record.name} needs {more} more, and {self.models_dir} has {spare} to spare"
             raise HubError(text, why=Why.NO_SPACE, hint="Make room, or take a smaller quantization.")
 
     async def _carry(self, pull: Pull) -> None:

@@ -133,7 +133,7 @@ def test_a_key_may_use_the_models_on_its_list_and_load_none_for_others() -> None
     with pytest.raises(TroubleError) as caught:
         alice.check_admin()
     assert caught.value.trouble.status == 403
-    assert "the API key alice may load" in str(caught.value)
+    assert "the API key alice may load, unload, reload, download or delete models only if" in str(caught.value)
     assert "sk-alice" not in str(caught.value)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamavisor.quantities import parse_size
-from llamavisord.units import format_duration, format_size
+from llamavisor.units import format_duration, format_size
 
 
 @given(st.integers(0, 10**14))
