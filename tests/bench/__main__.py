@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from report import Row, cpu_s, ms, show
 
 from conftest import find_llama_server
 from fakes.bare_router import BareRouter
+from llamavisord.cli.program import COMPLETE
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon
 
@@ -38,6 +40,7 @@ RUNS = 7
 STABLE_S = 10.5
 """A router that has been READY for 10 s is restarted at once; before that the backoff would be measured."""
 IDLE_S = 60.0
+TAB_S = 0.15
 OVER_S = 1.0
 """A restart is over by then."""
 
@@ -111,17 +114,20 @@ def wait_for_health(port: int) -> None:
 
 
 def measure_status(folder: Path, models_dir: Path, llama_server: Path) -> Iterator[Row]:
-    """The wall time of `llamavisor status`, over the start of Python itself."""
+    """The wall time of `llamavisor status`, over the start of Python itself, and what a Tab waits for."""
     state = folder / "status"
     state.mkdir()
     with RunningDaemon(state, models_dir, llama_server) as daemon:
         daemon.wait_for_router("ready")
         command = Path(sys.executable).with_name("llamavisor")
         env = {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket)}
-        status = median_of(lambda: subprocess.run([command, "status"], env=env, stdout=subprocess.DEVNULL, check=True))
+        run = partial(subprocess.run, env=env, stdout=subprocess.DEVNULL, check=True)
+        status = median_of(lambda: run([command, "status"]))
+        names = median_of(lambda: run([command, COMPLETE, "models"]))
     python = median_of(lambda: subprocess.run([sys.executable, "-c", "pass"], check=True))
     allowed = min(0.15, 3 * python + 0.06)
     yield Row("llamavisor status, over python3 -c pass", ms(status), ms(python), ms(allowed), status <= allowed)
+    yield Row("names of models for a Tab in a shell", ms(names), ms(python), ms(TAB_S), names < TAB_S)
 
 
 def measure_idle(folder: Path, models_dir: Path, llama_server: Path) -> Iterator[Row]:
