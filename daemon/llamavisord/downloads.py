@@ -89,8 +89,8 @@ class Downloads:
         found = ((folder.pulls.models_dir, pull) for folder in self._folders.values() for pull in folder.pulls.all)
         return [(folder, pull) for folder, pull in found if key in {None, pull.id}]
 
-    async def cancel(self, key: str, models_dirs: Collection[Path], *, drop: bool = False) -> None:
-        """End a pull wherever it goes.
+    async def cancel(self, key: str, models_dirs: Collection[Path], *, drop: bool = False) -> bool:
+        """End a pull wherever it goes; whether what came was removed.
 
         Args:
             key: its id.
@@ -102,9 +102,15 @@ class Downloads:
         """
         holders = [path for path, each in self._folders.items() if any(key == pull.id for pull in each.pulls.under_way)]
         folders = holders or {*models_dirs, *self._folders}
-        refusals = await self._each(folders, lambda pulls: pulls.cancel(key, drop=drop))
-        if len(refusals) == len(folders):
+        dropped: list[bool] = []
+
+        async def cancel(pulls: Pulls) -> None:
+            dropped.append(await pulls.cancel(key, drop=drop))
+
+        refusals = await self._each(folders, cancel)
+        if not dropped:
             raise min(refusals, key=lambda each: each.why is Why.NO_PULL)
+        return any(dropped)
 
     async def _each(self, models_dirs: Collection[Path], ask: Callable[[Pulls], Awaitable[None]]) -> list[HubError]:
         """Asks all folders at once; what those say that cannot do it."""
@@ -125,7 +131,7 @@ class Downloads:
         folder = self._folders.get(models_dir)
         if folder is None:
             if self._tasks is None:
-                raise HubError("the daemon takes no pulls now", why=Why.DISK)
+                raise HubError("llamavisor takes no pulls now", why=Why.ENDING, hint="Ask again in a moment.")
             folder = self._folders[models_dir] = _Folder(Pulls(self.hub, models_dir, self._bus))
             self._tasks.start_soon(self._keep_open, folder)
         return folder

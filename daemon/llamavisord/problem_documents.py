@@ -77,6 +77,8 @@ HUB_STATUS: Mapping[Why, HTTPStatus] = {
     Why.UNREACHABLE: HTTPStatus.BAD_GATEWAY,
     Why.STALLED: HTTPStatus.BAD_GATEWAY,
     Why.SERVER: HTTPStatus.BAD_GATEWAY,
+    Why.ENDING: HTTPStatus.SERVICE_UNAVAILABLE,
+    Why.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 """The status of `hub_failed`, by the `why` that stands beside it."""
 _HTTP_CODES = {STATUS[code]: code for code in HttpCode}

@@ -117,9 +117,12 @@ class _Pulling:
         return web.json_response({"pulls": await self._known(request.query.get("id"))})
 
     async def cancel(self, request: web.Request) -> web.Response:
-        """End a pull. What came is kept, and the same pull goes on with it; `?drop=true` removes it."""
-        event_id, key, is_dropped = self._daemon.bus.last_id, request.match_info["id"], flag(request, "drop")
-        await self._daemon.downloads.cancel(key, self._daemon.models_dirs, drop=is_dropped)
+        """End a pull. What came is kept, and the same pull goes on with it; `?drop=true` removes it.
+
+        `dropped` says whether it was removed: not if another daemon brings the same into that folder.
+        """
+        event_id, key, drop = self._daemon.bus.last_id, request.match_info["id"], flag(request, "drop")
+        is_dropped = await self._daemon.downloads.cancel(key, self._daemon.models_dirs, drop=drop)
         pull = next(iter(await self._known(key)), None)
         return web.json_response({"pull": pull, "dropped": is_dropped, "event_id": event_id})
 

@@ -14,6 +14,8 @@ import anyio.lowlevel
 import anyio.to_thread
 
 RETRY_S = 0.1
+SURELY_S = 5.0
+"""How long the end of something is waited for."""
 
 _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
@@ -49,6 +51,15 @@ async def run_in_thread(
             if has_begun:
                 raise
         await anyio.sleep(RETRY_S)
+
+
+async def surely(work: Callable[[], None]) -> None:
+    """Do what ends something, such as to close a file, in a thread of its own, whoever is cancelled.
+
+    It is left to itself after a while: a disk that hangs keeps nobody, and once it answers it is done all the same.
+    """
+    with anyio.move_on_after(SURELY_S, shield=True):
+        await run_in_thread(work, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
 
 
 class Threads:

@@ -14,6 +14,7 @@ import anyio
 import httpx
 import pytest
 
+import llamavisor.hub.staging as staging_module
 from fakes.hub_server import Fault, HubFile, HubServer, Repository
 from hub_folder import MANY, MIB, PATIENCE, Here, hub_of_models, noise, until
 from llamavisor.catalog.disk import Disk
@@ -467,3 +468,157 @@ async def test_m6_pulls_that_nobody_goes_on_with_are_given_up(server: HubServer,
         assert [each.key for each in staging.holdings()] == [goes.id]
         server.released.set()
         assert await goes.wait()
+
+
+@pytest.mark.parametrize("damage", ["another version", "no descriptor", "somebody else's"])
+async def test_m6_a_record_that_cannot_be_read(here: Here, server: HubServer, damage: str) -> None:
+    """What came of a pull is not litter because its record cannot be read just now."""
+    server.faults = [Fault(cut_after=1_000_000), Fault(cut_after=0, times=99)]
+    with pytest.raises(HubError):
+        await here.pull("user/big")
+    kept, (key,) = here.hidden(), [record.key for record in Staging(here.models_dir).records()]
+    staging, path = Staging(here.models_dir), here.models_dir / NAME / f"{key}.json"
+    true_open, true_text = os.open, path.read_text()
+
+    def refuse(file: object, *args: object, **more: object) -> int:
+        if str(file).endswith(".json"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return true_open(file, *args, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if damage == "another version":
+            path.write_text("{}")
+        elif damage == "no descriptor":
+            patch.setattr(os, "open", refuse)
+        else:
+            os.chown(path, 12345, -1)
+        async with Here(server, here.models_dir).pulls.opened():
+            pass
+        assert here.hidden() == kept
+        assert [(each.rel, each.model) for each in staging.holdings()] == [(f"{NAME}/{key}", "")]
+    path.write_text(true_text)
+    os.chown(path, os.geteuid(), -1)
+    server.faults = []
+    server.asked.clear()
+    assert await here.pull("user/big")
+    assert sum(asked.sent[0] for asked in server.downloads()) == MANY - 1_000_000
+
+
+async def test_m6_what_others_make_of_the_staging_folder(here: Here, tmp_path: Path) -> None:
+    """Folders in folders, a folder of a pull that is a link, or somebody else's folder end nothing and move nothing."""
+    staging = Staging(here.models_dir)
+    staging.prepare()
+    deep = staging.path / f"x-{'0' * 16}" / Path(*["d"] * 400)
+    deep.mkdir(parents=True)
+    staging.sweep()
+    assert deep.exists()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "Big-Q4_K_M.gguf").write_text("precious")
+    record = plan(await here.pulls.hub.look(parse("user/big")), parse("user/big"))
+    staging.folder_of(record).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(HubError, match="link"):
+        await here.pull("user/big")
+    assert (tmp_path / "elsewhere" / "Big-Q4_K_M.gguf").read_text() == "precious"
+    os.chown(staging.path, 12345, -1)
+    with pytest.raises(HubError, match="somebody else's"):
+        await here.pull("user/tiny")
+
+
+async def test_m3_a_large_file_that_comes_whole(here: Here, server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that heeds no ranges sends more at once than we ask for at once: all of it is taken."""
+    monkeypatch.setattr("llamavisor.hub.transfer.SPAN_BYTES", 1_000_000)
+    server.faults = [Fault(ignores_range=True, times=9)]
+    assert await here.pull("user/big")
+    assert [asked.sent for asked in server.downloads()] == [[MANY]]
+
+
+async def test_m3_a_hub_that_tells_what_cannot_be(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer whose hashes are none is the Hub's fault, and told so."""
+    monkeypatch.setattr(HubFile, "oid", "no hash")
+    with pytest.raises(HubError, match="cannot be") as raised:
+        plan(await Hub({"HF_ENDPOINT": server.url}).look(parse("user/big")), parse("user/big"))
+    assert raised.value.why is Why.SERVER
+
+
+async def test_m9_who_leaves_ends_only_what_nobody_else_wants(here: Here, server: HubServer) -> None:
+    """A pull goes on as long as somebody wants it: who began it, who joined it later, or a person."""
+    server.faults = [Fault(stall_after=MIB, times=2)]
+    pull = await here.pulls.start(parse("user/big"), who="a")
+    await here.pulls.start(parse("user/big:q4_k_m"), who="b")
+    await here.pulls.leave("a")
+    assert pull.state is PullState.UNDER_WAY
+    await here.pulls.leave("b")
+    assert pull.state is PullState.CANCELLED
+    again = await here.pulls.start(parse("user/big"))
+    await here.pulls.start(parse("user/big"), who="a")
+    await here.pulls.leave("a")
+    assert await again.wait()
+
+
+async def test_m9_cleaning_while_a_pull_is_taken_up_again(here: Here, server: HubServer) -> None:
+    """What was left and is wanted again since stays, however long cleaning had it on its list."""
+    server.faults = [Fault(cut_after=1_000_000), Fault(cut_after=0, times=99)]
+    with pytest.raises(HubError):
+        await here.pull("user/big")
+    staging = Staging(here.models_dir)
+    (record,) = staging.records()
+    kept = here.hidden()
+    staging.write(record)
+    assert staging.drop(record.key) is True
+    with pytest.raises(HubError):
+        await here.pull("user/big")
+    staging.write(record.model_copy(update={"is_under_way": True}))
+    assert staging.drop(record.key) is False
+    assert here.hidden() == kept
+
+
+async def test_f14_a_folder_that_hangs_amid_a_pull(
+    here: Here, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A write that hangs keeps its own pull; it cannot be cancelled, which is told, and is once the disk is back."""
+    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
+    monkeypatch.setattr("llamavisor.threads.SURELY_S", 0.2)
+    released, hangs = threading.Event(), threading.Event()
+    true_pwrite = os.pwrite
+
+    def pwrite(fd: int, *args: object) -> int:
+        if "/hung/" in os.readlink(f"/proc/self/fd/{fd}"):
+            hangs.set()
+            released.wait()
+        return true_pwrite(fd, *args)
+
+    (tmp_path / "hung").mkdir()
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    async with (hung := Here(server, tmp_path / "hung")).pulls.opened():
+        pull = await hung.pulls.start(parse("user/big"))
+        await until(hangs.is_set)
+        with anyio.fail_after(5), pytest.raises(HubError, match="does not answer"):
+            await hung.pulls.cancel(pull.id)
+        assert await here.pull("user/big")
+        assert [each.id for each in hung.pulls.under_way] == [pull.id]
+        released.set()
+        assert await pull.wait() is None
+        assert pull.state is PullState.CANCELLED
+        assert await hung.pull("user/big")
+
+
+async def test_f14_what_was_refused_is_not_begun_later(
+    server: HubServer, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pull that could not be written down in time, as was told, is not gone on with when the disk is back."""
+    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
+    released = threading.Event()
+    true_replace = staging_module.replace_file
+
+    def replace_file(path: Path, data: bytes) -> None:
+        released.wait()
+        true_replace(path, data)
+
+    async with (here := Here(server, models_dir)).pulls.opened():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(staging_module, "replace_file", replace_file)
+            with pytest.raises(HubError, match="does not answer"):
+                await here.pulls.start(parse("user/big"))
+            released.set()
+            await until(lambda: not here.pulls.under_way)
+    assert [record.is_under_way for record in Staging(models_dir).records()] == [False]

@@ -75,20 +75,17 @@ class Deliveries:
         self._tasks.start_soon(self._follow, word, spec, self._scopes[word])
 
     def end(self, word: str) -> None:
-        """Give it up; what came is kept. A pull that somebody else has begun goes on."""
+        """Give it up; what came is kept. A pull that somebody else wants goes on."""
         self._scopes[word].cancel()
 
     async def _follow(self, word: str, spec: Spec, scope: anyio.CancelScope) -> None:
-        is_there, own = False, None
+        is_there, who = False, f"the gateway's {word}"
         try:
             with scope:
                 pulls = await self._downloads.into(self._folder())
-                others = pulls.under_way
-                pull = await pulls.start(spec)
-                own = pull if pull not in others else None
-                is_there = await self._watch(word, pull)
-            if scope.cancelled_caught and own is not None:
-                await pulls.cancel(own.id)
+                is_there = await self._watch(word, await pulls.start(spec, who=who))
+            if scope.cancelled_caught:
+                await (await self._downloads.into(self._folder())).leave(who)
         except HubError as error:
             self._bus.publish(Warned(subject=f"pull {word}", text=str(error)))
         except Exception:  # noqa: BLE001 (what one client wants must end nothing for the others)

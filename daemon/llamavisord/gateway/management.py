@@ -180,7 +180,7 @@ class Management:
         """
         router = next(iter(self._fleet), None)
         if router is None:
-            raise HubError("the fleet has no router yet", why=Why.DISK)
+            raise HubError("the fleet has no router yet", why=Why.ENDING)
         return router.settings.models_dir
 
     async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:

@@ -51,6 +51,10 @@ class Why(StrEnum):
     """There is no such pull."""
     DISK = "disk"
     """The models folder cannot be written."""
+    ENDING = "ending"
+    """llamavisor has just begun, or ends."""
+    INTERNAL = "internal"
+    """A bug in llamavisor."""
 
 
 _PASSING = frozenset({Why.BUSY, Why.UNREACHABLE, Why.STALLED, Why.SERVER})
@@ -112,7 +116,8 @@ def refusal(status: int, headers: dict[str, str], *, what: str, has_token: bool)
             return HubError(text, why=Why.BUSY, hint=hint, retry_after_s=after_s)
         return HubError(f"{what}: the Hub fails: {status}", why=Why.SERVER, retry_after_s=after_s)
     told = f": {said}" if said else ""
-    return HubError(f"{what}: the Hub refuses it with {status}{told}", why=Why.FORBIDDEN)
+    hint = "Look at what its token may read, in the settings of your account on the Hub." if has_token else ""
+    return HubError(f"{what}: the Hub refuses it with {status}{told}", why=Why.FORBIDDEN, hint=hint)
 
 
 def retry_after(text: str) -> float | None:

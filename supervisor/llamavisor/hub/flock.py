@@ -12,7 +12,7 @@ import anyio
 
 from llamavisor.hub.failure import on_disk
 from llamavisor.lock import is_at
-from llamavisor.threads import Threads
+from llamavisor.threads import Threads, surely
 
 LOOK_EVERY_S = 0.25
 """How often a lock that another holds is tried: flock(2) tells nobody when it is free."""
@@ -93,5 +93,4 @@ class FileLock:
             yield
         finally:
             if self._fd is not None:
-                with anyio.CancelScope(shield=True):
-                    await threads.run(self.give_back)
+                await surely(self.give_back)

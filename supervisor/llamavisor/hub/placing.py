@@ -54,6 +54,8 @@ def keep(part: Part, path: Path) -> None:
     """
     with on_disk(path):
         path.parent.mkdir(exist_ok=True)
+        if path.parent.is_symlink():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a link", str(path.parent))
         path.unlink(missing_ok=True)
         try:
             os.link(part.whole, path)
@@ -105,7 +107,9 @@ def _place_file(source: Path, target: Path) -> None:
     except OSError as exc:
         if exc.errno not in _NO_LINKS:
             raise
-        if os.path.lexists(target):
+        try:
+            target.touch(exist_ok=False)  # a rename would not find out that the name is ours
+        except FileExistsError:
             raise taken(target) from None
         source.rename(target)
     else:

@@ -37,7 +37,9 @@ class Pull:
         error: why it failed, None if it did not.
         path: where the model is, once it is done.
         was_there: whether it was there before.
+        noted: set when it is written down, or has ended.
         ended: set when nothing more happens.
+        wanted_by: who asked for it; empty for a person.
     """
 
     def __init__(self, record: Record) -> None:
@@ -47,7 +49,9 @@ class Pull:
         self.error: HubError | None = None
         self.path: Path | None = None
         self.was_there = False
+        self.noted = anyio.Event()
         self.ended = anyio.Event()
+        self.wanted_by: set[str] = set()
         self.scope = anyio.CancelScope()
         self.is_dropped = False
 

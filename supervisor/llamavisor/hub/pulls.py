@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -33,7 +34,7 @@ MOST = 32
 TELL_EVERY_S = 1.0
 KEPT = 100
 """So many pulls that have ended are remembered."""
-DISK_S = 10.0
+DISK_S = 4.0
 """A folder that does not answer for so long is told of; one on a server that is away does not."""
 THREADS = 2 * AT_ONCE * FILES_AT_ONCE
 """So many threads work in the folder, and hang if it does."""
@@ -92,35 +93,41 @@ class Pulls:
                 await self._threads.run(self.staging.sweep, abandon_on_cancel=True)
                 for record in records:
                     if record.is_under_way:
-                        self._begin(record)
+                        self._begin(record).wanted_by.add("")
                 yield
             finally:
                 self._tasks = None
                 tasks.cancel_scope.cancel()
 
-    async def start(self, spec: Spec, *, name: str = "") -> Pull:
+    async def start(self, spec: Spec, *, name: str = "", who: str = "") -> Pull:
         """Begins to bring a model; the same one twice is one pull. One that is there already is only looked at.
 
         Args:
             spec: which.
             name: what it is to be called, if not as its file is.
+            who: wants it, and may `leave` it; empty for a person, who may cancel it.
 
         Raises:
             HubError: it is not to be had, has no room, or something else has its name.
         """
         listing = await self.hub.look(spec)
         record = plan(listing, spec, name)
-        if (known := self._under_way(record.key)) is not None:
-            return known
-        self._check_name(record)
-        if not await self._ask(is_placed, record, self.models_dir):
-            await self._check_room(record)
-        with anyio.CancelScope(shield=True):  # what is written down is begun, whoever has gone meanwhile
-            await self._ask(self.staging.write, record)
-        return self._under_way(record.key) or self._begin(record)  # somebody may have asked for the same meanwhile
+        if (known := self._under_way(record.key)) is None:
+            self._check_name(record)
+            if not await self._ask(is_placed, record, self.models_dir):
+                await self._check_room(record)
+            known = self._under_way(record.key)  # somebody may have asked for the same meanwhile
+        pull = known or self._begin(record)
+        pull.wanted_by.add(who)
+        if known is None:
+            await self._wait_until_noted(pull)
+        return pull
 
-    async def cancel(self, key: str, *, drop: bool = False) -> None:
+    async def cancel(self, key: str, *, drop: bool = False) -> bool:
         """Ends a pull; what came is kept, so that the same pull goes on with it, or dropped.
+
+        Returns:
+            Whether it was dropped: not what another daemon brings as well.
 
         Raises:
             HubError: there is none of that name, or the disk does not let go of it.
@@ -132,14 +139,24 @@ class Pulls:
                 await pull.ended.wait()
                 if pull.error is not None:
                     raise pull.error
-                return
+                return pull.is_dropped
             raise self._hangs()
-        records = [record for record in await self._ask(self.staging.records) if record.key == key]
-        if not records and key not in self._pulls:
+        is_there = key in {record.key for record in await self._ask(self.staging.records)}
+        if not is_there and key not in self._pulls:
             raise HubError(f"there is no pull {key!r}", why=Why.NO_PULL, hint="`llamavisor pulls` shows them.")
-        if drop:
-            for record in records:
-                await self._ask(self.staging.drop, record)
+        return drop and is_there and await self._ask(self.staging.drop, key)
+
+    async def leave(self, who: str) -> None:
+        """Ends the pulls that nobody else wants; what came is kept.
+
+        Raises:
+            HubError: the disk does not let go of one.
+        """
+        for pull in self.under_way:
+            if who in pull.wanted_by:
+                pull.wanted_by.remove(who)
+                if not pull.wanted_by:
+                    await self.cancel(pull.id)
 
     async def paused(self) -> list[Record]:
         """What was begun, and is not under way: pulls that failed or were cancelled, and keep room on the disk.
@@ -155,6 +172,15 @@ class Pulls:
             return await self._threads.run(work, *args, abandon_on_cancel=True)
         raise self._hangs()
 
+    async def _wait_until_noted(self, pull: Pull) -> None:
+        with anyio.move_on_after(DISK_S):
+            await pull.noted.wait()
+            if pull.error is not None and pull.ended.is_set():
+                raise pull.error
+            return
+        pull.scope.cancel()
+        raise self._hangs()
+
     def _hangs(self) -> HubError:
         hint = "Look at the disk, or at the server that it is on."
         return HubError(f"{self.models_dir} does not answer", why=Why.DISK, hint=hint)
@@ -165,7 +191,7 @@ class Pulls:
 
     def _begin(self, record: Record) -> Pull:
         if self._tasks is None:
-            raise HubError("llamavisor ends, and begins no pull", why=Why.DISK, hint="The next one goes on with it.")
+            raise HubError("llamavisor ends, and begins no pull", why=Why.ENDING, hint="Ask again in a moment.")
         pull = Pull(record)
         self._pulls.pop(pull.id, None)
         self._pulls[pull.id] = pull
@@ -202,17 +228,26 @@ class Pulls:
         began = anyio.current_time()
         try:
             with pull.scope, _noting_why(pull):
-                async with self._turns, self.staging.lock_of(record).held(self._threads):
+                await self._threads.run(self.staging.write, record)
+                pull.noted.set()
+                async with self._turns, self.staging.lock_of(record.key).held(self._threads):
                     # Whoever had the lock before may have paused or forgotten it.
                     await self._threads.run(self.staging.write, record)
                     pull.path = await self._bring(pull)
             if pull.path is None:
-                drops = pull.is_dropped and pull.error is None
                 with _noting_why(pull):
-                    await self._threads.run(self.staging.drop if drops else self.staging.pause, record)
+                    await self._give_up(pull)
             self._end(pull, anyio.current_time() - began)
         finally:
             pull.ended.set()
+            pull.noted.set()
+
+    async def _give_up(self, pull: Pull) -> None:
+        """Remembers that nobody wants it now, or drops it."""
+        if pull.is_dropped and pull.error is None:
+            pull.is_dropped = await self._threads.run(partial(self.staging.drop, pull.id, is_wanted=True))
+        else:
+            await self._threads.run(self.staging.pause, pull.record)
 
     def _end(self, pull: Pull, took_s: float) -> None:
         if pull.path is not None:
@@ -259,14 +294,14 @@ class Pulls:
 
     def _place(self, record: Record) -> None:
         """All in one thread: what is in its place is not cancelled any more."""
-        self.staging.sweep(done=record)  # before, as another link to a file would change it in the catalog's eyes
+        self.staging.sweep(done=record.key)  # before, as another link to a file would change it in the catalog's eyes
         place(record, self.staging.folder_of(record), self.models_dir)
         self._conclude(record)
 
     def _conclude(self, record: Record) -> None:
         """It is done; one that cannot be forgotten is found done by the next daemon."""
         with suppress(HubError):
-            self.staging.forget(record)
+            self.staging.forget(record.key)
         self.staging.sweep()
 
     async def _fetch_all(self, pull: Pull) -> None:
@@ -331,4 +366,4 @@ def _noting_why(pull: Pull) -> Iterator[None]:
         pull.error = pull.error or exc
     except Exception:  # noqa: BLE001 (a pull's boundary)
         _log.exception("pull %s failed", pull.id)
-        pull.error = pull.error or HubError(f"{pull.name}: a bug in llamavisor; see its log", why=Why.DISK)
+        pull.error = pull.error or HubError(f"{pull.name}: a bug in llamavisor; see its log", why=Why.INTERNAL)

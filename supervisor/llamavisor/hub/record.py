@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.listing import Listing, RemoteFile
@@ -107,4 +107,9 @@ def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
     if len(set(names)) < len(names):
         twice = next(each for each in names if names.count(each) > 1)
         raise HubError(f"{listing.repository} has two files {twice} that belong together", why=Why.NO_FILE)
-    return Record.of(listing, name, files)
+    try:
+        return Record.of(listing, name, files)
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors(include_url=False, include_input=False)[0]["loc"]))
+        text = f"{listing.repository}: the Hub tells of it what cannot be ({where})"
+        raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc

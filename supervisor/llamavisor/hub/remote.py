@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 from urllib.parse import quote
@@ -48,7 +48,8 @@ class Body:
     """What comes of a file.
 
     Attributes:
-        begin: the place in the file of the first byte: 0 where a part was asked for that is not to be had.
+        begin: the place in the file of the first byte.
+        is_whole: whether it is the file from its begin to its end, which comes where parts of it are not to be had.
         total: bytes of the whole file, None if that is not told.
         etag: names this very content, and is strong; empty without one.
         url: from where it comes in the end, None if that is the Hub itself.
@@ -56,6 +57,7 @@ class Body:
     """
 
     begin: int
+    is_whole: bool
     total: int | None
     etag: str
     url: httpx.URL | None
@@ -134,7 +136,7 @@ class Connection:
             begin, total = 0, int(length) if length.isdigit() else None
         etag = headers.get("ETag", "")
         url = response.url if response.history else None
-        return Body(begin, total, "" if etag.startswith("W/") else etag, url, _chunks(response, what))
+        return Body(begin, status == 200, total, "" if etag.startswith("W/") else etag, url, _chunks(response, what))
 
 
 class Hub:
@@ -149,6 +151,7 @@ class Hub:
         self.patience = patience or Patience()
         self._environ = environ
         self._threads = Threads(ASKED_AT_ONCE)
+        self._own_threads = Threads(1)
 
     def __repr__(self) -> str:
         return "<Hub>"
@@ -206,11 +209,10 @@ class Hub:
         return replace(listing, choices=tuple(choices.values()))
 
     async def inspect(self, connection: Connection, listing: Listing, choice: Choice) -> Choice:
-        """The same model with what its first file says of it; as it was if that cannot be had."""
-        try:
+        """The same model with what its first file says of it; as it was if that cannot be had, or not in time."""
+        with anyio.move_on_after(self.patience.answer_s), suppress(HubError, GgufError):
             return replace(choice, beginning=await self._read(connection, listing, choice.first))
-        except (HubError, GgufError):
-            return choice
+        return choice
 
     async def _read(self, connection: Connection, listing: Listing, file: RemoteFile) -> Beginning:
         prefix, url = b"", None
@@ -231,7 +233,10 @@ class Hub:
         raise HubError(f"{file.path}: its header is too long to look at", why=Why.WRONG_CONTENT)
 
     async def _access(self) -> Access:
-        access = await self._ask("the token of the Hub", find_access, self._environ)
+        with anyio.move_on_after(self.patience.answer_s) as scope:
+            access = await self._own_threads.run(find_access, self._environ, abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            raise HubError("the token of the Hub cannot be read: its disk does not answer", why=Why.UNAUTHORIZED)
         if access.is_offline:
             raise HubError("HF_HUB_OFFLINE is set: the Hub is not asked", why=Why.OFFLINE, hint="Unset it to pull.")
         return access
@@ -254,7 +259,7 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     try:
         info = api.model_info(spec.repository, revision=spec.revision, files_metadata=True, timeout=timeout_s)
         files = [
-            RemoteFile(each.rfilename, int(each.size), _digest(each))
+            RemoteFile(str(each.rfilename), int(each.size), _digest(each))
             for each in info.siblings or ()
             if each.size is not None
         ]
@@ -278,7 +283,7 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
 def _digest(told: RepoSibling) -> str:
     """What names the content of a file; empty if the Hub does not tell."""
     if told.lfs is not None:
-        return str(told.lfs.sha256)
+        return str(told.lfs.sha256).lower()
     # A mirror that does not tell of a large file's hash tells that of git's pointer to it.
     return str(told.blob_id or "") if (told.size or 0) <= GIT_MAX_BYTES else ""
 

@@ -11,20 +11,20 @@ name begins with a dot. In it are
     files/ID.lock    held by who fetches it
 
 KEY and ID follow from what is wanted. What has such a name and is not mentioned by any KEY.json is litter; nothing
-else in there is ever touched.
+else in there is ever touched, and no file as long as there is a KEY.json that cannot be read.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -55,7 +55,7 @@ class Holding:
     Attributes:
         rel: where, relative to the models folder.
         model: what the model is going to be called; empty for what nobody wants.
-        key: the id of the pull; likewise.
+        key: the id of the pull; likewise. A pull without a model cannot be read.
         size_bytes: what it takes of the disk; what two pulls want counts for the first of them.
         changed_at: Unix seconds of the last change of anything of it.
         is_under_way: whether somebody wants it now.
@@ -67,6 +67,19 @@ class Holding:
     size_bytes: int
     changed_at: float
     is_under_way: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Remembered:
+    """What the folder says of pulls.
+
+    Attributes:
+        records: of those that can be read.
+        unread: the keys of those that cannot, for whatever reason.
+    """
+
+    records: list[Record] = field(default_factory=list)
+    unread: set[str] = field(default_factory=set)
 
 
 class Part:
@@ -120,8 +133,8 @@ class Staging:
             for folder in (self.path, self._files):
                 with suppress(FileExistsError):
                     folder.mkdir(mode=0o700)
-        if not self._is_there():
-            text = f"{self.path} is no folder for what is pulled: it is a link, or something else"
+        if not self._is_ours():
+            text = f"{self.path} is no folder for what is pulled here: it is a link, or somebody else's"
             raise HubError(text, why=Why.DISK, hint="Move it away.")
 
     def part_of(self, record: Record, file: RemoteFile) -> Part:
@@ -134,9 +147,9 @@ class Staging:
         """Where the whole files of a pull are put together."""
         return self.path / record.key
 
-    def lock_of(self, record: Record) -> FileLock:
+    def lock_of(self, key: str) -> FileLock:
         """Held by who works on a pull."""
-        return FileLock(self.folder_of(record))
+        return FileLock(self.path / key)
 
     def write(self, record: Record) -> None:
         """Remembers a pull.
@@ -146,16 +159,16 @@ class Staging:
         """
         self.prepare()
         with on_disk(self.path), _only_writer(self.path):
-            replace_file(self.path / f"{record.key}{_JSON}", record.model_dump_json().encode())
+            replace_file(self._json(record.key), record.model_dump_json().encode())
 
-    def forget(self, record: Record) -> None:
+    def forget(self, key: str) -> None:
         """Remembers a pull no longer.
 
         Raises:
             HubError: the disk does not let it go.
         """
         with on_disk(self.path):
-            (self.path / f"{record.key}{_JSON}").unlink(missing_ok=True)
+            self._json(key).unlink(missing_ok=True)
 
     def pause(self, record: Record) -> None:
         """Remembers that nobody wants a pull now; one that another daemon works on is that one's.
@@ -163,37 +176,39 @@ class Staging:
         Raises:
             HubError: the disk does not take it.
         """
-        with self.lock_of(record).tried() as is_ours:
+        with self.lock_of(record.key).tried() as is_ours:
             if is_ours:
                 self.write(record.model_copy(update={"is_under_way": False}))
 
-    def drop(self, record: Record) -> None:
-        """Forgets a pull and removes what came of it; likewise.
+    def drop(self, key: str, *, is_wanted: bool = False) -> bool:
+        """Forgets a pull and removes what came of it; whether it did. One that another daemon works on is that one's.
+
+        Args:
+            key: which.
+            is_wanted: whether one goes that is remembered as under way: by who had it so.
 
         Raises:
             HubError: the disk does not let it go.
         """
-        with self.lock_of(record).tried() as is_ours:
-            if is_ours:
-                self.forget(record)
-        self.sweep()
+        with self.lock_of(key).tried() as is_ours:
+            goes = is_ours and (is_wanted or not self._is_under_way(key))
+            if goes:
+                self.forget(key)
+        if goes:
+            self.sweep()
+        return goes
 
     def records(self) -> list[Record]:
         """All pulls that are remembered; what is no record of ours is left alone."""
-        found = []
-        for name in self._names(self.path):
-            if name.endswith(_JSON) and _OF_PULL.fullmatch(name):
-                with suppress(OSError, ValidationError, ValueError):
-                    record = self._read(self.path / name)
-                    if record.key == name.removesuffix(_JSON):
-                        found.append(record)
-        return found
+        with suppress(OSError):
+            return self._remembered().records
+        return []
 
-    def sweep(self, *, done: Record | None = None) -> None:
+    def sweep(self, *, done: str = "") -> None:
         """Removes what no pull that is remembered wants, but what somebody works on.
 
         Args:
-            done: a pull that has all its files in its folder, and wants nothing else any more.
+            done: the key of a pull that has all its files in its folder, and wants nothing else any more.
         """
         for path in self._litter(done):
             with suppress(HubError, OSError), FileLock(path).tried() as is_ours:
@@ -201,14 +216,19 @@ class Staging:
                     _remove(path)
 
     def holdings(self) -> list[Holding]:
-        """What is in the folder, pull by pull, and what nobody wants."""
+        """What is in the folder, pull by pull, what nobody wants, and what cannot be read."""
         seen: set[tuple[int, int]] = set()
-        found = []
-        for record in self.records():
+        found, remembered = [], _Remembered()
+        with on_disk(self.path), suppress(FileNotFoundError):
+            remembered = self._remembered()
+        for record in remembered.records:
             parts = (self.part_of(record, file).whole for file in record.remote_files)
-            size, changed_at = self._weigh([self.folder_of(record), *parts], seen)
+            size, changed_at = self._weigh([self.path / record.key, *parts], seen)
             is_under_way, rel = record.is_under_way, f"{NAME}/{record.key}"
             found.append(Holding(rel, record.name, record.key, size, changed_at, is_under_way))
+        for key in sorted(remembered.unread):
+            size, changed_at = self._weigh([self.path / key], seen)
+            found.append(Holding(f"{NAME}/{key}", "", key, size, changed_at, is_under_way=False))
         for path in sorted(self._litter()):
             size, changed_at = self._weigh([path], seen)
             found.append(Holding(str(path.relative_to(self.models_dir)), "", "", size, changed_at, is_under_way=False))
@@ -227,10 +247,9 @@ class Staging:
         old = [each for each in self.holdings() if not each.key or (not each.is_under_way and each.changed_at < before)]
         if is_dry:
             return old
-        keys = {each.key for each in old}
-        for record in self.records():
-            if record.key in keys and not record.is_under_way:
-                self.drop(record)
+        for each in old:
+            if each.key:
+                self.drop(each.key)
         self.sweep()
         left = {each.rel for each in self.holdings()}
         return [each for each in old if each.rel not in left]
@@ -250,41 +269,81 @@ class Staging:
                 missing[part.whole] = min(missing.get(part.whole, file.size), file.size - min(here, file.size))
         return sum(missing.values())
 
-    def _is_there(self) -> bool:
-        """Whether the folder is one: through a link we would remove what is none of ours."""
+    def _json(self, key: str) -> Path:
+        return self.path / f"{key}{_JSON}"
+
+    def _is_ours(self) -> bool:
+        """Whether the folder is one, and ours: what is in it is believed, and removed."""
         try:
-            return all(stat.S_ISDIR(folder.lstat().st_mode) for folder in (self.path, self._files))
+            owners = self._owners()
+            known = [folder.lstat() for folder in (self.path, self._files)]
         except OSError:
             return False
+        return all(stat.S_ISDIR(status.st_mode) and status.st_uid in owners for status in known)
 
-    def _names(self, folder: Path) -> list[str]:
-        if not self._is_there():
-            return []
-        with suppress(OSError):
-            return sorted(os.listdir(folder))
-        return []
+    def _owners(self) -> set[int]:
+        """Whose files are ours: some file systems make all files one user's."""
+        return {os.geteuid(), self.models_dir.stat().st_uid}
 
-    def _read(self, path: Path) -> Record:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    def _remembered(self) -> _Remembered:
+        """What the folder says of pulls.
+
+        Raises:
+            OSError: it says nothing, which is not to say that there are none.
+        """
+        if not self._is_ours():
+            raise FileNotFoundError(errno.ENOENT, "it is no folder of ours", str(self.path))
+        found = _Remembered()
+        for name in sorted(os.listdir(self.path)):
+            if name.endswith(_JSON) and _OF_PULL.fullmatch(name):
+                key = name.removesuffix(_JSON)
+                try:
+                    found.records.append(self._read(key))
+                except FileNotFoundError:
+                    continue
+                except (OSError, ValidationError, ValueError):
+                    found.unread.add(key)
+        return found
+
+    def _read(self, key: str) -> Record:
+        fd = os.open(self._json(key), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with os.fdopen(fd, "rb") as file:
-            owners = {os.geteuid(), self.models_dir.stat().st_uid}  # some file systems make all files one user's
-            if os.fstat(fd).st_uid not in owners:
+            if os.fstat(fd).st_uid not in self._owners():
                 raise ValueError("somebody else has written it")
-            return Record.model_validate_json(file.read(_MAX_RECORD_BYTES))
+            record = Record.model_validate_json(file.read(_MAX_RECORD_BYTES))
+        if record.key != key:
+            raise ValueError("it is of another pull")
+        return record
 
-    def _litter(self, done: Record | None = None) -> set[Path]:
-        """What nobody mentions, without suffixes: keys, and files below `files`."""
-        records = self.records()
-        wanted = {self.folder_of(record) for record in records}
+    def _is_under_way(self, key: str) -> bool:
+        try:
+            return self._read(key).is_under_way
+        except (OSError, ValidationError, ValueError):
+            return False
+
+    def _litter(self, done: str = "") -> set[Path]:
+        """What nobody mentions, without suffixes: keys, and files below `files`.
+
+        As long as there is a pull that cannot be read, nobody knows which files it wants.
+        """
+        try:
+            remembered = self._remembered()
+        except OSError:
+            return set()
+        wanted = {self.path / record.key for record in remembered.records}
+        wanted |= {self.path / key for key in remembered.unread}
         wanted |= {
-            self.part_of(record, file).whole for record in records if record != done for file in record.remote_files
+            self.part_of(record, file).whole
+            for record in remembered.records
+            if record.key != done
+            for file in record.remote_files
         }
-        found = {
-            folder / named[1]
-            for folder, shape in ((self.path, _OF_PULL), (self._files, _OF_FILE))
-            for name in self._names(folder)
-            if (named := shape.fullmatch(name)) and not name.endswith(_JSON)
-        }
+        places = [(self.path, _OF_PULL)] + ([(self._files, _OF_FILE)] if not remembered.unread else [])
+        found: set[Path] = set()
+        for folder, shape in places:
+            with suppress(OSError):
+                named = (shape.fullmatch(name) for name in os.listdir(folder) if not name.endswith(_JSON))
+                found |= {folder / each[1] for each in named if each}
         return found - wanted
 
     def _weigh(self, paths: Iterable[Path], seen: set[tuple[int, int]]) -> tuple[int, float]:
@@ -320,13 +379,19 @@ def _files_of(path: Path) -> Iterator[os.stat_result]:
 
 
 def _remove(path: Path) -> None:
-    """Removes what goes by this name; no link is followed."""
+    """Removes what goes by this name: files, and a folder of files. No link is followed; other folders stay."""
     for suffix in _SUFFIXES:
         file = path.with_name(path.name + suffix)
         try:
-            file.unlink(missing_ok=True)
-        except (IsADirectoryError, PermissionError):
-            shutil.rmtree(file)
+            is_folder = stat.S_ISDIR(file.lstat().st_mode)
+        except FileNotFoundError:
+            continue
+        if is_folder:
+            for inside in file.iterdir():
+                inside.unlink()
+            file.rmdir()
+        else:
+            file.unlink()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from llamavisor.hub.patience import Patience
 from llamavisor.hub.progress import Progress, Stage
 from llamavisor.hub.remote import Connection
 from llamavisor.hub.staging import Part
-from llamavisor.threads import Threads
+from llamavisor.threads import Threads, surely
 
 SPAN_BYTES = 16 * 1024**3
 """So much is asked for at once: what serves the Hub's files sends none beyond 50 GB in one answer."""
@@ -143,8 +143,7 @@ async def fetch(connection: Connection, errand: Errand, patience: Patience) -> N
         await _complete(connection, errand, sink, patience)
         await run(sink.finish)
     finally:
-        with anyio.CancelScope(shield=True):
-            await run(sink.close)
+        await surely(sink.close)
     progress.stage = Stage.DONE
 
 
@@ -186,9 +185,10 @@ async def _bring(connection: Connection, errand: Errand, sink: Sink) -> None:
             if body.total not in {None, file.size}:
                 text = f"it has {body.total} bytes where the Hub's list says {file.size}"
                 raise _wrong(errand, text)
-            if body.begin != sink.size:
-                await run(sink.clear)
+            if body.is_whole:  # whatever was asked for
                 end = file.size
+                if sink.size:
+                    await run(sink.clear)
             if not sink.size or not etag:
                 await run(sink.note, body.etag)
             progress.stage = Stage.RECEIVING
