@@ -1,4 +1,7 @@
-"""Chats with a model through the library alone, without a daemon: `chat.py MODELS_DIR STATE_DIR [MODEL]`."""
+"""Chats with a model through the library alone, without a daemon: `chat.py MODELS_DIR STATE_DIR [MODEL]`.
+
+A MODEL that is written `USER/REPO` or `USER/REPO:QUANT` is pulled from the Hugging Face Hub first.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,19 @@ from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.settings import FleetSettings, RouterSettings
 
 ANSWER_S = 120.0
+LOOK_S = 10.0
 
 
 async def main(models_dir: Path, state_dir: Path, model: str | None) -> None:
-    """List the models, load one, and print what it says."""
+    """Pull a model if it is on the Hub, list what there is, load one, and print what it says."""
     defaults = OptionLayer("defaults", ModelOptions(threads=1, ctx_size=2048))
     settings = FleetSettings(routers=(RouterSettings(models_dir=models_dir, layers=(defaults,)),))
     async with Fleet.open(settings, state_dir=state_dir) as fleet:
+        if model is not None and "/" in model:
+            pull = await fleet.pull(model)
+            print(f"{pull.name} is at {await pull.wait()}")
+            await fleet.look(within_s=LOOK_S)  # so that it is served at once
+            model = pull.name
         for entry in fleet.storage.models():
             quantization = entry.header.quantization if entry.header else "?"
             print(f"{entry.name}: {entry.state.value}, {entry.size_bytes} bytes, {quantization}")

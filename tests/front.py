@@ -11,9 +11,7 @@ import anyio
 
 from fakes.waiting import PATIENCE_S
 from gateway import Gateway as StagedFleet
-from llamavisor.hub import Hub
 from llamavisord.config import GatewaySettings
-from llamavisord.downloads import Downloads
 from llamavisord.drain import Drain
 from llamavisord.gateway.gateway import Gateway
 from llamavisord.gateway.intake import Stock
@@ -49,7 +47,6 @@ class Front:
                 traffic=self.traffic,
                 stock=self.stock,
                 tasks=tasks,
-                downloads=Downloads(Hub({"HF_HUB_OFFLINE": "1"}), self.staged.bus),
             )
             server = make_server(self.gateway.handle)
             listener = socket.create_server(("127.0.0.1", 0))

@@ -53,7 +53,7 @@ class Gateway:
             spawner=Spawner(self._instance),
             state_dir=folder / "state",
             log_dir=folder / "logs",
-            environ=os.environ,
+            environ={**os.environ, "HF_HUB_OFFLINE": "1"},
             bus=self.bus,
         )
         router = RouterSettings(

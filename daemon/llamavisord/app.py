@@ -28,7 +28,6 @@ from llamavisor.events import (
     DaemonStopping,
     Warned,
 )
-from llamavisor.hub import Hub
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
 from llamavisor.lock import AlreadyRunningError, Lock
@@ -45,7 +44,6 @@ from llamavisord.config import Config
 from llamavisord.control import control_app
 from llamavisord.control_socket import ControlSocket, Keeper, SocketPathError
 from llamavisord.daemon import Daemon
-from llamavisord.downloads import Downloads
 from llamavisord.exit_codes import ExitCode
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
@@ -179,8 +177,7 @@ async def _live(
         records=records,
         residents=residents,
     )
-    downloads = Downloads(Hub(os.environ), bus)
-    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier, downloads=downloads)
+    daemon = Daemon(config, load_config=reload, fleet=fleet, bus=bus, notifier=notifier)
     exposition = Exposition(daemon, lives)
     service = Service(daemon, config.gateway, doors) if config.gateway is not None else None
     await sweep(spawner, bus)
@@ -191,7 +188,7 @@ async def _live(
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(_limit_end, leave)
             tasks.start_soon(fleet.run, daemon.fleet_settings())
-            tasks.start_soon(downloads.run, daemon.models_dirs)
+            tasks.start_soon(daemon.downloads.run, daemon.models_dirs)
             if service is not None:
                 tasks.start_soon(service.run)
             tasks.start_soon(_measure_lag, daemon)

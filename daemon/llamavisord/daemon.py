@@ -14,6 +14,7 @@ from typing import Any
 import anyio
 
 from llamavisor.catalog import EntryState
+from llamavisor.downloads import Downloads
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, ConfigRejected, ConfigReloaded, Warned
 from llamavisor.fleet import Applied, Fleet
@@ -22,7 +23,6 @@ from llamavisor.states import RouterState
 from llamavisor.threads import run_in_thread
 from llamavisord import __version__
 from llamavisord.config import Config, gateway_changes
-from llamavisord.downloads import Downloads
 from llamavisord.inventory import Inventory
 from llamavisord.memory_view import memory_warnings
 from llamavisord.notify import Notifier
@@ -55,7 +55,6 @@ class Daemon:
         load_config: reads the configuration again; raises ConfigError.
         fleet: the routers.
         bus: where the events go.
-        downloads: what comes from the Hub, and how it is asked.
         notifier: hears of reloads.
     """
 
@@ -66,7 +65,6 @@ class Daemon:
         load_config: Callable[[], Config],
         fleet: Fleet,
         bus: Bus,
-        downloads: Downloads,
         notifier: Notifier | None = None,
     ) -> None:
         self.config = config
@@ -74,7 +72,6 @@ class Daemon:
         self.config_loaded_at = time.time()
         self.fleet = fleet
         self.bus = bus
-        self.downloads = downloads
         self.traffic: Traffic | None = None  # of the gateway, if there is one
         self.metrics_error: str | None = None
         self.loop_lag_s = 0.0
@@ -87,6 +84,11 @@ class Daemon:
 
     def __repr__(self) -> str:
         return f"<Daemon {self.fleet!r}>"
+
+    @property
+    def downloads(self) -> Downloads:
+        """What comes from the Hub, and how it is asked."""
+        return self.fleet.downloads
 
     def fleet_settings(self) -> FleetSettings:
         """What the routers and their models are told to be."""

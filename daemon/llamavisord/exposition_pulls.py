@@ -32,7 +32,8 @@ class PullCounts:
         )
         self._bytes = Counter(
             "llamavisor_pulled_bytes",
-            "Bytes of models that have come from the Hub; what was thrown away and came again is counted once.",
+            "Bytes of models that have come from the Hub, also by another that shares the file; "
+            "what was thrown away and came again is counted once.",
             registry=registry,
         )
         for outcome in _OUTCOMES:  # a first failure is no rise of what was not there

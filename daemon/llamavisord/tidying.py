@@ -63,12 +63,13 @@ class _Tidying:
         return web.json_response({"folders": [_account_view(each) for each in await self._storage.accounts()]})
 
     async def clean(self, request: web.Request) -> web.Response:
-        """Remove what is staged and that nobody wants or writes, and pulls that were left more than a day ago.
+        """Remove what nobody wants or writes: what is staged, pulls left more than a day ago, and old revisions.
 
-        `?revisions=true`: also revisions in caches of the hub that no model needs. `?dry_run=true`: only tell of it.
+        Those are in caches of the hub, and no model needs them; `?keep_revisions=true` leaves them.
+        `?dry_run=true`: only tell of it.
         """
         event_id, is_dry = self._bus.last_id, flag(request, "dry_run")
-        cleaned = await self._storage.clean(revisions=flag(request, "revisions"), is_dry=is_dry)
+        cleaned = await self._storage.clean(keep_revisions=flag(request, "keep_revisions"), is_dry=is_dry)
         view = {"folders": [_cleaned_view(each) for each in cleaned], "removed": not is_dry}
         return web.json_response({**view, "event_id": event_id})
 

@@ -4,11 +4,14 @@
 
     settings = FleetSettings(routers=(RouterSettings(models_dir=Path("/srv/models")),))
     async with Fleet.open(settings, state_dir=Path("/var/tmp/fleet")) as fleet:
+        pull = await fleet.pull("ggml-org/Qwen3-8B-GGUF:Q4_K_M")  # begins to bring it from the Hugging Face Hub
+        await pull.wait()  # its path, once it is there; `pull.files` tells how far it is
+        await fleet.look(within_s=10)  # now; it is seen by itself a moment later
         for entry in fleet.storage.models():  # what there is, with files and headers
             print(entry.name, entry.state.value, entry.size_bytes)
-        async with fleet.lease("qwen3-8b") as endpoint:  # loaded if need be; stays until the block ends
+        async with fleet.lease(pull.name) as endpoint:  # loaded if need be; stays until the block ends
             ...  # endpoint.url answers who sends endpoint.api_key
-        await fleet.storage.remove("qwen3-8b", unload=True)  # unloads it, then removes its files
+        await fleet.storage.remove(pull.name, unload=True)  # unloads it, then removes its files
 
 When the block ends, all processes have. It runs on asyncio or trio, in the main thread: routers end with the thread
 that has started them. `examples/chat.py` of the sources is a whole program. `settings` has the classes, whose

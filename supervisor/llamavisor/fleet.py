@@ -14,12 +14,14 @@ import anyio
 import anyio.abc
 
 from llamavisor.cause import Cause, Verdict
+from llamavisor.downloads import Downloads
 from llamavisor.endpoint import Endpoint
 from llamavisor.errors import LlamavisorError, RouterNotFoundError
 from llamavisor.events import Bus, UnloadReason, Warned
 from llamavisor.folder import Folder, Watch
 from llamavisor.holders import Holders
 from llamavisor.host import Host
+from llamavisor.hub import Pull, Spec, parse
 from llamavisor.launch import ModelSource
 from llamavisor.leases import Leases
 from llamavisor.ledger import Footprints
@@ -62,6 +64,7 @@ class Fleet:
         make_host: where a router with these settings runs, given what knows its models.
         make_watch: sees what is in a folder, and in those outside of it to which links in it may lead.
         meter: reads how much memory there is.
+        downloads: brings models from the Hub while it is run; that is for who opens the fleet.
         footprints: what models took when they were loaded before.
         pins: which models people want to stay in memory.
         records: which models were left alone.
@@ -78,6 +81,7 @@ class Fleet:
         make_host: Callable[[RouterSettings, ModelSource], Host],
         make_watch: Callable[[Path, Sequence[Path]], Watch],
         meter: Meter,
+        downloads: Downloads,
         footprints: Footprints | None = None,
         pins: Pins | None = None,
         records: QuarantineRecords | None = None,
@@ -88,6 +92,7 @@ class Fleet:
         clock: Callable[[], float] = anyio.current_time,
     ) -> None:
         self.bus = bus
+        self.downloads = downloads
         self.folders: list[Folder] = []
         self._make_host = make_host
         self._make_watch = make_watch
@@ -125,6 +130,8 @@ class Fleet:
         cls, settings: FleetSettings, *, state_dir: Path, bus: Bus | None = None
     ) -> AbstractAsyncContextManager[Fleet]:
         """A fleet that runs as long as the block, in which models are had by `lease`; see the package's docstring.
+
+        Pulls that were under way when an earlier block ended, or its program did, are gone on with.
 
         Args:
             settings: a router needs a `models_dir` and nothing else. Where it listens, and whether it loads by itself,
@@ -393,6 +400,27 @@ class Fleet:
             ModelLoadError: it was lost while it was asked for.
         """
         return self.memory.scheduler.leases.lease(model, router=None if router is None else self[router].name)
+
+    async def pull(self, model: str | Spec, *, router: str | None = None) -> Pull:
+        """Begin to bring a model from the Hugging Face Hub into a models folder; the same one twice is one pull.
+
+            pull = await fleet.pull("ggml-org/gemma-3-4b-it-GGUF:Q4_K_M")
+            path = await pull.wait()
+
+        It goes on whoever waits for it. What of it is under way when the fleet ends is gone on with by the next fleet
+        or daemon of that folder. `look` has what has come be served at once, under the name `pull.name`.
+
+        Args:
+            model: `USER/REPO` or `USER/REPO:QUANT`; a `Spec` says more.
+            router: into whose folder, None for the first router's.
+
+        Raises:
+            RouterNotFoundError: there is no such router.
+            HubError: the model is not to be had, has no room, or something else has its name.
+        """
+        spec = parse(model) if isinstance(model, str) else model
+        into = self[next(iter(self._routers), "main") if router is None else router]
+        return await (await self.downloads.into(into.settings.models_dir)).start(spec)
 
     async def load(self, router: Router, model: str) -> bool:
         """Have a model loaded on that router because a person wants it; returns whether it was not yet.

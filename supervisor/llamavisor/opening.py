@@ -18,12 +18,14 @@ import anyio.lowlevel
 from llamavisor.appraisal import Appraiser
 from llamavisor.binary import ProbeCache, find
 from llamavisor.bookkeeping import keep
+from llamavisor.downloads import Downloads
 from llamavisor.errors import BinaryError
 from llamavisor.events import Bus, StraysKilled, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.folder import Watch
 from llamavisor.gauge import open_gauge
 from llamavisor.host import Host
+from llamavisor.hub import Hub
 from llamavisor.launch import Launcher, ModelSource
 from llamavisor.ledger import NAME as LEDGER
 from llamavisor.ledger import Footprints, Ledger
@@ -69,7 +71,7 @@ def open_fleet(
         spawner: starts the processes.
         state_dir: folder for generated files.
         log_dir: folder for what the routers print.
-        environ: the environment of which a short list is passed on.
+        environ: the environment of which a short list is passed on; it says how the Hub is reached, too.
         bus: where the events go.
         log_size_bytes: size at which a router's output file is rotated.
         llama_server: as configured; asked for devices that nobody else tells of.
@@ -110,6 +112,7 @@ def open_fleet(
         make_host=make_host,
         make_watch=make_watch,
         meter=meter,
+        downloads=Downloads(Hub(environ), bus),
         footprints=footprints,
         pins=pins,
         records=records,
@@ -149,6 +152,7 @@ async def running(settings: FleetSettings, *, state_dir: Path, bus: Bus | None =
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(keep, ledger, bus)
             tasks.start_soon(fleet.run, settings)
+            tasks.start_soon(fleet.downloads.run, {each.models_dir for each in settings.routers})
             try:
                 await _come_up(fleet)
                 yield fleet

@@ -154,11 +154,12 @@ class Quantizer:
         Raises:
             QuantizeError: it did not succeed.
         """
-        # Nobody can guess the name and put a link there. No mkdtemp: what only its owner may enter nobody else cleans.
+        # Nobody can guess the name, and nobody else may write in it, whatever the umask: the tool follows a link that
+        # stands where it writes. No mkdtemp: what only its owner may enter `du` could not tell of.
         folder = order.target.with_name(f"{STAGING}{secrets.token_hex(8)}")
         staged = folder / order.target.name
         try:
-            folder.mkdir()
+            folder.mkdir(mode=0o755)
             self._run(order, staged, tell)
             header = _checked(staged, order)
             _put(staged, order)

@@ -16,6 +16,7 @@ from fakes.machine import FakeMachine
 from fakes.supervised import PATIENCE_S
 from fakes.watch import FakeWatch
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
+from llamavisor.downloads import Downloads
 from llamavisor.events import Bus
 from llamavisor.fleet import Fleet
 from llamavisor.hub import Hub
@@ -23,7 +24,6 @@ from llamavisor.launch import ModelSource
 from llamavisor.settings import FleetSettings, RouterSettings
 from llamavisord.config import Config
 from llamavisord.daemon import Daemon
-from llamavisord.downloads import Downloads
 from llamavisord.inventory import Inventory, to_json
 
 
@@ -47,6 +47,7 @@ class Stage:
             make_host=self._make_host,
             make_watch=self._make_watch,
             meter=fake_meter(self.bus, folder),
+            downloads=Downloads(Hub({}), self.bus),
             bus=self.bus,
             jitter=lambda: 0.0,
         )
@@ -84,8 +85,7 @@ class Stage:
     @asynccontextmanager
     async def running(self, config: Config) -> AsyncIterator[Daemon]:
         """Have the fleet run, with every router up."""
-        downloads = Downloads(Hub({}), self.bus)
-        daemon = Daemon(config, load_config=lambda: config, fleet=self.fleet, bus=self.bus, downloads=downloads)
+        daemon = Daemon(config, load_config=lambda: config, fleet=self.fleet, bus=self.bus)
         async with anyio.create_task_group() as group:
             group.start_soon(self.fleet.run, config.fleet_settings())
             await self.until(lambda: list(self.fleet) and all(router.is_serving for router in self.fleet))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from typing import Any
 
 import pytest
@@ -55,6 +56,20 @@ def test_more_files_than_rows_are_those_that_move(monkeypatch: pytest.MonkeyPatc
     files += [file("M-00050.gguf", 10), file("M-00051.gguf", 0, "waiting")]
     (lines,) = drawn(pull(*files), monkeypatch=monkeypatch)
     assert [line.split()[0] for line in lines.splitlines()] == ["M-00050.gguf", "all"]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_terminal_without_room_gets_one_line(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """The only file, even while it waits, or the line for all of them; more would scroll away at each drawing."""
+    monkeypatch.setattr("os.get_terminal_size", lambda *_: os.terminal_size((120, rows)))
+    alone, several = (
+        file("M.gguf", 0, "waiting"),
+        [file("A.gguf", 10), file("B.gguf", 10), file("C.gguf", 0, "waiting")],
+    )
+    drawings = drawn(pull(alone), pull({**alone, "stage": "receiving"}), monkeypatch=monkeypatch)
+    drawings += drawn(pull(*several), monkeypatch=monkeypatch)
+    shown = [line.removeprefix("\x1b[1A").split()[0] for each in drawings for line in each.splitlines()]
+    assert shown == ["M.gguf", "M.gguf", "all"]
 
 
 def test_no_line_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,6 +144,19 @@ def test_the_result_stands_beside_the_source(tool: Make, source: Path) -> None:
     assert Path(staged).parent.name.startswith(".llamavisor-quantize-")
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o000, 0o755), (0o002, 0o755), (0o077, 0o700)])
+def test_nobody_else_writes_where_it_is_made(tool: Make, source: Path, umask: int, mode: int) -> None:
+    """The tool follows a link that somebody plants there; whatever the umask, only the user who quantizes can."""
+    env = tool(f'stat -c %a "${{out%/*}}" > {source.parent}/mode; cp "$in" "$out"')
+    before = os.umask(umask)
+    try:
+        done = quantize(env, source, "Q8_0")
+    finally:
+        os.umask(before)
+    assert done.returncode == 0, done.stderr
+    assert int((source.parent / "mode").read_text(), 8) == mode
+
+
 def test_a_file_that_is_there_stays_unless_forced(tool: Make, source: Path) -> None:
     """And the source stays in any case."""
     env = tool()

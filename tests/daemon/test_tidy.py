@@ -308,7 +308,7 @@ def test_du_shows_who_takes_the_disk(daemon: RunningDaemon, models_dir: Path) ->
 
 
 def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir: Path) -> None:
-    """Staging leftovers go after a yes, old revisions only with --revisions, and what a model needs stays."""
+    """Staging leftovers go after a yes, old revisions too but with --keep-revisions, and what a model needs stays."""
     draft = models_dir / ".llamavisor-quantize-x"
     draft.mkdir()
     (draft / "alpha-Q4_0.gguf").write_bytes(b"x" * 5000)
@@ -322,17 +322,17 @@ def test_du_cleans_after_asking(start: Callable[..., RunningDaemon], models_dir:
     with daemon:
         daemon.wait_for_router("ready")
         assert daemon.cli("du", "--clean").returncode == 2
-        with on_a_terminal(daemon, "du", "--clean") as terminal:
+        with on_a_terminal(daemon, "du", "--clean", "--keep-revisions") as terminal:
             terminal.until("Remove 1 leftovers, 4.9 KiB, for good? [y/N]")
             terminal.type("n\n")
             assert terminal.wait() == 1
-        with on_a_terminal(daemon, "du", "--clean") as terminal:
+        with on_a_terminal(daemon, "du", "--clean", "--keep-revisions") as terminal:
             terminal.until("[y/N]")
             terminal.type("y\n")
             assert terminal.wait() == 0
         assert not draft.exists()
         assert (cache.folder / "snapshots" / "r1").exists()
-        assert daemon.cli("du", "--clean", "--revisions", "--yes").returncode == 0
+        assert daemon.cli("du", "--clean", "--yes").returncode == 0
         assert not (cache.folder / "snapshots" / "r1").exists()
         assert (cache.folder / "blobs" / "b2").exists()
         assert not (cache.folder / "blobs" / "b1").exists()
@@ -369,5 +369,5 @@ def test_du_tells_of_pulls(start: Callable[..., RunningDaemon], models_dir: Path
 
 
 def test_du_flags_that_mean_nothing_are_refused(daemon: RunningDaemon) -> None:
-    """--revisions without --clean would look as if it had done something."""
-    assert daemon.cli("du", "--revisions").returncode == 2
+    """--keep-revisions without --clean would look as if it had done something."""
+    assert daemon.cli("du", "--keep-revisions").returncode == 2

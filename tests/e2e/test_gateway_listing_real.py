@@ -17,9 +17,7 @@ import pytest
 from fakes.bare_router import BareRouter
 from gateway import Gateway
 from ggufs import BOOL, STRING, U32, GgufFile, Tensor
-from llamavisor.hub import Hub
 from llamavisor.states import RouterState
-from llamavisord.downloads import Downloads
 from llamavisord.gateway.management import Management, named_in
 from llamavisord.gateway.notices import Stream
 from llamavisord.gateway.replies import Reply
@@ -86,9 +84,7 @@ async def test_the_fleet_tells_what_a_router_tells(folder: Path, tmp_path: Path,
         theirs = await anyio.to_thread.run_sync(story_of_router, bare)
     gateway = Gateway(tmp_path / "fleet", folder, llama_server, memory=200 * MIB)
     async with gateway.running(*NAMES), anyio.create_task_group() as tasks:
-        ours = await story_of_fleet(
-            gateway, Management(gateway.fleet, gateway.bus, tasks, Downloads(Hub({}), gateway.bus))
-        )
+        ours = await story_of_fleet(gateway, Management(gateway.fleet, gateway.bus, tasks))
         tasks.cancel_scope.cancel()
 
     assert {**ours.props, "max_instances": 4} == theirs.props
@@ -117,7 +113,7 @@ async def test_what_the_header_says_is_what_the_model_turns_out_to_be(
     """For a model that embeds, too; and its router's end changes nothing of it."""
     gateway = Gateway(tmp_path / "fleet", folder, llama_server, memory=200 * MIB)
     async with gateway.running(*NAMES), anyio.create_task_group() as tasks:
-        management = Management(gateway.fleet, gateway.bus, tasks, Downloads(Hub({}), gateway.bus))
+        management = Management(gateway.fleet, gateway.bus, tasks)
         for name in ("alpha", "embeds"):
             before = (await listed(management))[name]
             assert management.load(name, anything).status == 200

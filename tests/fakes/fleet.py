@@ -16,9 +16,11 @@ from fakes.supervised import PATIENCE_S, Story
 from fakes.watch import FakeWatch
 from llamavisor import footprint
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
+from llamavisor.downloads import Downloads
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus
 from llamavisor.fleet import Fleet
+from llamavisor.hub import Hub
 from llamavisor.launch import ModelSource
 from llamavisor.quarantine_records import QuarantineRecords
 from llamavisor.router import Router
@@ -120,6 +122,7 @@ class GatewayStage:
             make_host=self._make_host,
             make_watch=self._make_watch,
             meter=self.meter,
+            downloads=Downloads(Hub({}), self.bus),  # takes nothing: it does not run
             records=records,
             bus=self.bus,
             jitter=lambda: 0.0,

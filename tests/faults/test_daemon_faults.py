@@ -437,6 +437,7 @@ from llamavisor.threads import run_in_thread
 async def hang(*_, **__): await run_in_thread(threading.Event().wait)
 """
 """What waits in a thread that is not abandoned, as for a dead mount: it cannot be cancelled."""
+DOWNLOADS = "import llamavisor.downloads\nllamavisor.downloads.Downloads"
 
 
 def ended_in_order(daemon: RunningDaemon) -> bool:
@@ -448,7 +449,7 @@ def ended_in_order(daemon: RunningDaemon) -> bool:
 def test_d12_a_task_that_cannot_be_cancelled(start: Start) -> None:
     """D12: SIGTERM ends a daemon in order and in time although a thread of one of its tasks waits for ever."""
     daemon = start()
-    start_with(daemon, f"{HUNG}app.Downloads.run = hang")
+    start_with(daemon, f"{HUNG}{DOWNLOADS}.run = hang")
     with daemon:
         daemon.wait_for_router("ready")
         ends_soon(daemon)
@@ -500,7 +501,7 @@ def test_d12_a_router_that_cannot_be_ended(start: Start) -> None:
 def test_d12_a_bug_while_something_hangs(start: Start) -> None:
     """D12: a daemon with a bug ends with exit code 1 all the same, and nothing is left of it."""
     daemon = start()
-    start_with(daemon, f"{HUNG}app.Downloads.run, app.STOP_S, app.LAG_INTERVAL_S = hang, 2.0, None")
+    start_with(daemon, f"{HUNG}{DOWNLOADS}.run, app.STOP_S, app.LAG_INTERVAL_S = hang, 2.0, None")
     daemon.start()
     assert daemon.wait() == 1
     assert list(daemon.processes()) == []

@@ -15,7 +15,10 @@ import psutil
 import pytest
 
 from fakes import FakeLlamaServer
+from fakes.hub_server import Fault
 from fakes.waiting import eventually
+from hub_folder import MANY, SECRET, hub_of_models
+from llamavisor.hub.staging import NAME as STAGING
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon, config_of, start_with
 
@@ -34,6 +37,22 @@ storage.{work} = hang(module.{work})
 storage.LOOK_S, desk.READ_S, desk.DEED_S, desk.TURN_S = 2.0, 1.0, 1.0, 0.3
 """
 """What makes a blocking function hang in one folder, and nobody wait for long."""
+
+HANG_PULLS = """
+import pathlib, threading
+import llamavisor.hub.pulls as pulls
+from llamavisor.hub.staging import Staging
+os.environ.update(HF_ENDPOINT={hub!r}, HF_TOKEN={token!r})
+def hang(work):
+    def begin(staging):
+        if str(staging.models_dir) == {folder!r} and pathlib.Path({mark!r}).exists():
+            threading.Event().wait()
+        return work(staging)
+    return begin
+Staging.records = hang(Staging.records)
+pulls.DISK_S = 4.0
+"""
+"""What makes the pulls of one folder hang as soon as there is a file."""
 
 Two = Callable[[str], RunningDaemon]
 
@@ -141,3 +160,32 @@ def test_f14_a_removal_that_hangs_is_followed_by_no_other(two: Two, other: Path,
         assert daemon.cli("rm", "--yes", "alpha").returncode == 0
         assert daemon.cli("du").returncode == 0
     assert {path.name for path in other.iterdir()} == {"delta.gguf", "epsilon.gguf"}
+
+
+@pytest.mark.parametrize("hangs_from", ["the start", "later on"])
+def test_f14_a_folder_that_hangs_hides_no_pull_into_another(
+    two: Two, models_dir: Path, other: Path, tmp_path: Path, hangs_from: str
+) -> None:
+    """F14: pulls into the other folder, under way or left, are shown, offered by a Tab and ended in the usual time."""
+    mark = tmp_path / "mark"
+    if hangs_from == "the start":
+        mark.touch()
+    with hub_of_models(tmp_path) as hub:
+        hub.faults = [Fault(stall_after=MANY // 2, times=2)]
+        daemon = two(HANG_PULLS.format(hub=hub.url, token=SECRET, folder=str(other), mark=str(mark)))
+        with ends_in_time(daemon):
+            ids = []
+            for quantization in ("Q4_K_M", "Q8_0"):
+                begun = daemon.cli("pull", f"user/big:{quantization}", "--detach", "--json")
+                assert begun.returncode == 0, begun.stderr
+                ids.append(json.loads(begun.stdout)["pull"]["id"])
+            under_way, left = ids
+            assert daemon.cli("pull", "--cancel", left).returncode == 0
+            mark.touch()
+            shown = daemon.cli("pulls")
+            assert (shown.returncode, under_way in shown.stdout, left in shown.stdout) == (0, True, True), shown.stderr
+            assert set(daemon.cli("__complete", "pulls").stdout.split()) == set(ids)
+            for key in ids:
+                ended = daemon.cli("pull", "--cancel", key, "--drop")
+                assert ended.returncode == 0, ended.stderr
+                assert not (models_dir / STAGING / f"{key}.json").exists()

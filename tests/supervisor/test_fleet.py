@@ -16,9 +16,11 @@ from fakes.machine import KILLED, FakeMachine, FakeModel, FakeStart, fake_models
 from fakes.supervised import PATIENCE_S, Story
 from fakes.watch import FakeWatch
 from llamavisor.cause import Cause, Verdict
+from llamavisor.downloads import Downloads
 from llamavisor.errors import ModelNotFoundError, RouterNotFoundError, RouterNotReadyError
 from llamavisor.events import Bus, RouterExited, RouterProbed, RouterRecovered, RouterSpawned, StraysKilled, Warned
 from llamavisor.fleet import Fleet
+from llamavisor.hub import Hub
 from llamavisor.launch import ModelSource
 from llamavisor.opening import sweep
 from llamavisor.process import Leftovers
@@ -46,6 +48,7 @@ class FakeFleet:
             make_host=self._make_host,
             make_watch=self._make_watch,
             meter=fake_meter(self.bus, folder),
+            downloads=Downloads(Hub({}), self.bus),
             bus=self.bus,
             jitter=lambda: 0.0,
         )
@@ -404,6 +407,7 @@ async def test_orphans_are_reaped_every_second(tmp_path: Path) -> None:
         make_host=lambda settings, source: pytest.fail("no router"),
         make_watch=lambda path, link_dirs: pytest.fail("no folder"),
         meter=fake_meter(Bus(), tmp_path),
+        downloads=Downloads(Hub({}), Bus()),
         spawner=spawner,
         bus=Bus(),
     )

@@ -46,9 +46,9 @@ def kinds(seen: Account) -> dict[str, Kind]:
     return {each.rel: each.kind for each in seen.leftovers}
 
 
-def tidy(root: Path, *, age_s: float = 2 * OLD_S, revisions: bool = False, is_dry: bool = False) -> Cleaned:
+def tidy(root: Path, *, age_s: float = 2 * OLD_S, keep_revisions: bool = False, is_dry: bool = False) -> Cleaned:
     """Clean up after all has been still for so long."""
-    return clean(str(root), entries(root), revisions=revisions, is_dry=is_dry, now=time.time() + age_s)
+    return clean(str(root), entries(root), keep_revisions=keep_revisions, is_dry=is_dry, now=time.time() + age_s)
 
 
 def staged(root: Path, name: str = "x") -> Path:
@@ -133,7 +133,7 @@ def test_a_revision_that_stands_in_is_not_old(root: Path) -> None:
     (cache.folder / "snapshots" / "r2").mkdir()
     cache.ref("main", "r2")
     assert look(root).leftovers == ()
-    assert tidy(root, revisions=True).gone == ()
+    assert tidy(root).gone == ()
 
 
 # --- cleaning -------------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_cleaning_takes_nothing_else(root: Path) -> None:
     write_tiny_model(root / "alpha.gguf", ["a"])
     for name in ("half.gguf.partial", "notes.txt", "bad.gguf"):
         (root / name).write_bytes(b"nope")
-    assert tidy(root, revisions=True).gone == ()
+    assert tidy(root).gone == ()
     assert len(list(root.iterdir())) == 4
 
 
@@ -244,8 +244,8 @@ def test_an_old_revision_goes_with_its_blobs_and_refs(root: Path) -> None:
     cache.ref("v1", "r1")
     (cache.folder / ".no_exist" / "r1").mkdir(parents=True)
     (cache.folder / ".no_exist" / "r1" / "config.json").touch()
-    assert tidy(root).gone == ()
-    (gone,) = tidy(root, revisions=True).gone
+    assert tidy(root, keep_revisions=True).gone == ()
+    (gone,) = tidy(root).gone
     assert gone.kind is Kind.REVISION
     left = {str(path.relative_to(cache.folder)) for path in cache.folder.rglob("*") if not path.is_dir()}
     assert left == {"blobs/new", "refs/main", "snapshots/r2/tiny-Q8_0.gguf"}

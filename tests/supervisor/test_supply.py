@@ -18,10 +18,12 @@ from fakes.watch import FakeWatch
 from llamavisor.budgets import Allowance
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.cause import Cause
+from llamavisor.downloads import Downloads
 from llamavisor.errors import ModelNotFoundError
 from llamavisor.events import Bus, EntryChanged, FolderBack, FolderStale, ModelAdded, ModelStale
 from llamavisor.fleet import Fleet
 from llamavisor.folder import Folder
+from llamavisor.hub import Hub
 from llamavisor.launch import ModelSource
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.rules import ModelRule, ModelSettings
@@ -52,6 +54,7 @@ class Stage:
             make_host=self._make_host,
             make_watch=self._make_watch,
             meter=fake_meter(self.bus, folder),
+            downloads=Downloads(Hub({}), self.bus),
             bus=self.bus,
             jitter=lambda: 0.0,
         )

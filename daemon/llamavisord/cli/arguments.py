@@ -309,10 +309,12 @@ def _add_tidying(commands: Commands) -> None:
         json=True,
     )
     du.add_argument(
-        "--clean", action="store_true", help="remove what nobody wants any more, and pulls left more than a day ago"
+        "--clean",
+        action="store_true",
+        help="remove what nobody wants any more, such as old revisions, and pulls left more than a day ago",
     )
     du.add_argument(
-        "--revisions", action="store_true", help="with --clean: also revisions in a cache of the hub that are not used"
+        "--keep-revisions", action="store_true", help="with --clean: not the old revisions in a cache of the hub"
     )
     for command in (rm, du):
         command.add_argument("--yes", action="store_true", help="do not ask")

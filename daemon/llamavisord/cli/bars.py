@@ -46,11 +46,11 @@ class Bars:
         self._drawn = 0
 
     def _shown(self, pull: dict[str, Any]) -> tuple[list[dict[str, Any]], int]:
-        """The files to be shown, all or those that move, and how many columns their names have."""
-        files, room = list(pull["files"]), _rows() - 2
-        if len(files) > room:
-            files = [file for file in files if file["stage"] in _MOVING][:room]
-        if len(pull["files"]) > 1:
+        """The files to be shown, all or those that move, and how many columns their names have; never nothing."""
+        files, room = list(pull["files"]), max(0, _rows() - 2)
+        if len(files) > 1:
+            if len(files) > room:
+                files = [file for file in files if file["stage"] in _MOVING][:room]
             files.append({**pull, "name": f"all {len(pull['files'])} files", "stage": "receiving", "trouble": None})
         longest = max(len(plain(file["name"])) for file in files)
         return files, max(_LEAST_NAME, min(longest, NAME_WIDTH, self._screen.width - BAR_WIDTH - 48))

@@ -12,6 +12,8 @@ from llamavisord.exit_codes import ExitCode
 
 PATIENCE_S = 1.0
 """Nobody waits longer for a Tab."""
+DISK_PATIENCE_S = 5.0
+"""Pulls that were left are on the disk: a models folder that hangs is waited for, and the others are told of."""
 
 
 def complete(words: Sequence[str]) -> int:
@@ -38,7 +40,7 @@ def _names(kind: str, client: Client) -> list[str]:
         found = client.call("GET", "/control/v1/models", {}, timeout_s=PATIENCE_S)["models"]
         return list(_with_aliases(found))
     if kind == "pulls":
-        found = client.call("GET", "/control/v1/pulls", {}, timeout_s=PATIENCE_S)["pulls"]
+        found = client.call("GET", "/control/v1/pulls", {}, timeout_s=DISK_PATIENCE_S)["pulls"]
         return [pull["id"] for pull in found if pull["state"] != "done"]
     return []
 

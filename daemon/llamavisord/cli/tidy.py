@@ -77,8 +77,8 @@ def du(arguments: Namespace) -> int:
     client, screen = client_of(arguments), Screen()
     if arguments.clean:
         return _clean(client, screen, arguments)
-    if arguments.revisions or arguments.yes or arguments.dry_run:
-        hint = "--revisions, --dry-run and --yes go with it"
+    if arguments.keep_revisions or arguments.yes or arguments.dry_run:
+        hint = "--keep-revisions, --dry-run and --yes go with it"
         raise CommandError("nothing is cleaned without --clean", hint=hint, exit_code=ExitCode.USAGE)
     answer = client.call("GET", "/control/v1/disk", {}, timeout_s=DISK_TIMEOUT_S)
     if arguments.json:
@@ -94,7 +94,7 @@ def du(arguments: Namespace) -> int:
 def _clean(client: Client, screen: Screen, arguments: Namespace) -> int:
     asks = not (arguments.yes or arguments.dry_run)
     _check_terminal(asks=asks)
-    query = {"revisions": str(arguments.revisions).lower()}
+    query = {"keep_revisions": str(arguments.keep_revisions).lower()}
     plan = client.call("POST", _CLEAN, {**query, "dry_run": "true"}, timeout_s=DISK_TIMEOUT_S)
     gone = [each for folder in plan["folders"] for each in folder["gone"]]
     if not arguments.json:
@@ -105,7 +105,9 @@ def _clean(client: Client, screen: Screen, arguments: Namespace) -> int:
         if arguments.json:
             screen.json(plan)
         elif not gone:
-            screen.line("nothing to clean: nothing staged that nobody wants, no pull that was left more than a day ago")
+            screen.line(
+                "nothing to clean: nothing that nobody wants any more, no pull that was left more than a day ago"
+            )
         return _tell_problems(plan)
     size = format_size(sum(each["size_bytes"] for each in gone))
     if asks and not _confirms(f"Remove {len(gone)} leftovers, {size}, for good?"):

@@ -25,7 +25,6 @@ from llamavisor.events import Bus, RequestOutcome, Warned
 from llamavisor.fleet import Fleet
 from llamavisor.states import ModelState
 from llamavisord.config import GatewaySettings
-from llamavisord.downloads import Downloads
 from llamavisord.gateway.conversations import Conversations, TakenError
 from llamavisord.gateway.forward import Forwarder
 from llamavisord.gateway.guard import Caller, Guard
@@ -101,7 +100,6 @@ class Gateway:
         traffic: counts what is in it.
         stock: bounds what bodies take.
         tasks: where what outlives a request goes on.
-        downloads: brings what clients have downloaded.
         spare: as for `Relay`.
     """
 
@@ -111,7 +109,6 @@ class Gateway:
         bus: Bus,
         settings: GatewaySettings,
         *,
-        downloads: Downloads,
         traffic: Traffic,
         stock: Stock,
         tasks: anyio.abc.TaskGroup,
@@ -124,7 +121,7 @@ class Gateway:
         self._tasks = tasks
         self._relay = Relay(spare=spare)
         self._forwarder = Forwarder(fleet, settings, self._relay)
-        self._management = Management(fleet, bus, tasks, downloads)
+        self._management = Management(fleet, bus, tasks)
         self._conversations = Conversations(fleet.leases.is_there)
         self._visits: set[Visit] = set()
         self._outliving = 0

@@ -23,7 +23,6 @@ from llamavisor.fleet import Fleet
 from llamavisor.hub import HubError, Why, parse
 from llamavisor.router import Router
 from llamavisor.states import ModelState
-from llamavisord.downloads import Downloads
 from llamavisord.gateway.deliveries import Deliveries
 from llamavisord.gateway.json_peek import JsonPeek
 from llamavisord.gateway.listing import Listing, Place
@@ -56,17 +55,16 @@ class Management:
         fleet: the routers.
         bus: where events come from and go to.
         tasks: where loads go on after they were asked for; cancelled at the end.
-        downloads: brings what clients have downloaded.
     """
 
-    def __init__(self, fleet: Fleet, bus: Bus, tasks: anyio.abc.TaskGroup, downloads: Downloads) -> None:
+    def __init__(self, fleet: Fleet, bus: Bus, tasks: anyio.abc.TaskGroup) -> None:
         self._fleet = fleet
         self._bus = bus
         self._tasks = tasks
         self._loads: dict[str, anyio.CancelScope] = {}  # Invariant: those that were asked for and have not ended
         self._listing = Listing(fleet, is_asked_for=self._loads.__contains__)
         self._notices = Notices(self._listing, bus)
-        self._deliveries = Deliveries(downloads, self._folder, notices=self._notices, bus=bus, tasks=tasks)
+        self._deliveries = Deliveries(fleet.downloads, self._folder, notices=self._notices, bus=bus, tasks=tasks)
         self._looking = anyio.Lock()
         self._begun = self._ended = 0  # numbers of the last look that began, and of the last that came to an end
         self._problems: tuple[str, ...] = ()  # of that

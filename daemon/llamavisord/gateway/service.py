@@ -69,7 +69,6 @@ class Service:
                 traffic=self._traffic,
                 stock=self._stock,
                 tasks=tasks,
-                downloads=self._daemon.downloads,
                 spare=self._acceptor.spare,
             )
             self._server = make_server(self._handle)

@@ -6,12 +6,10 @@ import os
 from pathlib import Path
 
 from llamavisor.events import Bus
-from llamavisor.hub import Hub
 from llamavisor.opening import open_fleet
 from llamavisor.process import Spawner
 from llamavisord.config import Config
 from llamavisord.daemon import Daemon
-from llamavisord.downloads import Downloads
 from llamavisord.exposition import Exposition
 from llamavisord.gateway.service import Service
 from llamavisord.loading import load
@@ -34,7 +32,7 @@ def exposition() -> tuple[Exposition, Daemon]:
     config, bus = defaults(USER), Bus()
     spawner = Spawner("reference")
     fleet = open_fleet(spawner=spawner, state_dir=_NOWHERE, log_dir=_NOWHERE, environ={}, bus=bus)
-    daemon = Daemon(config, load_config=lambda: config, fleet=fleet, bus=bus, downloads=Downloads(Hub({}), bus))
+    daemon = Daemon(config, load_config=lambda: config, fleet=fleet, bus=bus)
     shown = Exposition(daemon)
     if config.gateway is not None:
         Service(daemon, config.gateway)  # the daemon knows its traffic from then on

@@ -44,15 +44,15 @@ class Cleaned:
         return sum(each.size_bytes for each in self.gone)
 
 
-def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool, now: float) -> Cleaned:
-    """Remove what is staged, old and written by nobody, and if wanted old revisions. Blocking.
+def clean(root: str, entries: Iterable[Entry], *, keep_revisions: bool, is_dry: bool, now: float) -> Cleaned:
+    """Remove what is staged, old and written by nobody, and old revisions. Blocking.
 
     A pull that was left goes as well, and what came of it: the same pull begins anew.
 
     Args:
         root: the absolute path of the models folder.
         entries: the models that are known there.
-        revisions: whether revisions in caches of the hub go that no model needs any more.
+        keep_revisions: whether revisions in caches of the hub stay that no model needs any more.
         is_dry: whether nothing is removed.
         now: Unix seconds.
 
@@ -64,7 +64,7 @@ def clean(root: str, entries: Iterable[Entry], *, revisions: bool, is_dry: bool,
     with Anchor(root) as anchor:
         things = list(anchor.walk())
         known = [entry for entry in entries if entry.state is not EntryState.GONE]
-        units = [*drafts(things), *(old_revisions(anchor, known, things) if revisions else ())]
+        units = [*drafts(things), *(() if keep_revisions else old_revisions(anchor, known, things))]
         for unit in units:
             if now - unit.changed_at < OLD_S or any(is_held(anchor, thing) for thing in unit.things):
                 continue

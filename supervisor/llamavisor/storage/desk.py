@@ -17,12 +17,18 @@ from llamavisor.threads import Threads
 
 READERS_MAX = 3
 """So many look at one folder at a time; each may hang."""
-READ_S = 90.0
-"""How long a look at every file of a folder may take; one on a server takes long."""
+READ_S = 45.0
+"""How long a look at every file of a folder may take; one on a server takes long.
+
+Less than clients of the gateway wait for a removal: they would be told that the model is in use.
+"""
 TURN_S = 30.0
 """How long one removal waits for another."""
 DEED_S = 30.0
-"""How long a removal may take. Large files take seconds each on some disks, and the end of the daemon waits for it."""
+"""How long a removal is waited for. Large files take seconds each on some disks.
+
+The end of the daemon waits a second or two at most: of a removal that is at work then, files may be left.
+"""
 
 _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")

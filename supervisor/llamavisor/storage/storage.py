@@ -160,14 +160,14 @@ class Storage:
         """Who takes the disk, folder by folder. Of one that cannot be looked at it is told why."""
         return await self._of_each(self._account)
 
-    async def clean(self, *, revisions: bool = False, is_dry: bool = False) -> list[Cleaned]:
-        """Remove what is staged and that nobody wants or writes, and pulls that were left more than a day ago.
+    async def clean(self, *, keep_revisions: bool = False, is_dry: bool = False) -> list[Cleaned]:
+        """Remove what nobody wants or writes: what is staged, pulls left more than a day ago, and old revisions.
 
         Args:
-            revisions: whether old revisions in caches of the hub go as well.
+            keep_revisions: whether revisions in caches of the hub stay that no model needs.
             is_dry: whether nothing is done, and only told.
         """
-        return await self._of_each(partial(self._clean, revisions=revisions, is_dry=is_dry))
+        return await self._of_each(partial(self._clean, keep_revisions=keep_revisions, is_dry=is_dry))
 
     async def _of_each(self, work: Callable[[Folder], Awaitable[_R]]) -> list[_R]:
         """Something for every folder, for all at once: one that hangs keeps the others from nothing."""
@@ -190,11 +190,13 @@ class Storage:
         except NotRemovableError as error:
             return Account.unknown(root, str(error))
 
-    async def _clean(self, folder: Folder, *, revisions: bool, is_dry: bool) -> Cleaned:
+    async def _clean(self, folder: Folder, *, keep_revisions: bool, is_dry: bool) -> Cleaned:
         root, desk = str(folder.path), self._desk(folder)
         try:
             await self._look(folder)
-            work = partial(clean, root, list(folder.catalog), revisions=revisions, is_dry=is_dry, now=self._wall())
+            work = partial(
+                clean, root, list(folder.catalog), keep_revisions=keep_revisions, is_dry=is_dry, now=self._wall()
+            )
             if is_dry:
                 return await desk.ask(work)
             async with desk.turn():

@@ -18,10 +18,8 @@ from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.cause import Cause, Verdict
 from llamavisor.demands import STALL_S
 from llamavisor.events import ModelAdded, ModelLoaded, ModelLoading, ModelProgress, ModelSleeping
-from llamavisor.hub import Hub
 from llamavisor.settings import RouterSettings
 from llamavisor.states import ModelState
-from llamavisord.downloads import Downloads
 from llamavisord.gateway.management import LOOK_S, Management, named_in
 from llamavisord.gateway.notices import KEPT, Stream
 from llamavisord.gateway.replies import Reply
@@ -64,7 +62,6 @@ class Desk:
                 self.stage.fleet,
                 self.stage.bus,
                 tasks,
-                Downloads(Hub({}), self.stage.bus),  # takes nothing: it does not run
             )
             yield self.management
             tasks.cancel_scope.cancel()

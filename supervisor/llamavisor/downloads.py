@@ -12,7 +12,7 @@ from anyio.abc import TaskGroup
 from llamavisor.events import Bus
 from llamavisor.hub import Hub, HubError, Pull, Pulls, Record, Why
 
-OPEN_S = 10.0
+OPEN_S = 3.0
 """How long somebody waits for a folder to be looked at; one on a server that is away does not answer."""
 
 
