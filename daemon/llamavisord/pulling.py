@@ -17,7 +17,7 @@ from llamavisord.query import BadRequestError, flag
 
 PULLS = "/pulls"
 """Where pulls are; a POST there is the only command that takes a body."""
-PAUSED = "paused"
+LEFT = "left"
 """The state of a pull that an earlier daemon has begun and nobody wants now."""
 
 
@@ -87,7 +87,7 @@ class _Pulling:
         The body is JSON: `spec` (`USER/REPO` or `USER/REPO:QUANT`) and if need be `file` (a pattern), `revision`,
         `mmproj` and `draft` (false: not these), `name` (what the model is to be called), `router`. Answered as soon as
         it is known what is to be brought; it is pulled in the background, and a later daemon goes on with it. Of a
-        model that `was_there` already, only the content is looked at.
+        model that `was_there` already, only the content is looked at. `fits`: as of `/hub`.
         """
         try:
             order = _Order.model_validate_json(await request.read())
@@ -106,7 +106,16 @@ class _Pulling:
         event_id, folder = self._daemon.bus.last_id, self._folder(order.router)
         pull = await (await self._daemon.downloads.into(folder)).start(spec, name=order.name)
         is_usual = not spec.quantization and not spec.file
-        body = {"pull": _pull_view(pull, folder), "usual": is_usual, "event_id": event_id}
+        router = self._router(order.router)
+        budget = None if router is None else self._budget_bytes(router)
+        body = {
+            "pull": _pull_view(pull, folder),
+            "usual": is_usual,
+            "router": router.name if router is not None else None,
+            "budget_bytes": budget,
+            "fits": None if budget is None else pull.total_bytes <= budget,
+            "event_id": event_id,
+        }
         return web.json_response(body, status=HTTPStatus.ACCEPTED)
 
     async def pulls(self, request: web.Request) -> web.Response:
@@ -119,9 +128,11 @@ class _Pulling:
     async def cancel(self, request: web.Request) -> web.Response:
         """End a pull. What came is kept, and the same pull goes on with it; `?drop=true` removes it.
 
-        `dropped` says whether it was removed: not if another daemon brings the same into that folder.
+        `dropped` says whether it was removed: not if another daemon brings the same into that folder. Instead of the
+        id the model's name will do, if there is one such pull.
         """
-        event_id, key, drop = self._daemon.bus.last_id, request.match_info["id"], flag(request, "drop")
+        event_id, drop = self._daemon.bus.last_id, flag(request, "drop")
+        key = await self._key(request.match_info["id"])
         is_dropped = await self._daemon.downloads.cancel(key, self._daemon.models_dirs, drop=drop)
         pull = next(iter(await self._known(key)), None)
         return web.json_response({"pull": pull, "dropped": is_dropped, "event_id": event_id})
@@ -140,6 +151,13 @@ class _Pulling:
         return [
             _pull_view(each, folder) if isinstance(each, Pull) else _record_view(each, folder) for folder, each in known
         ]
+
+    async def _key(self, word: str) -> str:
+        """The id of a pull that is called so, by its id or its model's name."""
+        if await self._known(word):
+            return word
+        named = {view["id"] for view in await self._known(None) if view["model"] == word and view["state"] != "done"}
+        return named.pop() if len(named) == 1 else word
 
     def _budget_bytes(self, router: Router) -> int | None:
         """What a model may take on a router: of its GPUs together, of RAM if it has none. None if nobody knows."""
@@ -194,6 +212,7 @@ def _pull_view(pull: Pull, folder: Path) -> dict[str, Any]:
         "done_bytes": pull.done_bytes,
         "speed_bytes_per_s": pull.speed,
         "left_s": pull.left_s,
+        "silent_s": pull.silent_s,
         "files": [_progress_view(file) for file in pull.files],
         "path": str(pull.path) if pull.path else None,
         "was_there": pull.was_there,
@@ -205,14 +224,15 @@ def _record_view(record: Record, folder: Path) -> dict[str, Any]:
     """A pull of which this daemon knows only what is written down."""
     return {
         **_said(record, folder),
-        "state": PAUSED,
+        "state": LEFT,
         "done_bytes": None,
         "speed_bytes_per_s": 0.0,
         "left_s": None,
+        "silent_s": 0.0,
         "files": [],
         "path": None,
         "was_there": False,
-        "error": None,
+        "error": {"why": record.why, "detail": record.reason, "hint": None} if record.reason else None,
     }
 
 
@@ -237,5 +257,6 @@ def _progress_view(file: Progress) -> dict[str, Any]:
         "done_bytes": file.done,
         "speed_bytes_per_s": file.speed,
         "left_s": file.left_s,
+        "silent_s": file.silent_s,
         "trouble": file.trouble or None,
     }

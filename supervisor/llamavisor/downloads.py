@@ -87,7 +87,7 @@ class Downloads:
     def _here(self, key: str | None) -> list[tuple[Path, Pull]]:
         """What is in memory."""
         found = ((folder.pulls.models_dir, pull) for folder in self._folders.values() for pull in folder.pulls.all)
-        return [(folder, pull) for folder, pull in found if key in {None, pull.id}]
+        return [(folder, pull) for folder, pull in found if key == pull.id or (key is None and not pull.is_gone)]
 
     async def cancel(self, key: str, models_dirs: Collection[Path], *, drop: bool = False) -> bool:
         """End a pull wherever it goes; whether what came was removed.

@@ -22,14 +22,20 @@ class Tty(io.StringIO):
 
 def file(name: str, done: int, stage: str = "receiving", **more: object) -> dict[str, Any]:
     """A file of a thousand bytes as the control API shows it."""
-    speed = {"speed_bytes_per_s": 100.0, "left_s": (1000 - done) / 100, "trouble": None}
+    speed = {"speed_bytes_per_s": 100.0, "left_s": (1000 - done) / 100, "silent_s": 0.0, "trouble": None}
     return {"name": name, "stage": stage, "size_bytes": 1000, "done_bytes": done, **speed, **more}
 
 
 def pull(*files: dict[str, Any]) -> dict[str, Any]:
     """A pull of these files."""
     done = sum(each["done_bytes"] for each in files)
-    whole = {"size_bytes": 1000 * len(files), "done_bytes": done, "speed_bytes_per_s": 200.0, "left_s": 7.0}
+    whole = {
+        "size_bytes": 1000 * len(files),
+        "done_bytes": done,
+        "speed_bytes_per_s": 200.0,
+        "left_s": 7.0,
+        "silent_s": 0.0,
+    }
     return {"model": "M", "state": "under_way", "files": list(files), **whole}
 
 

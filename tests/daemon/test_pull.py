@@ -182,7 +182,7 @@ def test_the_projector_comes_along_unless_it_is_not_wanted(daemon: RunningDaemon
 
 REFUSED = [
     (["user/nothing"], "there is no such repository, or it is private", ExitCode.NOT_FOUND),
-    (["user/private"], "set HF_TOKEN", ExitCode.NOT_FOUND),
+    (["user/private"], "a token is needed: HF_TOKEN", ExitCode.NOT_FOUND),
     (["user/repo:Q4_K"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
     (["user/repo:Q4_K", "--list"], "Did you mean Q4_K_M?", ExitCode.NOT_FOUND),
     (["user/repo", "--revision", "v2"], "there is no such revision", ExitCode.NOT_FOUND),
@@ -410,7 +410,7 @@ def test_a_pull_that_was_cancelled_is_known_to_the_next_daemon(begin: Begin, hub
         eventually(is_stalled)
         assert daemon.call("DELETE", f"{PULLS}/{quote(key)}")[0] == 200
     with begin() as daemon:
-        assert pull_of(daemon, "M-Q4_K_M")["state"] == "paused"
+        assert pull_of(daemon, "M-Q4_K_M")["state"] == "left"
         assert daemon.cli("pull", "--cancel", key, "--drop").returncode == 0
         assert daemon.call("GET", PULLS)[1] == {"pulls": []}
 

@@ -226,9 +226,9 @@ async def test_all_headers_of_a_repository(server: HubServer) -> None:
 @pytest.mark.parametrize(
     ("text", "revision", "environ", "why", "told"),
     [
-        ("user/none", "", {}, Why.NO_REPOSITORY, "set HF_TOKEN"),
+        ("user/none", "", {}, Why.NO_REPOSITORY, "a token is needed: HF_TOKEN"),
         ("user/none", "", {"HF_TOKEN": "hf_good"}, Why.NO_REPOSITORY, "Look at the name"),
-        ("user/private", "", {}, Why.NO_REPOSITORY, "set HF_TOKEN"),
+        ("user/private", "", {}, Why.NO_REPOSITORY, "a token is needed: HF_TOKEN"),
         ("user/repo", "v9", {}, Why.NO_REVISION, ""),
         ("user/repo", "", {"HF_TOKEN": "hf_stale"}, Why.UNAUTHORIZED, "Make a new one"),
         ("user/repo", "", {"HF_TOKEN": "two words"}, Why.UNAUTHORIZED, ""),

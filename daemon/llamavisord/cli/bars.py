@@ -11,6 +11,7 @@ from llamavisord.cli.render import BAR_WIDTH, NAME_WIDTH, SAY_EVERY_S, Screen, S
 from llamavisord.plain import plain
 
 _LEAST_NAME = 12
+_SILENT_S = 5.0
 _ROWS = 24
 """Of a terminal that does not tell how high it is."""
 _MOVING = frozenset({"receiving", "checking"})
@@ -78,9 +79,11 @@ def _numbers(file: dict[str, Any]) -> str:
     told = [f"{_share(file):4.0%}", f"of {format_size(file['size_bytes']):<10}"]
     stage = file.get("stage")
     if file.get("trouble"):
-        told.append(f"tried again soon: {plain(file['trouble'])}")
+        told.append(f"{plain(file['trouble'])}; tried again soon")
     elif stage in {"waiting", "checking", "done"}:
         told.append(stage)
+    elif file["silent_s"] >= _SILENT_S:
+        told.append(f"nothing has come for {format_duration(file['silent_s'])}; tried again after half a minute")
     else:
         told.append(f"{format_size(int(file['speed_bytes_per_s'])):>10}/s")
         if file["left_s"] is not None:

@@ -49,6 +49,10 @@ def pull(arguments: Namespace) -> int:
             told.line(
                 f"{plain(arguments.spec)}: {plain(begun['quantization'])} is taken, which is usual; --list has all"
             )
+        if answer["fits"] is False:
+            room = f"{format_size(answer['budget_bytes'])} of router {plain(answer['router'])}"
+            size = format_size(begun["size_bytes"])
+            told.line(f"{plain(begun['model'])}: {size} do not go into the {room}; --list shows what does")
         if arguments.detach:
             return _tell_detached(answer, arguments)
         ended = _watch(client, begun)
@@ -71,7 +75,8 @@ def pulls(arguments: Namespace) -> int:
     if not answer["pulls"]:
         screen.line("no pulls: `llamavisor pull USER/REPO` begins one")
         return ExitCode.OK
-    screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in answer["pulls"]])
+    found = sorted(answer["pulls"], key=lambda each: each["state"] != _UNDER_WAY)
+    screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in found])
     for each in answer["pulls"]:
         if each["error"]:
             screen.line(f"{plain(each['model'])}: {_reason(each['error'])}")
@@ -105,9 +110,11 @@ def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
             time.sleep(TICK_S)
             try:
                 found = client.get(_PULLS, id=begun["id"])["pulls"]
-            except UnreachableError:
+            except UnreachableError as exc:
                 if time.monotonic() - heard_at > BACK_S:
-                    raise
+                    text = f"the daemon does not answer any more; {begun['model']} goes on when it is back"
+                    raise CommandError(text, hint=exc.hint, exit_code=exc.exit_code) from exc
+                seen = _unheard(seen)
                 continue
             if not found:
                 text = f"the daemon was restarted, and knows nothing of {begun['model']} any more"
@@ -117,6 +124,13 @@ def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
     finally:
         bars.close()
     return seen
+
+
+def _unheard(seen: dict[str, Any]) -> dict[str, Any]:
+    """The same pull while nobody tells how far it is."""
+    lost = {"speed_bytes_per_s": 0.0, "left_s": None, "trouble": "the daemon does not answer"}
+    files = [file if file["stage"] == "done" else {**file, **lost} for file in seen["files"]]
+    return {**seen, **lost, "files": files}
 
 
 def _find(client: Client, path: str) -> dict[str, Any] | None:
@@ -168,8 +182,7 @@ def _cancel(client: Client, arguments: Namespace) -> int:
     if arguments.json:
         Screen().json(answer)
         return ExitCode.OK
-    state = answer["pull"]["state"] if answer["pull"] else "cancelled"
-    if state == "done":
+    if answer["pull"] and answer["pull"]["state"] == "done":
         told = "had ended already"
     else:
         told = f"cancelled, and what came is {'removed' if answer['dropped'] else 'kept'}"

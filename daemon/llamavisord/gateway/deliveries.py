@@ -12,9 +12,9 @@ from pathlib import Path
 import anyio
 import anyio.abc
 
+from llamavisor.downloads import Downloads
 from llamavisor.events import Bus, Warned
 from llamavisor.hub import HubError, Pull, Spec
-from llamavisord.downloads import Downloads
 from llamavisord.gateway.notices import Notices
 
 MOST = 16

@@ -11,6 +11,8 @@ from pathlib import Path
 from llamavisor.errors import LlamavisorError
 from llamavisor.gguf.container import printable
 
+_SOURCES = "HF_TOKEN in the daemon's environment, the credential huggingface.token, or `hf auth login` as its user"
+"""Where the token is taken from, as people are told."""
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -95,26 +97,27 @@ def refusal(status: int, headers: dict[str, str], *, what: str, has_token: bool)
     code, said = headers.get("x-error-code", ""), printable(headers.get("x-error-message", ""), 200)
     if code == "GatedRepo":
         hint = "Ask for access on its page of the Hub"
-        hint += "." if has_token else ", and set HF_TOKEN to a token of that account."
+        hint += "." if has_token else f", and give llamavisor a token of that account: {_SOURCES}."
         return HubError(f"{what}: access is restricted by its owner", why=Why.FORBIDDEN, hint=hint)
     if code == "RevisionNotFound":
         return HubError(f"{what}: there is no such revision", why=Why.NO_REVISION)
     if code == "EntryNotFound":
         return HubError(f"{what}: there is no such file", why=Why.NO_FILE)
     if status == 401 and has_token and code != "RepoNotFound":
-        hint = "Make a new one in the settings of your account on the Hub, and set HF_TOKEN."
+        hint = f"Make a new one in the settings of your account on the Hub: {_SOURCES}."
         return HubError(f"{what}: the Hub does not accept the token", why=Why.UNAUTHORIZED, hint=hint)
     if status in {401, 404}:
-        hint = "Look at the name." + ("" if has_token else " If it is private, set HF_TOKEN.")
+        hint = "Look at the name." + ("" if has_token else f" If it is private, a token is needed: {_SOURCES}.")
         return HubError(f"{what}: there is no such repository, or it is private", why=Why.NO_REPOSITORY, hint=hint)
     if status in _PASSING_STATUS:
         after_s = retry_after(headers.get("retry-after", ""))
         if status == 429:
-            hint = "" if has_token else "With a token (HF_TOKEN) it allows more."
+            hint = "" if has_token else f"With a token it allows more: {_SOURCES}."
             text = f"{what}: the Hub wants fewer requests"
             text += f", and to be asked again in {after_s:.0f} s" if after_s else ""
             return HubError(text, why=Why.BUSY, hint=hint, retry_after_s=after_s)
-        return HubError(f"{what}: the Hub fails: {status}", why=Why.SERVER, retry_after_s=after_s)
+        text = f"{what}: the Hub fails: {status}"
+        return HubError(text, why=Why.SERVER, hint="Try again later.", retry_after_s=after_s)
     told = f": {said}" if said else ""
     hint = "Look at what its token may read, in the settings of your account on the Hub." if has_token else ""
     return HubError(f"{what}: the Hub refuses it with {status}{told}", why=Why.FORBIDDEN, hint=hint)

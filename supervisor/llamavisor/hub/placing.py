@@ -42,7 +42,7 @@ def is_placed(record: Record, models_dir: Path) -> bool:
 
 def taken(target: Path) -> HubError:
     """Something else has that name."""
-    hint = "Move it away, or pull under another name."
+    hint = "Move it away, or pull under another name (`--name`)."
     return HubError(f"{target} is there already, and is something else", why=Why.EXISTS, hint=hint)
 
 

@@ -48,6 +48,7 @@ class Progress:
         self.trouble = ""
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque()
+        self._moved_at = clock()
 
     def __repr__(self) -> str:
         return f"<Progress {self.name} {self.stage.value} {self.done} of {self.size}>"
@@ -55,6 +56,8 @@ class Progress:
     def reach(self, done: int) -> None:
         """So many bytes are here; fewer than before when it begins anew."""
         now = self._clock()
+        if done != self.done or not self._seen:
+            self._moved_at = now
         if done < self.done or self.stage is not Stage.RECEIVING:
             self._seen.clear()
         if not self._seen or now - self._seen[-1][0] >= _STEP_S:
@@ -71,6 +74,11 @@ class Progress:
         now = self._clock()
         since, before = next((seen for seen in self._seen if now - seen[0] <= WINDOW_S), (now, self.done))
         return max(0.0, (self.done - before) / (now - since)) if now > since else 0.0
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which nothing has come, 0 when nothing should."""
+        return self._clock() - self._moved_at if self.stage is Stage.RECEIVING else 0.0
 
     @property
     def left_s(self) -> float | None:

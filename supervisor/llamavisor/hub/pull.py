@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 
 from llamavisor.hub.failure import HubError
-from llamavisor.hub.progress import Progress
+from llamavisor.hub.progress import Progress, Stage
 from llamavisor.hub.record import Record
 
 
@@ -59,6 +59,11 @@ class Pull:
         return f"<Pull {self.id} {self.state.value} {self.done_bytes} of {self.total_bytes}>"
 
     @property
+    def is_gone(self) -> bool:
+        """Whether nothing is left of it: it was cancelled, and what came dropped."""
+        return self.state is PullState.CANCELLED and self.is_dropped
+
+    @property
     def id(self) -> str:
         """The same for all that bring the same."""
         return self.record.key
@@ -81,7 +86,12 @@ class Pull:
     @property
     def speed(self) -> float:
         """Bytes in a second, of all files together."""
-        return sum(file.speed for file in self.files)
+        return sum(file.speed for file in self.files) if self.state is PullState.UNDER_WAY else 0.0
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds for which no byte has come of any file, of those that should come."""
+        return min((file.silent_s for file in self.files if file.stage is Stage.RECEIVING), default=0.0)
 
     @property
     def left_s(self) -> float | None:

@@ -21,7 +21,7 @@ from llamavisor.hub.pull import Pull, PullState
 from llamavisor.hub.record import Record, plan
 from llamavisor.hub.remote import Connection, Hub
 from llamavisor.hub.spec import Spec
-from llamavisor.hub.staging import Staging, size_of
+from llamavisor.hub.staging import SPARE_BYTES, Staging, size_of
 from llamavisor.hub.transfer import Errand, fetch, is_same
 from llamavisor.threads import Threads
 from llamavisor.units import format_size
@@ -142,9 +142,13 @@ class Pulls:
                 return pull.is_dropped
             raise self._hangs()
         is_there = key in {record.key for record in await self._ask(self.staging.records)}
-        if not is_there and key not in self._pulls:
+        ended = self._pulls.get(key)
+        if not is_there and (ended is None or ended.state is not PullState.DONE):
             raise HubError(f"there is no pull {key!r}", why=Why.NO_PULL, hint="`llamavisor pulls` shows them.")
-        return drop and is_there and await self._ask(self.staging.drop, key)
+        if not drop or not is_there or not await self._ask(self.staging.drop, key):
+            return False
+        self._pulls.pop(key, None)
+        return True
 
     async def leave(self, who: str) -> None:
         """Ends the pulls that nobody else wants; what came is kept.
@@ -220,6 +224,7 @@ class Pulls:
         if free is not None and needed > free:
             more, spare = format_size(needed - taken_bytes), format_size(max(0, free - taken_bytes))
             text = f"{record.name} needs {more} more, and {self.models_dir} has {spare} to spare"
+            text += f", beside {format_size(SPARE_BYTES)} that are kept free"
             raise HubError(text, why=Why.NO_SPACE, hint="Make room, or take a smaller quantization.")
 
     async def _carry(self, pull: Pull) -> None:
@@ -247,7 +252,7 @@ class Pulls:
         if pull.is_dropped and pull.error is None:
             pull.is_dropped = await self._threads.run(partial(self.staging.drop, pull.id, is_wanted=True))
         else:
-            await self._threads.run(self.staging.pause, pull.record)
+            await self._threads.run(self.staging.pause, pull.record, pull.error)
 
     def _end(self, pull: Pull, took_s: float) -> None:
         if pull.path is not None:

@@ -46,6 +46,8 @@ class Record(BaseModel):
         name: what the model is going to be called.
         files: all that it brings, the model's first file first.
         is_under_way: whether somebody wants it now; else it is kept so that it can be gone on with.
+        why: it was left, as `HubError.why` says; empty if a person has cancelled it.
+        reason: likewise, for a person.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -56,6 +58,8 @@ class Record(BaseModel):
     name: Annotated[str, AfterValidator(_harmless), Field(pattern=r"^[^/]*$")]
     files: tuple[_RecordedFile, ...] = Field(min_length=1)
     is_under_way: bool = True
+    why: str = ""
+    reason: str = ""
 
     @classmethod
     def of(cls, listing: Listing, name: str, files: tuple[RemoteFile, ...]) -> Record:

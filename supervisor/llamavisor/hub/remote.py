@@ -238,7 +238,8 @@ class Hub:
         if scope.cancelled_caught:
             raise HubError("the token of the Hub cannot be read: its disk does not answer", why=Why.UNAUTHORIZED)
         if access.is_offline:
-            raise HubError("HF_HUB_OFFLINE is set: the Hub is not asked", why=Why.OFFLINE, hint="Unset it to pull.")
+            hint = "Unset it for the daemon to pull."
+            raise HubError("HF_HUB_OFFLINE is set: the Hub is not asked", why=Why.OFFLINE, hint=hint)
         return access
 
     async def _ask(self, what: str, ask: Callable[[*_Ts], _R], *args: *_Ts) -> _R:
@@ -274,7 +275,9 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     except httpx2.ReadTimeout as exc:
         raise HubError(f"{spec.repository}: the Hub does not answer", why=Why.STALLED) from exc
     except httpx2.HTTPError as exc:
-        raise HubError(f"{access.endpoint} cannot be reached: {_cause(exc)}", why=Why.UNREACHABLE) from exc
+        text = f"{access.endpoint} cannot be reached: {_cause(exc)}"
+        hint = "Look at the network, and at HF_ENDPOINT and the proxy of the daemon."
+        raise HubError(text, why=Why.UNREACHABLE, hint=hint) from exc
     except (ValueError, TypeError, KeyError, AttributeError, httpx2.InvalidURL) as exc:
         text = f"{access.endpoint} answers what is no answer of a Hub"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc

@@ -61,7 +61,7 @@ def parse(
     name, colon, quantization = name.rstrip("/").partition(":")
     parts = name.split("/")
     if len(parts) != 2:
-        raise _wrong(text, f"has {len(parts) - 1} slashes; one stands between user and repository")
+        raise _wrong(text, "names no user" if len(parts) == 1 else "has more than one slash")
     for part in parts:
         if not _NAME.fullmatch(part) or ".." in part or "--" in part or len(part) > MAX_CHARS:
             raise _wrong(text, f"{_quoted(part)} is no name on the Hub" if part else "a name is missing")

@@ -170,15 +170,28 @@ class Staging:
         with on_disk(self.path):
             self._json(key).unlink(missing_ok=True)
 
-    def pause(self, record: Record) -> None:
+    def pause(self, record: Record, failure: HubError | None = None) -> None:
         """Remembers that nobody wants a pull now; one that another daemon works on is that one's.
+
+        Args:
+            record: which.
+            failure: why, if it was not a person who has cancelled it.
 
         Raises:
             HubError: the disk does not take it.
         """
+        told = {"why": failure.why.value, "reason": str(failure)} if failure is not None else {}
+        left = record.model_copy(update={"is_under_way": False, **told})
         with self.lock_of(record.key).tried() as is_ours:
-            if is_ours:
-                self.write(record.model_copy(update={"is_under_way": False}))
+            if not is_ours:
+                return
+            try:
+                self.write(left)
+            except HubError as exc:
+                if exc.why is not Why.NO_SPACE:
+                    raise
+                with on_disk(self.path):
+                    _write_over(self._json(record.key), left.model_dump_json().encode())
 
     def drop(self, key: str, *, is_wanted: bool = False) -> bool:
         """Forgets a pull and removes what came of it; whether it did. One that another daemon works on is that one's.
@@ -392,6 +405,16 @@ def _remove(path: Path) -> None:
             file.rmdir()
         else:
             file.unlink()
+
+
+def _write_over(path: Path, data: bytes) -> None:
+    """Writes where a file has its place on a full disk. A power failure may tear it: then it cannot be read, and stays."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.pwrite(fd, data, 0)
+        os.ftruncate(fd, len(data))
+    finally:
+        os.close(fd)
 
 
 @contextmanager
