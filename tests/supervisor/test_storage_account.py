@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -221,6 +223,22 @@ def test_a_staging_folder_that_is_a_link_is_not_entered(root: Path, tmp_path: Pa
     (root / name).symlink_to(outside)
     tidy(root)
     assert (outside / "x" / "precious").exists()
+
+
+def test_a_leftover_that_may_not_be_removed_is_told_with_the_reason(root: Path) -> None:
+    """What another user has left of a quantization stays, as only its owner may write there."""
+    path = staged(root)
+    path.parent.chmod(0o555)
+    drop = ["setpriv", "--bounding-set=-dac_override"] if os.geteuid() == 0 else []
+    code = (
+        "import sys; from llamavisor.storage.cleaning import clean\n"
+        "print(clean(sys.argv[1], [], keep_revisions=False, is_dry=False, now=float('inf')).problems)"
+    )
+    said = subprocess.run(
+        [*drop, sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
+    assert said == f"('{path.parent.name}: Permission denied',)\n"
+    assert path.exists()
 
 
 def test_a_link_within_staging_goes_and_its_target_stays(root: Path, tmp_path: Path) -> None:
