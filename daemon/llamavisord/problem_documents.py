@@ -77,7 +77,7 @@ HUB_STATUS: Mapping[Why, HTTPStatus] = {
     Why.UNREACHABLE: HTTPStatus.BAD_GATEWAY,
     Why.STALLED: HTTPStatus.BAD_GATEWAY,
     Why.SERVER: HTTPStatus.BAD_GATEWAY,
-    Why.ENDING: HTTPStatus.SERVICE_UNAVAILABLE,
+    Why.NOT_NOW: HTTPStatus.SERVICE_UNAVAILABLE,
     Why.INTERNAL: HTTPStatus.INTERNAL_SERVER_ERROR,
 }
 """The status of `hub_failed`, by the `why` that stands beside it."""

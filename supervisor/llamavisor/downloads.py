@@ -131,7 +131,7 @@ class Downloads:
         folder = self._folders.get(models_dir)
         if folder is None:
             if self._tasks is None:
-                raise HubError("llamavisor takes no pulls now", why=Why.ENDING, hint="Ask again in a moment.")
+                raise HubError("llamavisor takes no pulls now", why=Why.NOT_NOW, hint="Ask again in a moment.")
             folder = self._folders[models_dir] = _Folder(Pulls(self.hub, models_dir, self._bus))
             self._tasks.start_soon(self._keep_open, folder)
         return folder

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -129,6 +130,7 @@ def open_fleet(
 async def running(settings: FleetSettings, *, state_dir: Path, bus: Bus | None = None) -> AsyncIterator[Fleet]:
     """What `Fleet.open` does."""
     settings, bus = settings.for_leases(secrets.token_urlsafe(32)), bus or Bus()
+    state_dir, settings = await run_in_thread(_in_full, state_dir, settings)
     with closing(_claim(state_dir)):
         started, footprints, pins, records = Started(), Footprints(), Pins(), QuarantineRecords()
         ledger = Ledger(state_dir / LEDGER, [started, footprints, pins, records])
@@ -162,6 +164,12 @@ async def running(settings: FleetSettings, *, state_dir: Path, bus: Bus | None =
             tasks.cancel_scope.cancel()
         if failure is not None:
             raise failure
+
+
+def _in_full(state_dir: Path, settings: FleetSettings) -> tuple[Path, FleetSettings]:
+    """The same with absolute paths: llama-server runs in a folder of its own."""
+    routers = tuple(replace(each, models_dir=each.models_dir.absolute()) for each in settings.routers)
+    return state_dir.absolute(), replace(settings, routers=routers)
 
 
 def _claim(state_dir: Path) -> Lock:

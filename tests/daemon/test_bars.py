@@ -29,14 +29,8 @@ def file(name: str, done: int, stage: str = "receiving", **more: object) -> dict
 def pull(*files: dict[str, Any]) -> dict[str, Any]:
     """A pull of these files."""
     done = sum(each["done_bytes"] for each in files)
-    whole = {
-        "size_bytes": 1000 * len(files),
-        "done_bytes": done,
-        "speed_bytes_per_s": 200.0,
-        "left_s": 7.0,
-        "silent_s": 0.0,
-    }
-    return {"model": "M", "state": "under_way", "files": list(files), **whole}
+    whole = {"size_bytes": 1000 * len(files), "done_bytes": done, "speed_bytes_per_s": 200.0, "left_s": 7.0}
+    return {"model": "M", "state": "under_way", "files": list(files), "silent_s": 0.0, **whole}
 
 
 def drawn(*shown: dict[str, Any], columns: int = 120, monkeypatch: pytest.MonkeyPatch) -> list[str]:

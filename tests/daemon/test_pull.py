@@ -563,6 +563,29 @@ def test_clients_cannot_have_downloads_without_end(daemon: RunningDaemon, hub: H
     wait_for(daemon, "M-Q4_K_M", "done")
 
 
+def test_what_a_person_wants_to_know(begin: Begin, hub: HubServer, folder: Path) -> None:
+    """That it does not fit, that nothing comes, that the daemon is gone; a model's name will do to end its pull."""
+    hub.repositories["user/large"] = Repository({"L-Q4_K_M.gguf": HubFile(header(4096), size=200 * 1024**2)})
+    is_stalled = stalled(hub, folder)
+    with begin(LLAMAVISOR_MEMORY="64MiB") as daemon:
+        daemon.wait_for_router("ready")
+        with on_a_terminal(daemon, "pull", "user/large") as terminal:
+            terminal.until("200.0 MiB do not go into the 64.0 MiB of router main; --list shows what does")
+            eventually(is_stalled)
+            terminal.until("nothing has come for ")
+            daemon.signal(signal.SIGKILL)
+            daemon.wait()
+            terminal.until("the daemon does not answer")
+            daemon.start()
+            eventually(daemon.is_live)
+            eventually(lambda: daemon.call("GET", PULLS)[1]["pulls"])
+            assert daemon.cli("pull", "--cancel", "L-Q4_K_M", "--drop").stdout.endswith("what came is removed\n")
+            terminal.until("was cancelled")
+        assert daemon.call("GET", PULLS)[1]["pulls"] == []
+        refused = daemon.cli("pull", "--cancel", "L-Q4_K_M", "--drop")
+        assert "there is no pull 'L-Q4_K_M'" in refused.stderr
+
+
 def test_every_failure_of_the_hub_has_a_status() -> None:
     """None of them ends as a bug."""
     assert set(HUB_STATUS) == set(Why)

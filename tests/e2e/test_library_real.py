@@ -23,11 +23,12 @@ pytestmark = pytest.mark.real
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chat.py"
 
 
-def run_example(models_dir: Path, state_dir: Path, model: str, llama_server: Path, **env: str) -> str:
-    """What it prints."""
+def run_example(models_dir: Path, folder: Path, model: str, llama_server: Path, **env: str) -> str:
+    """What it prints, in a folder in which it has its state; both are named as a person there would."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), str(models_dir), str(state_dir), model],
+        [sys.executable, str(EXAMPLE), os.path.relpath(models_dir, folder), "state", model],
         env={**os.environ, "LLAMAVISOR_LLAMA_SERVER": str(llama_server), **env},
+        cwd=folder,
         capture_output=True,
         text=True,
         check=False,
@@ -40,7 +41,7 @@ def run_example(models_dir: Path, state_dir: Path, model: str, llama_server: Pat
 def test_the_example_chats_with_a_model(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """It lists what is in the folder and prints what a model says; the next run, on the same state, does so too."""
     for _ in range(2):
-        said = run_example(models_dir, tmp_path / "state", "beta", llama_server)
+        said = run_example(models_dir, tmp_path, "beta", llama_server)
         assert "gamma: ready" in said
         assert said.endswith("beta says: I am beta\n")
 
@@ -51,7 +52,7 @@ def test_the_example_pulls_a_model(tmp_path: Path, models_dir: Path, llama_serve
     files = {"New-F32.gguf": HubFile((tmp_path / "new").read_bytes())}
     with HubServer({"user/New-GGUF": Repository(files)}) as hub:
         for _ in range(2):
-            said = run_example(models_dir, tmp_path / "state", "user/New-GGUF:F32", llama_server, HF_ENDPOINT=hub.url)
+            said = run_example(models_dir, tmp_path, "user/New-GGUF:F32", llama_server, HF_ENDPOINT=hub.url)
             assert said.startswith(f"New-F32 is at {models_dir / 'New-F32.gguf'}\n")
             assert "New-F32: ready" in said
             assert said.endswith("New-F32 says: I am pulled\n")

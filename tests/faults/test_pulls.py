@@ -622,3 +622,47 @@ async def test_f14_what_was_refused_is_not_begun_later(
             released.set()
             await until(lambda: not here.pulls.under_way)
     assert [record.is_under_way for record in Staging(models_dir).records()] == [False]
+
+
+async def test_m5_a_full_disk_amid_a_pull(server: HubServer, models_dir: Path) -> None:
+    """Why a pull was left is remembered although the disk is full, and told by the next daemon."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def pwrite(fd: int, *args: object) -> int:
+        """Only what has its place already can be written."""
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".part"):
+            refuse()
+        return true_pwrite(fd, *args)
+
+    true_pwrite = os.pwrite
+    async with (here := Here(server, models_dir)).pulls.opened():
+        with pytest.MonkeyPatch.context() as patch:
+            server.faults = [Fault(stall_after=MIB)]
+            pull = await here.pulls.start(parse("user/big"))
+            await until(lambda: pull.done_bytes)
+            patch.setattr("llamavisor.hub.staging.replace_file", refuse)
+            patch.setattr(os, "pwrite", pwrite)
+            with pytest.raises(HubError):
+                await pull.wait()
+    async with (later := Here(server, models_dir)).pulls.opened():
+        (left,) = await later.pulls.paused()
+        assert (left.why, left.is_under_way) == ("no_space", False)
+        assert "the disk is full" in left.reason
+        assert await later.pull("user/big")
+
+
+async def test_m9_what_was_dropped_is_gone(here: Here, server: HubServer) -> None:
+    """Whether it was under way, left or failed: after it has been dropped there is no such pull."""
+    server.faults = [Fault(stall_after=MIB), Fault(cut_after=0, times=99)]
+    for state in ("under way", "failed"):
+        pull = await here.pulls.start(parse("user/big"))
+        if state == "failed":
+            with pytest.raises(HubError):
+                await pull.wait()
+        assert await here.pulls.cancel(pull.id, drop=True)
+        assert here.hidden() == []
+        with pytest.raises(HubError) as raised:
+            await here.pulls.cancel(pull.id, drop=True)
+        assert raised.value.why is Why.NO_PULL

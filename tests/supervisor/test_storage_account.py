@@ -288,3 +288,24 @@ def test_links_in_a_circle_and_pipes_are_no_leftovers(root: Path) -> None:
     loop.symlink_to(".")
     os.mkfifo(root / "pipe")
     assert kinds(look(root)) == {"notes.txt": Kind.OTHER}
+
+
+def test_what_a_pull_shares_with_a_model_is_the_models(tmp_path: Path) -> None:
+    """A file that a model has and a pull keeps, too, is counted once: it is there as long as the model is."""
+    write_tiny_model(tmp_path / "alpha.gguf", ["a"])
+    size = (tmp_path / "alpha.gguf").stat().st_size
+    staging = Staging(tmp_path)
+    record = Record.model_validate(
+        {
+            "repository": "user/alpha",
+            "revision": "main",
+            "commit": "a" * 40,
+            "name": "beta",
+            "files": [{"path": "beta.gguf", "size": size, "digest": "0" * 64}],
+        }
+    )
+    staging.write(record)
+    os.link(tmp_path / "alpha.gguf", staging.part_of(record, record.remote_files[0]).whole)
+    told = account(str(tmp_path), entries(tmp_path))
+    assert [share.size_bytes for share in told.models] == [size]
+    assert told.leftover_bytes < size

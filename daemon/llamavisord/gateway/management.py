@@ -178,7 +178,7 @@ class Management:
         """
         router = next(iter(self._fleet), None)
         if router is None:
-            raise HubError("the fleet has no router yet", why=Why.ENDING)
+            raise HubError("the fleet has no router yet", why=Why.NOT_NOW)
         return router.settings.models_dir
 
     async def remove(self, word: str, may_use: Callable[[str], bool]) -> Reply:

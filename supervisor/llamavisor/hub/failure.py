@@ -53,7 +53,7 @@ class Why(StrEnum):
     """There is no such pull."""
     DISK = "disk"
     """The models folder cannot be written."""
-    ENDING = "ending"
+    NOT_NOW = "not_now"
     """llamavisor has just begun, or ends."""
     INTERNAL = "internal"
     """A bug in llamavisor."""

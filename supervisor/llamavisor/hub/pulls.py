@@ -195,7 +195,7 @@ class Pulls:
 
     def _begin(self, record: Record) -> Pull:
         if self._tasks is None:
-            raise HubError("llamavisor ends, and begins no pull", why=Why.ENDING, hint="Ask again in a moment.")
+            raise HubError("llamavisor ends, and begins no pull", why=Why.NOT_NOW, hint="Ask again in a moment.")
         pull = Pull(record)
         self._pulls.pop(pull.id, None)
         self._pulls[pull.id] = pull

@@ -228,9 +228,13 @@ class Staging:
                 if is_ours and path in self._litter(done):  # a pull may have come meanwhile
                     _remove(path)
 
-    def holdings(self) -> list[Holding]:
-        """What is in the folder, pull by pull, what nobody wants, and what cannot be read."""
-        seen: set[tuple[int, int]] = set()
+    def holdings(self, counted: Iterable[tuple[int, int]] = ()) -> list[Holding]:
+        """What is in the folder, pull by pull, what nobody wants, and what cannot be read.
+
+        Args:
+            counted: device and inode of what somebody else takes already, so that it is counted once.
+        """
+        seen = set(counted)
         found, remembered = [], _Remembered()
         with on_disk(self.path), suppress(FileNotFoundError):
             remembered = self._remembered()
@@ -408,7 +412,7 @@ def _remove(path: Path) -> None:
 
 
 def _write_over(path: Path, data: bytes) -> None:
-    """Writes where a file has its place on a full disk. A power failure may tear it: then it cannot be read, and stays."""
+    """Writes where a file has its place on a full disk. One that a power failure tears cannot be read, and stays."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         os.pwrite(fd, data, 0)

@@ -202,7 +202,7 @@ def account(root: str, entries: Iterable[Entry]) -> Account:
     in_units = {thing.rel for thing in pulled} | {thing.rel for unit in units for thing in unit.things}
     leftovers += _others(thing for thing in found.values() if thing.rel not in in_units)
     leftovers += [unit.told() for unit in units if unit.size_bytes]
-    leftovers += _pulled(root, pulled)
+    leftovers += _pulled(root, pulled, taken.keys())
     leftovers.sort(key=lambda each: (-each.size_bytes, each.rel))
     return Account(
         root,
@@ -285,9 +285,9 @@ def drafts(things: Iterable[Thing]) -> Iterator[Unit]:
         yield Unit(Kind.STAGING, rel, tuple(own))
 
 
-def _pulled(root: str, things: Sequence[Thing]) -> Iterator[Leftover]:
+def _pulled(root: str, things: Sequence[Thing], counted: Iterable[tuple[int, int]]) -> Iterator[Leftover]:
     """What pulls hold, and what else lies in their folder."""
-    told = [Leftover.of(holding) for holding in Staging(Path(root)).holdings()]
+    told = [Leftover.of(holding) for holding in Staging(Path(root)).holdings(counted)]
     yield from told
     rest = sum(thing.size_bytes for thing in things) - sum(each.size_bytes for each in told)
     if rest > 0:
