@@ -50,6 +50,9 @@ STATUS_MODELS_MAX = 200
 EVENT_ID_MAX = 10**18
 
 _TAKES_BODY = ("POST", f"{BASE}{PULLS}")
+_OF_MODELS = (f"{BASE}/models", f"{BASE}/disk")
+_LOAD = "/load"
+"""What ends so waits by itself, as long as it is told to."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +68,8 @@ class RequestTimeoutError(LlamavisorError):
 def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
     """The web application behind the control socket."""
     app = web.Application(
-        middlewares=[as_problems, _guard(daemon.bus, control_socket, body_s)], client_max_size=BODY_BYTES
+        middlewares=[as_problems, _guard(daemon.bus, control_socket, body_s), _after_first_look(daemon)],
+        client_max_size=BODY_BYTES,
     )
     app.add_routes(control_routes(daemon))
     return app
@@ -442,6 +446,18 @@ def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware
         return await handler(request)
 
     return guard
+
+
+def _after_first_look(daemon: Daemon) -> Middleware:
+    @web.middleware
+    async def after_first_look(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have who comes early wait: to be told that there is no such model would be wrong."""
+        is_load = request.method == "POST" and request.path.endswith(_LOAD)
+        if request.path.startswith(_OF_MODELS) and not is_load:
+            await daemon.wait_for_models()
+        return await handler(request)
+
+    return after_first_look
 
 
 async def _body(request: web.Request, within_s: float) -> bytes:

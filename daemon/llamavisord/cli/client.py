@@ -20,7 +20,8 @@ from llamavisord.cli.errors import CommandError, UnreachableError
 from llamavisord.exit_codes import ExitCode
 from llamavisord.places import SOCKET_BYTES_MAX, Places
 
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 15.0
+"""A daemon that has just begun takes up to 10 s to look at its folders before it says what models there are."""
 EVENT_TIMEOUT_S = 60.0
 """The daemon says every 15 s that an event stream is still alive."""
 _GRACE_S = 10.0
