@@ -28,7 +28,7 @@ from llamavisord.doctor.account import Account
 from llamavisord.doctor.finding import Findings, ok
 from llamavisord.exit_codes import ExitCode
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon
+from running import RunningDaemon, start_with
 
 NOBODY = pwd.getpwnam("nobody")
 Start = Callable[..., RunningDaemon]
@@ -414,6 +414,36 @@ def test_a_daemon_is_asked_where_it_knows_better(
     assert any("its driver does not answer" in text for text in warnings)
     assert any(text.startswith("the daemon is 9.9.9") for text in warnings)
     assert any(text.startswith("RAM: 14.0 GiB of 32.0 GiB free") for text in graded(findings, Grade.OK))
+
+
+def test_the_token_of_a_daemon(start: Start, examined: Examined, environ: dict[str, str], tmp_path: Path) -> None:
+    """A daemon is asked what it has, and says where it is from; what who asks has is nothing to it."""
+    daemon = start()
+    daemon.env["HF_TOKEN"] = "hf_secret"
+    file = tmp_path / "none.toml"
+    file.touch()
+    with daemon:
+        findings = examined(file, "token", socket=daemon.socket)
+        status, body = daemon.call("GET", "/control/v1/hub/token")
+    assert graded(findings, Grade.OK) == ["the daemon has it in its environment (HF_TOKEN)"]
+    assert (status, body) == (200, {"origin": "environment"})
+    environ["HF_TOKEN"] = "hf_other"
+    daemon.env.pop("HF_TOKEN")
+    with daemon:
+        findings += examined(file, "token", socket=daemon.socket)
+    assert "there is one now, which the daemon does not have" in only(findings, Grade.NOTE).text
+    assert "hf_" not in repr(findings)
+
+
+def test_a_home_that_hangs(start: Start) -> None:
+    """Where the token is from is told late or not at all, takes one thread, and keeps nobody else waiting."""
+    daemon = start()
+    hang = "import threading, llamavisord.control as control\ncontrol.TOKEN_S = 0.2"
+    start_with(daemon, f"{hang}\ncontrol.find_origin = lambda environ: threading.Event().wait()")
+    with daemon:
+        answers = [daemon.call("GET", "/control/v1/hub/token") for _ in range(3)]
+        assert [(status, body["code"]) for status, body in answers] == [(504, "wait_timeout")] * 3
+        assert daemon.status()["pid"] == daemon.pid
 
 
 def test_with_a_real_daemon(start: Start, tmp_path: Path) -> None:
