@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
@@ -17,8 +18,10 @@ from aiohttp.typedefs import Handler, Middleware
 
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Bus, PeerRefused, Published
+from llamavisor.hub.access import find_origin
 from llamavisor.router import Router
 from llamavisor.states import SERVING, RouterState
+from llamavisor.threads import Threads
 from llamavisord.control_socket import ControlSocket, peer_of
 from llamavisord.daemon import Daemon
 from llamavisord.details import describe
@@ -45,11 +48,17 @@ HEARTBEAT_S = 15.0
 LEFT_S = 0.5
 """Between two looks whether the reader of a stream is still there."""
 LOG_LINES_MAX = 10_000
+TOKEN_S = 3.0
+"""How long it may take to see whether the file of a token is there; a home on a server that is away does not answer."""
 STATUS_MODELS_MAX = 200
 """Of more models than these `status` leaves those out that are merely not loaded; `models` has them all."""
 EVENT_ID_MAX = 10**18
 
 _TAKES_BODY = ("POST", f"{BASE}{PULLS}")
+_OF_MODELS = (f"{BASE}/models", f"{BASE}/disk")
+_HUNG_HOME = "see whether the home of the daemon's user is on a mount that does not answer"
+_LOAD = "/load"
+"""What ends so waits by itself, as long as it is told to."""
 
 _log = logging.getLogger(__name__)
 
@@ -65,7 +74,8 @@ class RequestTimeoutError(LlamavisorError):
 def control_app(daemon: Daemon, control_socket: ControlSocket, *, body_s: float = BODY_S) -> web.Application:
     """The web application behind the control socket."""
     app = web.Application(
-        middlewares=[as_problems, _guard(daemon.bus, control_socket, body_s)], client_max_size=BODY_BYTES
+        middlewares=[as_problems, _guard(daemon.bus, control_socket, body_s), _after_first_look(daemon)],
+        client_max_size=BODY_BYTES,
     )
     app.add_routes(control_routes(daemon))
     return app
@@ -95,6 +105,7 @@ def control_routes(daemon: Daemon) -> list[web.RouteDef]:
         web.post(f"{base}/reload", api.reload),
         web.get(f"{base}/events", api.events),
         web.get(f"{base}/logs", api.logs),
+        web.get(f"{base}/hub/token", api.token),
         *tidying_routes(daemon, base),
         *pulling_routes(daemon, base),
         *health_routes(daemon),
@@ -126,6 +137,7 @@ class _Api:
         self._daemon = daemon
         self._fleet = daemon.fleet
         self._bus = daemon.bus
+        self._threads = Threads(1)
 
     async def status(self, _: web.Request) -> web.Response:
         """How the daemon is, and its routers, folders, memory and models.
@@ -301,6 +313,15 @@ class _Api:
         body = {**changes, "problems": applied.problems}
         return _json({**body, "event_id": event_id})
 
+    async def token(self, _: web.Request) -> web.Response:
+        """Whether there is a token for the Hub, and where it is from, never the token itself.
+
+        `origin` is `environment`, `credential` (of systemd), `login` (what `hf auth login` has left), or null.
+        """
+        with anyio.move_on_after(TOKEN_S):
+            return _json({"origin": await self._threads.run(find_origin, os.environ, abandon_on_cancel=True)})
+        raise WaitTimeoutError(f"where the token is from is not known after {TOKEN_S:.0f} s", hint=_HUNG_HOME)
+
     async def events(self, request: web.Request) -> web.StreamResponse:
         """What has happened and what happens, as server-sent events.
 
@@ -442,6 +463,18 @@ def _guard(bus: Bus, control_socket: ControlSocket, body_s: float) -> Middleware
         return await handler(request)
 
     return guard
+
+
+def _after_first_look(daemon: Daemon) -> Middleware:
+    @web.middleware
+    async def after_first_look(request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Have who comes early wait: to be told that there is no such model would be wrong."""
+        is_load = request.method == "POST" and request.path.endswith(_LOAD)
+        if request.path.startswith(_OF_MODELS) and not is_load:
+            await daemon.wait_for_models()
+        return await handler(request)
+
+    return after_first_look
 
 
 async def _body(request: web.Request, within_s: float) -> bytes:

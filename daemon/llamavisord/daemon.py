@@ -33,6 +33,8 @@ from llamavisord.variables import Variable
 
 RELOAD_LOOK_S = 10.0
 """How long a reload waits for the look at the models folders, and for the routers to hear of what is new there."""
+DOOR_S = 1.0
+"""How long who has asked for a model waits for the gateway to listen, where it can be used."""
 FIXED: Mapping[str, str] = {
     "serve": "serve",
     "socket": "socket",
@@ -143,6 +145,16 @@ class Daemon:
         """Reload for SIGHUP: the error is in the log, in `status` and in the metrics, and work goes on."""
         with suppress(LlamavisorError):
             await self.reload()
+
+    async def wait_for_models(self) -> None:
+        """Wait until it is known what is in the models folders, as the fleet waits for it, and clients are let in.
+
+        Only who comes right after the start waits.
+        """
+        await self.fleet.wait_for_models()
+        if self.traffic is not None and not self.traffic.has_tried.is_set():
+            with anyio.move_on_after(DOOR_S):
+                await self.traffic.has_tried.wait()
 
     @property
     def models_dirs(self) -> tuple[Path, ...]:

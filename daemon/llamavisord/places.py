@@ -112,3 +112,8 @@ class Places:
         """The first folder in `variable`: systemd puts colons between several."""
         value = self._environ.get(variable, "").split(":")[0]
         return Path(value) if value.startswith("/") else None
+
+
+def has_systemd(root: Path = Path("/")) -> bool:
+    """Whether systemd is process 1; see sd_booted(3)."""
+    return (root / "run/systemd/system").is_dir()

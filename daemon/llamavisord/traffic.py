@@ -6,6 +6,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
+import anyio
+
 from llamavisord.drain import Drain
 
 
@@ -20,6 +22,7 @@ class Traffic:
     Attributes:
         urls: where clients come in, empty while they cannot.
         problem: why they cannot, for a person.
+        has_tried: one of both is known.
         keys: how many API keys there are; with none everybody may use it.
         in_flight: requests that a model is answering, by its name; no model has zero of them.
     """
@@ -28,6 +31,7 @@ class Traffic:
         self.drain = drain
         self.urls: tuple[str, ...] = ()
         self.problem: str | None = None
+        self.has_tried = anyio.Event()
         self.keys = 0
         self.in_flight: dict[str, int] = {}
         self._held_bytes = held_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -105,6 +106,7 @@ class Fleet:
         self._told: dict[str, RouterSettings] = {}  # what each router was last told to be; that may be on its way yet
         self._supplies: dict[str, Supply] = {}
         self._settings = FleetSettings(routers=())
+        self._looked_by = math.inf  # when the first look at the folders has had its time
         self.memory = Memory(
             self._routers,
             meter=meter,
@@ -175,6 +177,7 @@ class Fleet:
             if self._spawner is not None:
                 self._tasks.start_soon(self._reap, self._spawner)
             self._settings = settings
+            self._looked_by = anyio.current_time() + FIRST_LOOK_S
             self.memory.follow(settings)
             self._tasks.start_soon(self.memory.run)
             for each in settings.routers:
@@ -341,10 +344,14 @@ class Fleet:
         return Applied(tuple(changed), tuple(sorted(models)))
 
     async def wait_for_models(self) -> None:
-        """Wait until it is known what is in the models folders; one that does not answer is not waited for any more."""
-        with anyio.move_on_after(FIRST_LOOK_S):
-            for folder in list(self.folders):
-                await folder.answered.wait()
+        """Wait until it is known what is in the models folders, or they have had time enough for it.
+
+        That is `FIRST_LOOK_S` since the fleet runs, whoever asks and how often: one that hangs is waited for once.
+        """
+        waiting = [folder.answered for folder in self.folders if not folder.answered.is_set()]
+        with anyio.CancelScope(deadline=self._looked_by):
+            for answered in waiting:
+                await answered.wait()
 
     async def look(self, *, within_s: float) -> tuple[str, ...]:
         """Look at all folders now, and have every router that serves told of what is there.

@@ -43,13 +43,20 @@ def find_port(host: str, port: int) -> int | Verdict:
 
 def holder_of(port: int) -> str | None:
     """Who listens on the port, as `name (pid N)`, None when it cannot be seen (another user's process)."""
+    pid = listener_of(port)
     try:
-        for connection in psutil.net_connections(kind="tcp"):
-            if _listens_on(connection, port) and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+        return f"{psutil.Process(pid).name()} (pid {pid})" if pid is not None else None
     except (psutil.Error, OSError):
         return None
-    return None
+
+
+def listener_of(port: int) -> int | None:
+    """The process that listens on the port, None when it cannot be seen."""
+    try:
+        connections = psutil.net_connections(kind="tcp")
+    except (psutil.Error, OSError):
+        return None
+    return next((each.pid for each in connections if _listens_on(each, port) and each.pid), None)
 
 
 def is_listener(pid: int, port: int) -> bool:

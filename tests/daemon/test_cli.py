@@ -755,9 +755,17 @@ def test_drain_shows_what_is_still_there_and_may_be_interrupted(
 # Nobody there
 
 
-def test_without_a_daemon_one_line_says_what_to_do(no_daemon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+STARTS = {True: "`systemctl start llamavisor` or `llamavisor serve`", False: "`llamavisor serve`"}
+"""How a daemon is started, with systemd and without."""
+
+
+@pytest.mark.parametrize("has_systemd", [True, False])
+def test_without_a_daemon_one_line_says_what_to_do(
+    no_daemon: Path, has_systemd: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It names the socket, and the reason: nothing there, nobody behind it, or not a socket at all."""
-    start = "start one: `systemctl start llamavisor` or `llamavisor serve`"
+    monkeypatch.setattr("llamavisord.cli.client.has_systemd", lambda: has_systemd)
+    start = f"start one: {STARTS[has_systemd]}"
     assert main(["status"]) == ExitCode.UNREACHABLE
     assert capsys.readouterr() == ("", f"llamavisor: no daemon at {no_daemon}: no such socket; {start}\n")
     with socket.socket(socket.AF_UNIX) as abandoned:
@@ -790,8 +798,12 @@ def test_a_daemon_that_is_silent_is_unreachable(tmp_path: Path) -> None:
     assert ticks
 
 
-def test_a_daemon_that_hangs_up_is_unreachable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("has_systemd", [True, False])
+def test_a_daemon_that_hangs_up_is_unreachable(
+    tmp_path: Path, has_systemd: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It may have been killed between the question and the answer."""
+    monkeypatch.setattr("llamavisord.cli.client.has_systemd", lambda: has_systemd)
     path = tmp_path / "rude.sock"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -804,7 +816,8 @@ def test_a_daemon_that_hangs_up_is_unreachable(tmp_path: Path, capsys: pytest.Ca
         thread.start()
         assert main(["status", "--socket", str(path)]) == ExitCode.UNREACHABLE
         thread.join()
-    hint = "see `systemctl status llamavisor`, and `llamavisor config check`"
+    where = "`systemctl status llamavisor`" if has_systemd else "its log"
+    hint = f"see {where}, and `llamavisor config check`"
     assert capsys.readouterr().err == f"llamavisor: the daemon at {path} closed the connection; {hint}\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pwd
+import signal
 import socket
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from fakes.bare_router import free_port
 from fakes.control_stub import ControlStub, device, folder, gateway, memory, model, router, status
 from fakes.waiting import eventually
 from llamavisord.cli import main
+from llamavisord.cli.errors import UnreachableError
 from llamavisord.doctor import CHECKS, Case, Check, Finding, Grade, examine, open_case
 from llamavisord.doctor.account import Account
 from llamavisord.doctor.finding import Findings, ok
 from llamavisord.exit_codes import ExitCode
+from llamavisord.places import has_systemd
 from llamavisord.tiny_model import write_tiny_model
-from running import RunningDaemon
+from running import RunningDaemon, config_of, start_with
 
 NOBODY = pwd.getpwnam("nobody")
 Start = Callable[..., RunningDaemon]
@@ -66,7 +69,7 @@ def configure(tmp_path: Path, write: Callable[[str], Path]) -> Callable[..., Pat
 def examined(environ: dict[str, str]) -> Callable[..., list[Finding]]:
     """Makes one check, or several, of a configuration; `changes` are made to the case."""
 
-    def examined(file: Path, *names: str, socket: Path | None = None, **changes: object) -> list[Finding]:
+    def examined(file: Path | None, *names: str, socket: Path | None = None, **changes: object) -> list[Finding]:
         def opened() -> Case:
             found = open_case(environ, config_file=file, socket=str(socket) if socket else None)
             return replace(found, **changes)  # type: ignore[arg-type]
@@ -416,14 +419,111 @@ def test_a_daemon_is_asked_where_it_knows_better(
     assert any(text.startswith("RAM: 14.0 GiB of 32.0 GiB free") for text in graded(findings, Grade.OK))
 
 
-def test_with_a_real_daemon(start: Start, tmp_path: Path) -> None:
-    """It is examined through its socket: its configuration, ports and folders are as it says, and nothing is wrong."""
-    with start() as daemon:
+def test_the_token_of_a_daemon(start: Start, examined: Examined, environ: dict[str, str]) -> None:
+    """A daemon is asked what it has, and says where it is from; what who asks has is nothing to it."""
+    daemon = start()
+    daemon.env["HF_TOKEN"] = "hf_secret"
+    with daemon:
+        findings = examined(None, "token", socket=daemon.socket)
+        status, body = daemon.call("GET", "/control/v1/hub/token")
+    assert graded(findings, Grade.OK) == ["the daemon has it in its environment (HF_TOKEN)"]
+    assert (status, body) == (200, {"origin": "environment"})
+    environ["HF_TOKEN"] = "hf_other"
+    daemon.env.pop("HF_TOKEN")
+    with daemon:
+        findings += examined(None, "token", socket=daemon.socket)
+    assert "there is one now, which the daemon does not have" in only(findings, Grade.NOTE).text
+    assert "hf_" not in repr(findings)
+
+
+def test_a_home_that_hangs(start: Start) -> None:
+    """Where the token is from is told late or not at all, takes one thread, and keeps nobody else waiting."""
+    daemon = start()
+    hang = "import threading, llamavisord.control as control\ncontrol.TOKEN_S = 0.2"
+    start_with(daemon, f"{hang}\ncontrol.find_origin = lambda environ: threading.Event().wait()")
+    with daemon:
+        answers = [daemon.call("GET", "/control/v1/hub/token") for _ in range(3)]
+        assert [(status, body["code"]) for status, body in answers] == [(504, "wait_timeout")] * 3
+        assert daemon.status()["pid"] == daemon.pid
+
+
+@pytest.fixture
+def configured(
+    tmp_path: Path, models_dir: Path, fake_llama_server: Callable[..., Path], free_port: int
+) -> RunningDaemon:
+    """A daemon that has a configuration file."""
+    state = f'state_dir = "{tmp_path / "state"}"'
+    return RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config_of(models_dir, free_port, state))
+
+
+def test_with_a_daemon_of_another_configuration(configured: RunningDaemon, tmp_path: Path) -> None:
+    """The file that is named is judged by itself, and it is said that the daemon that runs has another one."""
+    other = tmp_path / "other.toml"
+    with configured as daemon:
         daemon.wait_for_gateway()
-        daemon.config.write_text(
-            f'models_dir = "{tmp_path / "models"}"\nport = {daemon.port}\nstate_dir = "{daemon.state_dir}"\n'
-            f"[metrics]\nport = {daemon.metrics_port}\n"
-        )
+        other.write_text(daemon.config.read_text().replace(str(daemon.state_dir), f"{tmp_path}/elsewhere"))
+        done = daemon.cli("doctor", "--json", "--config", str(other))
+    told = json.loads(done.stdout)
+    texts = [finding["text"] for finding in told["findings"]]
+    assert f"the daemon that runs (pid {daemon.pid}) has another configuration: {daemon.config}" in texts
+    assert f"{tmp_path}/elsewhere (state) is not there yet, and can be made" in texts
+    taken = f"taken by the daemon (pid {daemon.pid}), which runs with another configuration"
+    assert len([text for text in texts if text.endswith(taken)]) >= 1
+    assert not [text for text in texts if "has been changed since" in text or "the daemon says" in text]
+    assert told["counts"]["problem"] == 0, [each for each in told["findings"] if each["grade"] == "problem"]
+
+
+@pytest.mark.parametrize("serve", ["gateway", "router"])
+def test_with_a_daemon_that_hangs(configured: RunningDaemon, serve: str) -> None:
+    """It is one problem, said soon and with what to do; what it and its routers hold is no problem of ports."""
+    if serve == "router":
+        configured.env["LLAMAVISOR_SERVE"] = "router"
+    with configured as daemon:
+        daemon.wait_for_router("ready")
+        if serve == "gateway":
+            daemon.wait_for_gateway()
+        began = time.monotonic()
+        daemon.signal(signal.SIGSTOP)
+        try:
+            done = daemon.cli("doctor", "--json", "--config", str(daemon.config))
+        finally:
+            daemon.signal(signal.SIGCONT)
+        took_s = time.monotonic() - began
+    findings = json.loads(done.stdout)["findings"]
+    (found,) = [each for each in findings if each["grade"] == "problem"]
+    assert found["text"] == f"the daemon (pid {daemon.pid}) does not answer"
+    assert found["hint"] == f"somebody has stopped it: `kill -CONT {daemon.pid}` has it go on"
+    taken = [each["text"] for each in findings if each["check"] == "ports" and each["grade"] == "note"]
+    assert any(f"taken by the daemon (pid {daemon.pid}), which does not answer" in text for text in taken)
+    assert not [each for each in findings if "systemctl" in (each["hint"] or "")] or has_systemd()
+    assert took_s < 9
+
+
+def test_with_a_daemon_of_somebody_else(
+    examined: Examined, configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not for who asks to write is no problem, and nobody is told to take it over."""
+    path = tmp_path / "control.sock"
+    path.touch()
+    silence = UnreachableError(f"not permitted to use {path}", exit_code=ExitCode.NOT_PERMITTED)
+    nobody = Account.of(NOBODY.pw_uid, frozenset({NOBODY.pw_gid}))
+    monkeypatch.setattr(Account, "mine", lambda: nobody)
+    (tmp_path / "state").mkdir(mode=0o700)
+    findings = examined(configure(), "state", silence=silence, account=nobody)
+    (token,) = examined(configure(), "token", silence=silence, account=nobody)
+    assert (token.grade, token.hint) == (Grade.NOTE, "ask as root")
+    owner = pwd.getpwuid(os.geteuid()).pw_name
+    if os.geteuid() != NOBODY.pw_uid:
+        text = f"{tmp_path}/state (state) is not yours to write: the daemon runs as {owner}"
+        assert only(findings, Grade.NOTE).text == text
+    assert not graded(findings, Grade.PROBLEM)
+    assert not [finding for finding in findings if "chown" in finding.hint]
+
+
+def test_with_a_real_daemon(configured: RunningDaemon) -> None:
+    """It is examined through its socket: its configuration, ports and folders are as it says, and nothing is wrong."""
+    with configured as daemon:
+        daemon.wait_for_gateway()
         done = daemon.cli("doctor", "--json", "--config", str(daemon.config))
     told = json.loads(done.stdout)
     texts = [finding["text"] for finding in told["findings"]]

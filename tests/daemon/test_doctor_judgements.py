@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -231,11 +232,20 @@ def test_a_socket_unit_that_says_another_address(tmp_path: Path) -> None:
 
 def test_clocks() -> None:
     """One that nobody keeps is a warning, one of another decade a problem; one that does not tell is not called bad."""
-    now = 1_800_000_000.0
-    assert worst(clock.judge(Kept(is_synchronised=True, error_s=0.02), now=now)).grade is Grade.OK
-    assert worst(clock.judge(Kept(is_synchronised=False, error_s=16.0), now=now)).grade is Grade.WARNING
-    assert worst(clock.judge(PermissionError(1, "Operation not permitted"), now=now)).grade is Grade.NOTE
-    assert worst(clock.judge(Kept(is_synchronised=True, error_s=0.0), now=0.0)).grade is Grade.PROBLEM
+    judge = partial(clock.judge, now=1_800_000_000.0, has_systemd=True)
+    assert worst(judge(Kept(is_synchronised=True, error_s=0.02))).grade is Grade.OK
+    assert worst(judge(Kept(is_synchronised=False, error_s=16.0))).grade is Grade.WARNING
+    assert worst(judge(PermissionError(1, "Operation not permitted"))).grade is Grade.NOTE
+    assert worst(judge(Kept(is_synchronised=True, error_s=0.0), now=0.0)).grade is Grade.PROBLEM
+
+
+@pytest.mark.parametrize("has_systemd", [True, False])
+@pytest.mark.parametrize("now", [0.0, 1_800_000_000.0])
+def test_the_clock_is_set_by_what_is_there(has_systemd: bool, now: float) -> None:
+    """Nobody is told to call systemd where it does not run."""
+    found = worst(clock.judge(Kept(is_synchronised=False, error_s=16.0), now=now, has_systemd=has_systemd))
+    assert ("timedatectl" in found.hint) == has_systemd
+    assert found.hint
 
 
 def test_this_clock_can_be_asked() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from llamavisor.hub import HubError, Why
-from llamavisor.hub.access import CREDENTIAL, ENDPOINT, Token, find_access
+from llamavisor.hub.access import CREDENTIAL, ENDPOINT, Origin, Token, find_access, find_origin, login_file
 
 
 @pytest.fixture
@@ -35,6 +37,33 @@ def test_which_token_counts(login: Path, tmp_path: Path) -> None:
     (tmp_path / CREDENTIAL).write_text("hf_credential\n")
     assert sent(credentials) == "Bearer hf_credential"
     assert sent({**credentials, "HF_TOKEN": " hf_environ "}) == "Bearer hf_environ"
+
+
+def test_where_the_token_is_from(tmp_path: Path) -> None:
+    """The same order, told by whether the files are there: neither is read, and one that may not be read is told."""
+    environ = {"HOME": str(tmp_path), "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert find_origin(environ) is None
+    login = tmp_path / ".cache/huggingface/token"
+    login.parent.mkdir(parents=True)
+    login.touch()
+    assert find_origin(environ) is None
+    login.write_text("hf_login\n")
+    assert find_origin(environ) is Origin.LOGIN
+    (tmp_path / CREDENTIAL).write_text("hf_credential\n")
+    assert find_origin(environ) is Origin.CREDENTIAL
+    assert find_origin({**environ, "HF_TOKEN": "hf_environ"}) is Origin.ENVIRONMENT
+    assert find_origin({"HF_TOKEN": " ", "HF_TOKEN_PATH": f"{login}/none"}) is Origin.LOGIN
+
+
+@pytest.mark.parametrize(
+    "environ", [{}, {"HF_HOME": "/hub"}, {"XDG_CACHE_HOME": "/cache"}, {"HF_TOKEN_PATH": "/token", "HF_HOME": "/hub"}]
+)
+def test_where_a_login_is_left(environ: dict[str, str]) -> None:
+    """It is looked for where huggingface_hub, started with this environment, reads it."""
+    environ = {**environ, "HOME": "/home/me"}
+    code = "from huggingface_hub import constants; print(constants.HF_TOKEN_PATH)"
+    told = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert str(login_file(environ)) == told.stdout.strip()
 
 
 def test_a_token_is_not_shown() -> None:

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from llamavisord.cli.errors import CommandError, UnreachableError
+from llamavisord.cli.errors import CommandError, SilentError, UnreachableError
 from llamavisord.exit_codes import ExitCode
-from llamavisord.places import SOCKET_BYTES_MAX, Places
+from llamavisord.places import SOCKET_BYTES_MAX, Places, has_systemd
 
-ANSWER_TIMEOUT_S = 10.0
+ANSWER_TIMEOUT_S = 15.0
+"""A daemon that has just begun takes up to 10 s to look at its folders before it says what models there are."""
 EVENT_TIMEOUT_S = 60.0
 """The daemon says every 15 s that an event stream is still alive."""
 _GRACE_S = 10.0
@@ -227,13 +228,18 @@ class _UnixConnection(HTTPConnection):
             if isinstance(exc, CommandError):
                 raise
             if self._is_connected:
-                hint = "see `systemctl status llamavisor`, and `llamavisor config check`"
+                hint = f"see {_account()}, and `llamavisor config check`"
                 raise UnreachableError(f"the daemon at {self._path} closed the connection", hint=hint) from exc
             raise _unreachable(self._path, exc) from exc
 
-    def _silent(self) -> UnreachableError:
-        hint = "see `systemctl status llamavisor`"
-        return UnreachableError(f"the daemon at {self._path} does not answer", hint=hint)
+    def _silent(self) -> SilentError:
+        hint = f"see {_account()}, and `llamavisor doctor`"
+        return SilentError(f"the daemon at {self._path} does not answer", hint=hint)
+
+
+def _account() -> str:
+    """Where a daemon that says nothing has told of itself."""
+    return "`systemctl status llamavisor`" if has_systemd() else "its log"
 
 
 def model_path(name: str, command: str = "") -> str:
@@ -285,9 +291,8 @@ def _unreachable(path: Path, exc: Exception) -> UnreachableError:
         errno.ECONNREFUSED: "nobody listens on it",
         errno.ENOTSOCK: "it is not a socket",
     }.get(getattr(exc, "errno", None) or 0, str(exc))
-    return UnreachableError(
-        f"no daemon at {path}: {reason}", hint="start one: `systemctl start llamavisor` or `llamavisor serve`"
-    )
+    start = "`systemctl start llamavisor` or `llamavisor serve`" if has_systemd() else "`llamavisor serve`"
+    return UnreachableError(f"no daemon at {path}: {reason}", hint=f"start one: {start}")
 
 
 def _group_hint(path: Path) -> str:

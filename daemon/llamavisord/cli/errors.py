@@ -33,6 +33,10 @@ class UnreachableError(CommandError, OSError):
         super().__init__(message, hint=hint, exit_code=exit_code)
 
 
+class SilentError(UnreachableError):
+    """Raised when there is a daemon on the socket, and it does not answer."""
+
+
 def with_hint(message: str, hint: str) -> str:
     """Both on one line; a hint is either a sentence of its own or the end of one."""
     if not hint:

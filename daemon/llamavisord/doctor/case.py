@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import pwd
+import socket as socket_module
+import struct
 import subprocess
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,21 +17,25 @@ from llamavisor import binary
 from llamavisor.binary import Binary
 from llamavisor.settings import RouterSettings
 from llamavisord.cli.client import Client, find_socket
-from llamavisord.cli.errors import CommandError
+from llamavisord.cli.errors import CommandError, SilentError
 from llamavisord.config import Config
 from llamavisord.doctor.account import Account
 from llamavisord.exit_codes import ExitCode
 from llamavisord.loading import load
-from llamavisord.places import Places
+from llamavisord.places import Places, has_systemd
 from llamavisord.problems import ConfigError, Problem
 from llamavisord.variables import Variable
 
 UNIT = "llamavisor.service"
 USER = "llamavisor"
 """Whom `install-service` has it run as."""
+STATUS_S = 5.0
+"""How long the daemon may take to say how it is, for which it waits for nothing."""
 SYSTEMD_S = 5.0
 """How long systemd may take to answer."""
 Ask = Callable[..., str]
+_CREDENTIALS = struct.Struct("3i")
+"""`struct ucred` of unix(7): the ids of the process, its user and its group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +49,10 @@ class Case:
         config: the configuration, None if it cannot be used.
         mistakes: why not.
         socket: where a daemon is looked for.
-        status: what it says of itself, None if none answers.
-        silence: why none does.
+        status: what it says of itself, None if none answers that runs with this configuration.
+        silence: why none answers.
+        other: what one says of itself that answers and runs with another configuration.
+        pid: the process of the daemon, also of one that does not answer; None if it cannot be seen.
         account: the user that the daemon runs as, or would.
         is_service: whether it is, or would be, the service of the machine, whose places are not those of who asks.
         systemctl: asks systemd; raises OSError if it cannot be asked.
@@ -59,6 +67,8 @@ class Case:
     socket: Path
     status: Mapping[str, Any] | None = None
     silence: CommandError | None = None
+    other: Mapping[str, Any] | None = None
+    pid: int | None = None
     account: Account
     is_service: bool = False
     systemctl: Ask
@@ -71,8 +81,23 @@ class Case:
 
     @property
     def has_systemd(self) -> bool:
-        """Whether systemd is process 1; see sd_booted(3)."""
-        return (self.root / "run/systemd/system").is_dir()
+        """Whether systemd is process 1."""
+        return has_systemd(self.root)
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether there is a daemon that does not answer."""
+        return isinstance(self.silence, SilentError)
+
+    @property
+    def owner(self) -> str | None:
+        """Whose daemon it is, most likely, that who asks may not speak to; None if it is no one else's."""
+        if not self.is_barred or self.account != Account.mine():
+            return None
+        for place in (self.socket, self.socket.parent):
+            with suppress(OSError):
+                return Account.of(place.stat().st_uid, frozenset()).name
+        return "another user"
 
     def env_of(self, router: RouterSettings) -> dict[str, str]:
         """The environment that a router's llama-server is asked in."""
@@ -109,7 +134,12 @@ def open_case(environ: Mapping[str, str], *, config_file: Path | None = None, so
     path = find_socket(socket, environ)
     case = Case(environ=environ, socket=path, account=Account.mine(), systemctl=_systemctl)
     try:
-        case = replace(case, status=Client(path).get("/control/v1/status"))
+        status = Client(path).call("GET", "/control/v1/status", {}, timeout_s=STATUS_S)
+        is_meant = config_file is None or _is_same(config_file, status["config_path"])
+        case = replace(case, status=status) if is_meant else replace(case, other=status)
+        case = replace(case, pid=status["pid"])
+    except SilentError as error:
+        case = replace(case, silence=error, pid=_listener(path))
     except CommandError as error:
         case = replace(case, silence=error)
     if config_file is None and case.status is not None and case.status["config_path"] is not None:
@@ -125,11 +155,30 @@ def open_case(environ: Mapping[str, str], *, config_file: Path | None = None, so
         return replace(case, mistakes=error.problems)
 
 
+def _is_same(file: Path, other: str | None) -> bool:
+    return other is not None and file.resolve() == Path(other).resolve()
+
+
+def _listener(path: Path) -> int | None:
+    """The process behind a socket, which may well be asleep: who began to listen, or for whom systemd did."""
+    try:
+        with closing(socket_module.socket(socket_module.AF_UNIX)) as asking:
+            asking.settimeout(STATUS_S)
+            asking.connect(str(path))
+            raw = asking.getsockopt(socket_module.SOL_SOCKET, socket_module.SO_PEERCRED, _CREDENTIALS.size)
+        pid: int = _CREDENTIALS.unpack(raw)[0]
+        if pid == 1 and has_systemd():
+            return int(_systemctl("show", "--property=MainPID", "--value", UNIT)) or None
+    except (OSError, ValueError):
+        return None
+    return pid
+
+
 def _account(case: Case, *, is_service: bool) -> Account:
-    """The user of the daemon that answers, else of the unit if the configuration is the machine's, else who asks."""
-    if case.status is not None:
+    """The user of the daemon that runs, else of the unit if the configuration is the machine's, else who asks."""
+    if case.pid is not None and case.other is None:
         try:
-            proc = Path("/proc", str(case.status["pid"]))
+            proc = Path("/proc", str(case.pid))
             text = (proc / "status").read_text(encoding="ascii", errors="replace")
             fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
             uid, gid = (int(fields[key].split()[1]) for key in ("Uid", "Gid"))  # the effective ones

@@ -63,25 +63,27 @@ def look(case: Case) -> Findings:
         told: Kept | OSError = kept()
     except OSError as error:
         told = error
-    yield from judge(told, now=time.time())
+    yield from judge(told, now=time.time(), has_systemd=case.has_systemd)
     if case.status is not None:
         slept_s = time.clock_gettime(time.CLOCK_BOOTTIME) - time.clock_gettime(time.CLOCK_MONOTONIC)
         jumped_s = time.time() - case.status["started_unix"] - case.status["uptime_s"]
         yield from judge_jump(jumped_s, slept_s)
 
 
-def judge(told: Kept | OSError, *, now: float) -> Findings:
+def judge(told: Kept | OSError, *, now: float, has_systemd: bool) -> Findings:
     """What is to be said of the clock at `now`, in Unix seconds. Pure."""
     if now < EARLIEST_UNIX:
         year = time.gmtime(now).tm_year
-        yield problem(f"the clock says {year}: certificates are not valid, downloads fail", "set it: timedatectl")
+        setting = "timedatectl set-time" if has_systemd else "date -s"
+        yield problem(f"the clock says {year}: certificates are not valid, downloads fail", f"set it: `{setting}`")
     if isinstance(told, OSError):
         yield note(f"whether the clock is kept cannot be seen: {told.strerror}")
     elif told.is_synchronised:
         yield ok(f"synchronised, at most {told.error_s:.2f} s off")
     else:
         text = "the clock is kept by nobody: times in logs drift, and it may jump when somebody sets it"
-        yield warning(text, "`timedatectl set-ntp true`, or install chrony; in a virtual machine its host may keep it")
+        keeper = "`timedatectl set-ntp true`, or install chrony" if has_systemd else "install chrony"
+        yield warning(text, f"{keeper}; in a virtual machine its host may keep it")
 
 
 def judge_jump(jumped_s: float, slept_s: float) -> Findings:

@@ -27,6 +27,10 @@ def look(case: Case) -> Findings:
         yield problem(f"{config.path} cannot be read by {name}: {bar}", f"chgrp {name} and chmod g+r")
     for text in config.warnings:
         yield warning(text)
+    if case.other is not None:
+        theirs = case.other["config_path"] or "no file"
+        text = f"the daemon that runs (pid {case.pid}) has another configuration: {theirs}"
+        yield note(text, "this is about a daemon yet to be started; leave out --config to have that one examined")
     if case.status is None:
         return
     if case.status["config_error"]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import grp
 import stat
+from contextlib import suppress
+
+import psutil
 
 from llamavisord import __version__
 from llamavisord.doctor.case import Case
@@ -12,21 +15,28 @@ from llamavisord.exit_codes import ExitCode
 
 
 def look(case: Case) -> Findings:
-    """There are three cases.
+    """There are four cases.
 
-    1. A daemon answers.
-    2. There is no socket: none runs, which is no fault.
-    3. There is one, and nobody can be spoken to on it.
+    1. A daemon answers, with the configuration that is meant or with another one.
+    2. There is one, and it does not answer.
+    3. There is no socket: none runs, which is no fault.
+    4. There is one, and nobody can be spoken to on it.
     """
+    if case.other is not None:
+        yield ok(f"{case.socket}: llamavisor {case.other['version']} answers, pid {case.pid}, another configuration")
+        return
     if case.status is not None:
         version = case.status["version"]
-        yield ok(f"{case.socket}: llamavisor {version} answers, pid {case.status['pid']}, user {case.account.name}")
+        yield ok(f"{case.socket}: llamavisor {version} answers, pid {case.pid}, user {case.account.name}")
         if version != __version__:
             yield warning(f"the daemon is {version}, and this command is {__version__}", "restart the daemon")
         yield from _who_may(case)
         return
     silence = case.silence
     if silence is None:
+        return
+    if case.is_hung and case.pid is not None:
+        yield problem(f"the daemon (pid {case.pid}) does not answer", _wake(case, case.pid))
         return
     try:
         is_there = case.socket.lstat() is not None
@@ -38,6 +48,16 @@ def look(case: Case) -> Findings:
         yield note(f"no daemon runs: there is no {case.socket}", silence.hint)
     else:
         yield problem(str(silence), silence.hint)
+
+
+def _wake(case: Case, pid: int) -> str:
+    """What to do about a daemon that does not answer."""
+    with suppress(psutil.Error):
+        if psutil.Process(pid).status() == psutil.STATUS_STOPPED:
+            return f"somebody has stopped it: `kill -CONT {pid}` has it go on"
+    if case.has_systemd:
+        return "`journalctl -u llamavisor -e` shows what it did last; `systemctl restart llamavisor` starts it anew"
+    return f"its log shows what it did last; `kill -ABRT {pid}` has it tell there where it hangs, and ends it"
 
 
 def _who_may(case: Case) -> Findings:

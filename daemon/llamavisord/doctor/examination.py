@@ -27,7 +27,7 @@ from llamavisord.doctor.finding import Finding, Findings, Grade, note, problem
 DEADLINE_S = 10.0
 """Of a check that looks at files of the kernel, a socket, or a folder."""
 OPENING_S = 20.0
-"""The daemon alone may take ten seconds to say nothing."""
+"""The daemon and systemd may take five seconds each to say nothing."""
 FOLDER_S = 30.0
 """Ten thousand files on a slow disk take so long at the first look."""
 PROGRAM_S = 90.0

@@ -68,6 +68,9 @@ def _look_into(case: Case, folder: Path) -> Findings:
     if not is_folder:
         yield problem(f"{folder} is no folder", "name the folder that the GGUF files are in")
         return
+    if bar and case.owner is not None:
+        yield note(f"{folder} is not yours to read: the daemon runs as {case.owner}", "ask as root")
+        return
     if bar:
         name = case.account.name
         hint = f"let {name} read it: chgrp {name} and chmod g+rx, or install-service, which does that"

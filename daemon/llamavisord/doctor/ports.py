@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+import psutil
+
 from llamavisor.cause import Verdict
-from llamavisor.ports import find_port, holder_of
+from llamavisor.ports import find_port, holder_of, listener_of
 from llamavisord.addresses import LOOPBACK, is_loopback
 from llamavisord.config import Config
 from llamavisord.doctor.case import Case
@@ -76,6 +78,10 @@ def _try(address: Address, case: Case) -> Findings:
     if ":" in address.host and "taken" not in found.reason:
         yield note(f"{address}: this machine has no such address, and does without")
         return
+    if case.pid is not None and case.status is None and _is_of(case.pid, listener_of(address.port)):
+        how = "does not answer" if case.is_hung else "runs with another configuration"
+        yield note(f"{address}: taken by the daemon (pid {case.pid}), which {how}")
+        return
     holder = holder_of(address.port)
     if holder is not None and holder.startswith("systemd "):
         yield ok(f"{address}: systemd listens for the daemon")
@@ -85,3 +91,13 @@ def _try(address: Address, case: Case) -> Findings:
         yield problem(f"{address}: {found.reason}", "ask as root who holds it; end that, or choose another port")
     else:
         yield problem(f"{address}: {found.reason}", found.hint)
+
+
+def _is_of(daemon: int, pid: int | None) -> bool:
+    """Whether a process is the daemon, or one that it has started, such as a router."""
+    if pid is None:
+        return False
+    try:
+        return daemon in {pid, *(parent.pid for parent in psutil.Process(pid).parents())}
+    except psutil.Error:
+        return False

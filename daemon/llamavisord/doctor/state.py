@@ -9,7 +9,7 @@ from llamavisor.catalog.disk import disk_of
 from llamavisor.units import format_size
 from llamavisord.doctor.account import Account
 from llamavisord.doctor.case import Case
-from llamavisord.doctor.finding import Findings, ok, problem, warning
+from llamavisord.doctor.finding import Findings, note, ok, problem, warning
 
 LEAST_BYTES = 64 * 1024**2
 """Less, and what is learned cannot be written down for long."""
@@ -20,11 +20,11 @@ def look(case: Case) -> Findings:
     """Each that differs."""
     assert case.config is not None  # noqa: S101 (the check needs one)
     state_dir, log_dir = case.config.state_dir, case.config.log_dir
-    yield from _judge("state", state_dir, case.account)
+    yield from _judge("state", state_dir, case)
     # What is kept of the logs: the file that is written to and two older ones, of each router.
     logs = 3 * case.config.log_size_bytes * len(case.config.routers)
     if not log_dir.is_relative_to(state_dir):
-        yield from _judge("logs", log_dir, case.account)
+        yield from _judge("logs", log_dir, case)
     there = _there(log_dir)
     disk = disk_of(str(there))
     if disk is None:
@@ -39,8 +39,8 @@ def look(case: Case) -> Findings:
         yield ok(f"{format_size(disk.free_bytes)} free for state and logs")
 
 
-def _judge(what: str, folder: Path, account: Account) -> Findings:
-    there = _there(folder)
+def _judge(what: str, folder: Path, case: Case) -> Findings:
+    there, account = _there(folder), case.account
     try:
         status = there.stat()
         bar = account.barred(there, _WRITE)
@@ -49,6 +49,8 @@ def _judge(what: str, folder: Path, account: Account) -> Findings:
         return
     if not there.is_dir():
         yield problem(f"{there} is in the way: it is no folder, and {folder} ({what}) is to be one", "move it away")
+    elif bar and case.owner is not None:
+        yield note(f"{folder} ({what}) is not yours to write: the daemon runs as {case.owner}", "ask as root")
     elif bar:
         hint = f"chown {account.name} {folder}, or name another folder"
         yield problem(f"{folder} ({what}) cannot be written by {account.name}: {bar}", hint)

@@ -132,11 +132,13 @@ class Door:
                 text = await run_in_thread(_explain, host, port, error)
                 if traffic.problem != text:
                     traffic.problem = text
+                    traffic.has_tried.set()
                     self._bus.publish(Warned(subject="gateway", text=text))
             await anyio.sleep(RETRY_S)
         try:
             traffic.problem = None
             traffic.urls = tuple(_url(*listener.getsockname()[:2]) for listener in listeners)
+            traffic.has_tried.set()
             self._bus.publish(GatewayListening(urls=traffic.urls))
             yield listeners
         finally:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from llamavisor.hub.failure import HubError, Why
@@ -52,8 +54,7 @@ class Access:
 def find_access(environ: Mapping[str, str]) -> Access:
     """What the environment says. Blocking: it reads files, and an expired login of `hf auth login` is renewed.
 
-    The token is, the first of these that there is: HF_TOKEN, the credential `huggingface.token` of systemd, what
-    `hf auth login` has left in the home of this user.
+    The token is from the first `Origin` that there is.
 
     Raises:
         HubError: the address is none, or the token is no token.
@@ -65,11 +66,55 @@ def find_access(environ: Mapping[str, str]) -> Access:
     return Access(endpoint, is_offline, None if is_offline else _find_token(environ))
 
 
+class Origin(StrEnum):
+    """Where a token is from, the first of these that there is."""
+
+    ENVIRONMENT = "environment"
+    """HF_TOKEN."""
+    CREDENTIAL = "credential"
+    """The credential `huggingface.token` of systemd."""
+    LOGIN = "login"
+    """What `hf auth login` has left in the home of this user."""
+
+
+def find_origin(environ: Mapping[str, str]) -> Origin | None:
+    """Where `find_access` takes the token from, None without one. Blocking: it sees whether files are there."""
+    if environ.get("HF_TOKEN", "").strip():
+        return Origin.ENVIRONMENT
+    path = _credential_file(environ)
+    if path is not None and _has_content(path):
+        return Origin.CREDENTIAL
+    return Origin.LOGIN if _has_content(login_file(environ)) else None
+
+
+def login_file(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps a token: HF_TOKEN_PATH, else `token` in HF_HOME, else that below the cache folder."""
+    if named := environ.get("HF_TOKEN_PATH"):
+        return Path(named)
+    if home := environ.get("HF_HOME"):
+        return Path(home, "token")
+    own = environ.get("HOME") or os.path.expanduser("~")  # noqa: PTH111 (Path's raises without a home)
+    return Path(environ.get("XDG_CACHE_HOME") or f"{own}/.cache", "huggingface", "token")
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # something is there, and a pull says what is wrong with it
+
+
+def _credential_file(environ: Mapping[str, str]) -> Path | None:
+    folder = environ.get("CREDENTIALS_DIRECTORY", "")
+    return Path(folder, CREDENTIAL) if folder.startswith("/") else None
+
+
 def _find_token(environ: Mapping[str, str]) -> Token | None:
     if text := environ.get("HF_TOKEN", "").strip():
         return _token(text, "HF_TOKEN")
-    if (folder := environ.get("CREDENTIALS_DIRECTORY", "")).startswith("/"):
-        path = Path(folder, CREDENTIAL)
+    if (path := _credential_file(environ)) is not None:
         try:
             with path.open("rb") as file:
                 text = file.read(_TOKEN_BYTES).decode("ascii", errors="replace").strip()
