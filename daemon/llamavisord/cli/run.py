@@ -77,6 +77,9 @@ class _Session:
                 for piece in pieces:
                     progress.close()
                     voice.say(piece.text, is_reasoning=piece.is_reasoning)
+        except KeyboardInterrupt:
+            voice.is_cut = self.notes.is_terminal
+            raise
         finally:
             progress.close()
             voice.end()
@@ -97,9 +100,14 @@ class _Session:
 
 
 class _Voice:
-    """Says what a model says: reasoning dimmed on a terminal, and left out elsewhere."""
+    """Says what a model says: reasoning dimmed on a terminal, and left out elsewhere.
+
+    Attributes:
+        is_cut: whether a ^C stands behind what was said, and who tells of it begins a new line.
+    """
 
     def __init__(self, screen: Screen) -> None:
+        self.is_cut = False
         self._screen = screen
         self._was_reasoning = False
         self._last = "\n"
@@ -114,7 +122,7 @@ class _Voice:
 
     def end(self) -> None:
         """Have what comes next begin on a line of its own."""
-        if self._last != "\n":
+        if self._last != "\n" and not (self.is_cut and self._screen.is_terminal):
             self._write("\n")
 
     def _write(self, text: str, colour: str = "") -> None:
@@ -178,6 +186,7 @@ def _chat(session: _Session) -> int:
             try:
                 session.answer(line)
             except KeyboardInterrupt:
+                print()
                 session.note("stopped")
             except CommandError as error:
                 session.complain(error)
