@@ -175,8 +175,9 @@ def test_the_key_comes_from_a_file_or_the_environment(env: dict[str, str], talke
 @pytest.mark.parametrize(
     ("status_code", "message", "line", "code"),
     [
-        (401, "Invalid API Key", "Invalid API Key; give a key", ExitCode.NOT_PERMITTED),
-        (403, "not this model", "not this model; give a key", ExitCode.NOT_PERMITTED),
+        (401, "Invalid API Key", "Invalid API Key; give another key", ExitCode.NOT_PERMITTED),
+        (403, "not this model", "not this model; give another key", ExitCode.NOT_PERMITTED),
+        (400, "model 'alpha' is invalid: why", "model 'alpha' is invalid: why; see", ExitCode.NOT_FOUND),
         (400, "model 'alpha' not found", "model 'alpha' not found; see `llamavisor models`", ExitCode.NOT_FOUND),
         (503, "it is too large", "it is too large; try again in 30 s", ExitCode.FAILED),
     ],
@@ -186,9 +187,26 @@ def test_a_refusal_is_one_line(
 ) -> None:
     """In the words of the gateway, with what to do and an exit code that says what kind it is."""
     talker.refuse(status_code, message, Retry_After="30")
-    done = run(env, "alpha", "hi")
+    done = run({**env, "LLAMAVISOR_API_KEY": "mine"}, "alpha", "hi")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert done.stderr.startswith(f"llamavisor: {line}")
+
+
+def test_a_key_that_is_wanted_and_was_not_given_is_told(env: dict[str, str], talker: Talker) -> None:
+    """It is no invalid one."""
+    talker.refuse(401, "Invalid API Key")
+    done = run(env, "alpha", "hi")
+    said = "llamavisor: the gateway wants an API key, and none was given; give one in LLAMAVISOR_API_KEY or with "
+    assert (done.returncode, done.stderr) == (ExitCode.NOT_PERMITTED, f"{said}--api-key-file\n")
+
+
+def test_wrong_usage_shows_the_usage_of_its_command(env: dict[str, str]) -> None:
+    """Of one of several words, too; a prompt that looks like an option is told how to be one."""
+    done = run(env, "alpha", "-x")
+    assert done.stderr.startswith("usage: llamavisor run [-h]")
+    assert "unrecognized arguments: -x; a prompt that begins with a dash stands behind --" in done.stderr
+    nested = subprocess.run([*COMMAND[:-1], "config", "check", "--nix"], capture_output=True, text=True, check=False)
+    assert nested.stderr.startswith("usage: llamavisor config check [-h]")
 
 
 def test_an_answer_that_ends_with_an_error_keeps_what_was_said(env: dict[str, str], talker: Talker) -> None:
