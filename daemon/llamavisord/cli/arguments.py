@@ -144,7 +144,8 @@ def _add_run(commands: Commands) -> None:
         "run",
         "ask a model, or chat with it",
         details="The answer is streamed to standard output; what is piped in follows the prompt. Without a prompt, on "
-        "a terminal: a chat, line by line, with /clear and /bye. Ctrl-C ends an answer, and Ctrl-D the chat.",
+        "a terminal: a chat, line by line, in which /help says what else can be typed. Ctrl-C ends an answer, and "
+        "Ctrl-D the chat.",
         talks=True,
     )
     add = run.add_argument
