@@ -85,6 +85,11 @@ class Places:
         return self._xdg(Variable.XDG_STATE_HOME, ".local/state") / "llamavisor"
 
     @property
+    def history(self) -> Path:
+        """What the user has typed in chats; root's is root's own too, and not the daemon's."""
+        return self._xdg(Variable.XDG_STATE_HOME, ".local/state") / "llamavisor" / "chat_history"
+
+    @property
     def log_dir(self) -> Path | None:
         """The folder for the routers' output; None leaves it inside the state."""
         return self._first_of(Variable.LOGS_DIRECTORY)

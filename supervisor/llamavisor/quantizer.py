@@ -136,7 +136,7 @@ class Quantizer:
             header_bytes = gguf.read(order.source).data_offset
             source_bytes = sum(part.stat().st_size for part in parts)
         except gguf.GgufError as exc:
-            raise QuantizeError(f"{order.source}: {exc}", hint=exc.hint) from exc
+            raise QuantizeError(str(exc), hint=exc.hint) from exc  # it names the file
         except OSError as exc:
             raise QuantizeError(f"{exc.filename or order.source} cannot be read: {exc.strerror}") from exc
         if "--dry-run" not in self._help:

@@ -39,6 +39,7 @@ from llamavisord.cli.render import Progress, Screen
 from llamavisord.config import Config, ConfigError
 from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
+from terminal import INTERRUPT, Terminal
 
 NOBODY = 65534
 COMMAND = [sys.executable, "-m", "llamavisord"]
@@ -1173,3 +1174,36 @@ def test_ctrl_c_ends_a_follower_with_its_own_exit_code(stub: ControlStub) -> Non
         follower.send_signal(signal.SIGINT)
         _, err = follower.communicate(timeout=TIMEOUT_S)
     assert (follower.returncode, err) == (130, "llamavisor: interrupted\n")
+
+
+@pytest.mark.parametrize(
+    "module", ["signal", "threading", "llamavisord.cli.program", "argparse", "llamavisord.cli.look", "http.client"]
+)
+def test_ctrl_c_amid_the_imports_ends_as_it_does_later(stub: ControlStub, module: str) -> None:
+    """From the first line of the program on there is no traceback."""
+    code = (
+        "import os, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), 2)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from llamavisord.cli import main\n"
+        "sys.exit(main(['status']))\n"
+    )
+    # Without `site`, which may import for a path of an editable installation what is to be imported here.
+    argv = [sys.executable, "-S", "-c", code]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "llamavisor: interrupted\n")
+
+
+def test_a_ctrl_c_on_a_terminal_stands_on_a_line_of_its_own(stub: ControlStub) -> None:
+    """What is said of it begins a new one."""
+    stub.events([event(1)], hold=True)
+    with Terminal([*COMMAND, "events", "-f"], os.environ) as terminal:
+        terminal.until("ModelLoaded")
+        terminal.until("\n")
+        terminal.type(INTERRUPT)
+        assert terminal.wait() == 130
+    assert terminal.seen.endswith("\n^C\nllamavisor: interrupted\n")

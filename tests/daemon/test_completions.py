@@ -157,6 +157,23 @@ CASES = {
     "llamavisor show ggml-org/gemma-3:Q\t": ["show", "ggml-org/gemma-3:Q4_K_M"],
     "llamavisor show gg\t": ["show", "ggml-org/gemma-3:Q4_K_M"],
     "llamavisor pin alpha qw\t": ["pin", "alpha", "qwen3-8b"],
+    "llamavisor rm alpha qwen3-8b ggml-org/gemma-3:Q4_K_M \t": [
+        "rm",
+        "alpha",
+        "qwen3-8b",
+        "ggml-org/gemma-3:Q4_K_M",
+        "name with blanks",
+    ],
+    "llamavisor quantize spec\t Q4_K_M": ["quantize", "special.toml", "Q4_K_M"],
+    "llamavisor quantize qw\t Q8\t": ["quantize", "qwen3-8b", "Q8_0"],
+    "llamavisor quantize --force gg\t MX\t spec\t": [
+        "quantize",
+        "--force",
+        "ggml-org/gemma-3:Q4_K_M",
+        "MXFP4_MOE",
+        "special.toml",
+    ],
+    "llamavisor run alpha qw\t": ["run", "alpha", "qw"],
     "llamavisor unload --router sp\t alpha": ["unload", "--router", "spare", "alpha"],
     "llamavisor unload --router=sp\t alpha": ["unload", "--router=spare", "alpha"],
     "llamavisor pull --cancel ne\t": ["pull", "--cancel", "new-0123"],
@@ -195,10 +212,8 @@ def test_the_files_are_what_the_parser_says(name: str) -> None:
 def test_every_name_of_a_model_or_router_is_completed() -> None:
     """What is called so is known to be one, wherever it stands."""
     commands = {" ".join(command.path): command for command in outline()}
-    for words in ("load", "unload", "show", "pin", "models", "evict"):
-        value = commands[words].value
-        assert value is not None
-        assert value.kind is Kind.MODELS, words
+    for words in ("load", "unload", "show", "pin", "models", "evict", "rm", "run"):
+        assert commands[words].values[0].kind is Kind.MODELS, words
     for command in commands.values():
         for flag in command.flags:
             if "--router" in flag.spellings:

@@ -226,6 +226,9 @@ def test_a_source_that_may_not_be_read_is_told(tool: Make, source: Path) -> None
         (["SRC", "q4"], "Did you mean Q4_0 or Q4_K or Q4_K_M?", ExitCode.USAGE),
         (["SRC", "xyz"], "It knows Q4_0, Q4_K, Q4_K_M, Q8_0, F32, COPY.", ExitCode.USAGE),
         (["nix", "Q8_0"], "there is no file nix, and no daemon to ask", ExitCode.NOT_FOUND),
+        (["no/such.gguf", "Q8_0"], "there is no such file no/such.gguf; there is no folder no", ExitCode.NOT_FOUND),
+        (["such.gguf", "Q8_0"], "there is no such file such.gguf; name a GGUF file, or", ExitCode.NOT_FOUND),
+        (["MISTYPED", "Q8_0"], "tiny-F23.gguf; did you mean SRC?", ExitCode.NOT_FOUND),
         (["DIR", "Q8_0"], "is a folder; name the file in it", ExitCode.USAGE),
         (["JUNK", "Q8_0"], "junk.gguf: ", ExitCode.FAILED),
         (["SRC", "Q8_0", "no/such/x.gguf"], "there is no folder no/such", ExitCode.NOT_FOUND),
@@ -239,10 +242,10 @@ def test_what_makes_no_sense_is_refused(
     """Before anything is written, with what would do instead."""
     junk = tmp_path / "junk.gguf"
     junk.write_text("junk")
-    places = {"SRC": source, "DIR": source.parent, "JUNK": junk}
+    places = {"SRC": source, "DIR": source.parent, "JUNK": junk, "MISTYPED": source.with_name("tiny-F23.gguf")}
     done = quantize(tool(), *(places.get(word, word) for word in argv))
     assert done.returncode == code
-    assert said in done.stderr
+    assert said.replace("SRC", str(source)) in done.stderr
     assert list(source.parent.iterdir()) == [source]
 
 
@@ -305,6 +308,9 @@ def test_a_model_is_found_by_its_name(tool: Make, source: Path) -> None:
         assert quantize(env, "tiny", "Q8_0").returncode == 0
         stub.problem("GET", "/control/v1/models/tony", "model_not_found", "no model 'tony'", "did you mean tiny?")
         refused = quantize(env, "tony", "Q8_0")
+        stub.problem("GET", "/control/v1/models/nix%2Fnix", "model_not_found", "no model 'nix/nix'")
+        mistyped = quantize(env, "nix/nix", "Q8_0")
+    assert mistyped.stderr.startswith("llamavisor: there is no such file nix/nix; ")
     assert source.with_name("tiny-Q8_0.gguf").is_file()
     assert (refused.returncode, refused.stderr) == (
         ExitCode.NOT_FOUND,

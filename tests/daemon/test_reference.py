@@ -23,7 +23,7 @@ import llamavisord
 from fakes.waiting import eventually
 from llamavisor.errors import LlamavisorError
 from llamavisor.events import Event
-from llamavisord.cli import program
+from llamavisord.cli import main, program
 from llamavisord.config import Config
 from llamavisord.daemon import Daemon
 from llamavisord.document import Document
@@ -131,7 +131,7 @@ def test_every_flag_of_help_is_on_it(text: str, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("COLUMNS", "200")
     commands = part(text, "Commands")
     for heading in re.findall(r"^### `llamavisor (.*)`$", commands, re.MULTILINE):
-        assert program.main([*heading.split(), "--help"]) == ExitCode.OK
+        assert main([*heading.split(), "--help"]) == ExitCode.OK
         flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", capsys.readouterr().out))
         section = part(commands, f"`llamavisor {heading}`", level=3)
         assert {flag for flag in flags - {"--help", "--threads"} if flag not in section} == set()

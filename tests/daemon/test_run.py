@@ -35,7 +35,7 @@ def env(tmp_path: Path, talker: Talker) -> Iterator[dict[str, str]]:
     with ControlStub(path) as stub:
         stub.answer("GET", "/control/v1/status", status(gateway=gateway(urls=[talker.url])))
         stub.answer("GET", "/control/v1/models", {"models": [model()]})
-        yield {"PATH": os.environ["PATH"], "LLAMAVISOR_SOCKET": str(path)}
+        yield {"PATH": os.environ["PATH"], "LLAMAVISOR_SOCKET": str(path), "XDG_STATE_HOME": str(tmp_path / "state")}
 
 
 def run(env: dict[str, str], *argv: str | Path, piped: bytes = b"") -> subprocess.CompletedProcess[str]:
@@ -175,8 +175,9 @@ def test_the_key_comes_from_a_file_or_the_environment(env: dict[str, str], talke
 @pytest.mark.parametrize(
     ("status_code", "message", "line", "code"),
     [
-        (401, "Invalid API Key", "Invalid API Key; give a key", ExitCode.NOT_PERMITTED),
-        (403, "not this model", "not this model; give a key", ExitCode.NOT_PERMITTED),
+        (401, "Invalid API Key", "Invalid API Key; give another key", ExitCode.NOT_PERMITTED),
+        (403, "not this model", "not this model; give another key", ExitCode.NOT_PERMITTED),
+        (400, "model 'alpha' is invalid: why", "model 'alpha' is invalid: why; see", ExitCode.NOT_FOUND),
         (400, "model 'alpha' not found", "model 'alpha' not found; see `llamavisor models`", ExitCode.NOT_FOUND),
         (503, "it is too large", "it is too large; try again in 30 s", ExitCode.FAILED),
     ],
@@ -186,9 +187,70 @@ def test_a_refusal_is_one_line(
 ) -> None:
     """In the words of the gateway, with what to do and an exit code that says what kind it is."""
     talker.refuse(status_code, message, Retry_After="30")
-    done = run(env, "alpha", "hi")
+    done = run({**env, "LLAMAVISOR_API_KEY": "mine"}, "alpha", "hi")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (code, "", 1)
     assert done.stderr.startswith(f"llamavisor: {line}")
+
+
+def test_a_key_that_is_wanted_and_was_not_given_is_told(env: dict[str, str], talker: Talker) -> None:
+    """It is no invalid one."""
+    talker.refuse(401, "Invalid API Key")
+    done = run(env, "alpha", "hi")
+    said = "llamavisor: the gateway wants an API key, and none was given; give one in LLAMAVISOR_API_KEY or with "
+    assert (done.returncode, done.stderr) == (ExitCode.NOT_PERMITTED, f"{said}--api-key-file\n")
+
+
+def test_wrong_usage_shows_the_usage_of_its_command(env: dict[str, str]) -> None:
+    """Of one of several words, too; a prompt that looks like an option is told how to be one."""
+    done = run(env, "alpha", "-x")
+    assert done.stderr.startswith("usage: llamavisor run [-h]")
+    assert "unrecognized arguments: -x; a prompt that begins with a dash stands behind --" in done.stderr
+    nested = subprocess.run([*COMMAND[:-1], "config", "check", "--nix"], capture_output=True, text=True, check=False)
+    assert nested.stderr.startswith("usage: llamavisor config check [-h]")
+
+
+@pytest.mark.parametrize(
+    ("flags", "timings", "why"),
+    [
+        (["--max-tokens", "7"], {"predicted_n": 7}, "--max-tokens gives it 7"),
+        (["--max-tokens", "7"], {}, "--max-tokens gives it 7"),
+        (
+            ["--max-tokens", "5000"],
+            {"cache_n": 90, "prompt_n": 1000, "predicted_n": 3006},
+            "the context of 4096 tokens is full",
+        ),
+        (
+            [],
+            {"prompt_n": 10, "predicted_n": 20},
+            "--max-tokens, max_tokens in the configuration, or the context",
+        ),
+        ([], {}, "a limit of tokens: "),
+    ],
+)
+def test_an_answer_that_is_cut_off_says_by_what(
+    env: dict[str, str], talker: Talker, flags: list[str], timings: dict[str, int], why: str
+) -> None:
+    """The command, the context, or what may have been."""
+    talker.say(words("and"), end("length", timings=timings))
+    done = run(env, "alpha", "hi", *flags)
+    assert (done.returncode, done.stdout) == (0, "and\n")
+    assert done.stderr.startswith("the answer was cut off: ")
+    assert why in done.stderr
+
+
+def test_a_form_that_a_model_cannot_keep_to_is_named(env: dict[str, str], talker: Talker, tmp_path: Path) -> None:
+    """With the model, and where the reason stands; what has to do with something else is as it is."""
+    schema = tmp_path / "schema.json"
+    schema.write_text("{}", encoding="utf-8")
+    said = "Failed to initialize samplers: std::exception"
+    talker.refuse(400, said)
+    done = run(env, "alpha", "hi", "--json-schema", schema)
+    assert (done.returncode, done.stderr) == (
+        ExitCode.FAILED,
+        f"llamavisor: model alpha cannot answer by --json-schema {schema}: {said}; `llamavisor logs` has the reason\n",
+    )
+    talker.refuse(500, "out of luck")
+    assert run(env, "alpha", "hi", "--json-schema", schema).stderr == "llamavisor: out of luck\n"
 
 
 def test_an_answer_that_ends_with_an_error_keeps_what_was_said(env: dict[str, str], talker: Talker) -> None:
@@ -284,6 +346,73 @@ def test_a_chat_keeps_what_was_said(env: dict[str, str], talker: Talker) -> None
         assert terminal.wait() == ExitCode.OK
     said = [[each["content"] for each in asked["messages"]] for asked in talker.asked]  # type: ignore[attr-defined]
     assert said == [["s", "a"], ["s", "a", "one", "b"], ["s", "c"]]
+
+
+def test_what_looks_like_a_command_is_not_sent(env: dict[str, str], talker: Talker) -> None:
+    """Whatever follows the slash; between three quotation marks it is, as are several lines."""
+    talker.say(words("fine"), end())
+    with Terminal([*COMMAND, "alpha"], env) as terminal:
+        for line, hint in (
+            ("/set temperature 0", "/set is no command here, and was not sent"),
+            ("/bye now", "/bye is no command here"),
+            ("/?", "begins a message of several lines"),
+            ("/help", f"kept in {env['XDG_STATE_HOME']}/llamavisor/chat_history"),
+        ):
+            terminal.until(">>> ")
+            terminal.type(f"{line}\r")
+            terminal.until(hint)
+        terminal.until(">>> ")
+        terminal.type('"""/etc is\r')
+        terminal.until("... ")
+        terminal.type("  a folder\r")
+        terminal.until("... ")
+        terminal.type('"""\r')
+        terminal.until("fine\n")
+        terminal.until(">>> ")
+        terminal.type("/exit\r")
+        assert terminal.wait() == ExitCode.OK
+    [asked] = talker.asked
+    assert asked["messages"] == [{"role": "user", "content": "/etc is\n  a folder"}]
+
+
+@pytest.mark.parametrize("word", ["/bye", "/exit", "/quit", "exit", "quit"])
+def test_a_chat_ends_in_many_words(env: dict[str, str], talker: Talker, word: str) -> None:
+    """Those that other programs have, too; one without a slash is told how it would be sent."""
+    with Terminal([*COMMAND, "alpha"], env) as terminal:
+        terminal.until(">>> ")
+        terminal.type(f"{word}\r")
+        assert terminal.wait() == ExitCode.OK
+    assert ("would send it" in terminal.seen) == (word[0] != "/")
+    assert talker.asked == []
+
+
+def test_what_was_typed_is_at_hand_in_the_next_chat(env: dict[str, str], talker: Talker) -> None:
+    """In a file that is nobody else's; a link in its place has nothing kept."""
+    for _ in range(2):
+        talker.say(words("yes"), end())
+    history = Path(env["XDG_STATE_HOME"], "llamavisor", "chat_history")
+    for keys in ("are you there?\r", "\x1b[A\x1b[A\r"):  # the second is the line before /bye
+        with Terminal([*COMMAND, "alpha"], env) as terminal:
+            terminal.until(">>> ")
+            terminal.type(keys)
+            terminal.until("yes\n")
+            terminal.until(">>> ")
+            terminal.type("/bye\r")
+            assert terminal.wait() == ExitCode.OK
+        assert history.stat().st_mode & 0o777 == 0o600
+    assert [asked["messages"] for asked in talker.asked] == [[{"role": "user", "content": "are you there?"}]] * 2
+    kept = history.with_name("elsewhere")
+    kept.touch()
+    history.unlink()
+    history.symlink_to(kept)
+    with Terminal([*COMMAND, "alpha"], env) as terminal:
+        terminal.until(">>> ")
+        terminal.type("/help\r")
+        terminal.until("What you type is not kept.")
+        terminal.until(">>> ")
+        terminal.type("/bye\r")
+        assert terminal.wait() == ExitCode.OK
+    assert kept.read_text() == ""
 
 
 def test_an_interrupt_ends_the_answer_and_not_the_chat(env: dict[str, str], talker: Talker) -> None:

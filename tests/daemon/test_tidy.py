@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -97,6 +98,20 @@ def test_rm_without_a_terminal_needs_yes(daemon: RunningDaemon, models_dir: Path
     assert "alpha.gguf" in names(models_dir)
     assert daemon.cli("rm", "alpha", "--yes").stdout.startswith("alpha: removed, 1 file")
     assert "alpha.gguf" not in names(models_dir)
+
+
+def test_rm_of_a_mistyped_name_says_what_is_near(daemon: RunningDaemon, models_dir: Path) -> None:
+    """In the words of the other commands."""
+    done = daemon.cli("rm", "--yes", "alpah")
+    assert (done.returncode, done.stderr) == (3, "llamavisor: no model 'alpah'; did you mean alpha?\n")
+
+
+def test_rm_without_a_daemon_says_so(tmp_path: Path) -> None:
+    """Before it says that nobody can be asked."""
+    argv = [sys.executable, "-m", "llamavisord", "rm", "alpha", "--socket", str(tmp_path / "none")]
+    done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 4
+    assert done.stderr.startswith("llamavisor: no daemon at ")
 
 
 def test_rm_dry_run_removes_nothing(daemon: RunningDaemon, models_dir: Path) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from fakes.waiting import eventually
 from llamavisor import gguf
-from llamavisor.quantizer import NAME
+from llamavisor.quantizer import NAME, Quantizer
+from llamavisord.completions.outline import outline
 from llamavisord.exit_codes import ExitCode
 from running import RunningDaemon
 
@@ -37,3 +39,13 @@ def test_a_model_is_quantized_and_served(tmp_path: Path, models_dir: Path, llama
         lossy = daemon.cli("quantize", "alpha-Q8_0", "Q4_0", "--allow-requantize")
         assert (lossy.returncode, gguf.read(models_dir / "alpha-Q4_0.gguf").quantization) == (0, "Q4_0")
     assert not [path for path in models_dir.iterdir() if path.name.startswith(".")]
+
+
+def test_every_type_that_is_offered_for_completion_is_known_to_the_tool(llama_server: Path) -> None:
+    """What a Tab offers is no dead end."""
+    if not llama_server.with_name(NAME).is_file():
+        pytest.skip(f"this build of llama-server comes without {NAME}")
+    [command] = [each for each in outline() if each.path == ("quantize",)]
+    offered = command.values[1].words
+    assert "Q4_K_M" in offered
+    assert not set(offered) - set(Quantizer(llama_server, os.environ).types)

@@ -38,7 +38,7 @@ def command(argv: Sequence[str | Path]) -> list[str]:
 
 def env_for(daemon: RunningDaemon) -> dict[str, str]:
     """An environment in which the command finds this daemon."""
-    return {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket)}
+    return {**daemon.env, "LLAMAVISOR_SOCKET": str(daemon.socket), "XDG_STATE_HOME": str(daemon.socket.parent / "xdg")}
 
 
 def test_a_model_is_asked_in_a_pipe(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
@@ -66,6 +66,24 @@ def test_a_model_is_asked_in_a_pipe(tmp_path: Path, models_dir: Path, llama_serv
             ExitCode.NOT_FOUND,
             "llamavisor: no model 'alhpa'; did you mean alpha?\n",
         )
+
+
+def test_what_ends_an_answer_or_keeps_it_away_is_named(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """A context that is full is told from a limit, and a form that the model cannot keep to with the model."""
+    endless, schema = tmp_path / "endless.gbnf", tmp_path / "schema.json"
+    endless.write_text('root ::= " am" root', encoding="utf-8")
+    schema.write_text('{"const": true}', encoding="utf-8")
+    with RunningDaemon(tmp_path, models_dir, llama_server, options=("--threads", "1", "--ctx-size", "256")) as daemon:
+        daemon.wait_for_gateway()
+        full = run(daemon, "alpha", "who?", "--grammar", endless)
+        assert (full.returncode, full.stdout[:6]) == (0, " am am")
+        assert "cut off: the context of 256 tokens is full" in full.stderr
+        cut = run(daemon, "alpha", "who?", "--grammar", endless, "--max-tokens", "9")
+        assert (cut.returncode, cut.stderr) == (0, "the answer was cut off: --max-tokens gives it 9\n")
+        unable = run(daemon, "alpha", "who?", "--json-schema", schema)
+    said = f"llamavisor: model alpha cannot answer by --json-schema {schema}: Failed to initialize samplers: "
+    assert (unable.returncode, unable.stderr.startswith(said)) == (ExitCode.FAILED, True)
+    assert unable.stderr.endswith("; `llamavisor logs` has the reason\n")
 
 
 def test_a_bad_grammar_is_told_in_llama_servers_words(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:

@@ -397,8 +397,8 @@ def test_a_wrong_number_is_refused_with_its_place(what: str, nth: int, value: in
     [
         (b"", "the file is empty"),
         (b"GG", "the file ends at byte 2"),
-        (bytes(100), r"the file begins with b'\x00\x00\x00\x00'"),
-        (b"RIFF" + bytes(96), "the file begins with b'RIFF'"),
+        (bytes(100), "the file begins with bytes 00 00 00 00, not with GGUF"),
+        (b"RIFF" + bytes(96), 'the file begins with "RIFF", not with GGUF'),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html>", "web page"),
         (b"PK\x03\x04" + bytes(96), "zip"),

@@ -1,5 +1,5 @@
 """The command line. It talks to the daemon over its control socket and, to be quick, imports nothing heavy."""
 
-from llamavisord.cli.program import main
+from llamavisord.cli.entry import main
 
 __all__ = ["main"]

@@ -148,7 +148,8 @@ class Answer:
             self._tick()
         response = connection.getresponse()
         if response.status != 200:
-            raise _refusal(response.status, response.read(_LINE_BYTES), response.getheader("Retry-After"))
+            body, retry_after = response.read(_LINE_BYTES), response.getheader("Retry-After")
+            raise _refusal(response.status, body, retry_after, has_key=self._door.key is not None)
         return response
 
     def _read(self, document: dict[str, Any]) -> Iterator[Piece]:
@@ -177,7 +178,7 @@ def _parsed(data: str) -> dict[str, Any]:
     return document
 
 
-def _refusal(status: int, body: bytes, retry_after: str | None) -> CommandError:
+def _refusal(status: int, body: bytes, retry_after: str | None, *, has_key: bool) -> CommandError:
     """What the gateway or llama-server has said instead of an answer."""
     text = body.decode("utf-8", "replace")
     try:
@@ -186,6 +187,12 @@ def _refusal(status: int, body: bytes, retry_after: str | None) -> CommandError:
         document = None
     if not isinstance(document, dict) or "error" not in document:
         document = {"error": {"message": f"status {status}: {' '.join(text.split())[:200]}"}}
+    if status in _REFUSED and not has_key:
+        return CommandError(
+            "the gateway wants an API key, and none was given",
+            hint="give one in LLAMAVISOR_API_KEY or with --api-key-file",
+            exit_code=ExitCode.NOT_PERMITTED,
+        )
     return _trouble(document, status, retry_after)
 
 
@@ -195,9 +202,9 @@ def _trouble(document: dict[str, Any], status: int | None = None, retry_after: s
     message = str(error.get("message") or error) if isinstance(error, dict) else str(error)
     code = status or (error.get("code") if isinstance(error, dict) else None)
     if code in _REFUSED:
-        hint = "give a key that may in LLAMAVISOR_API_KEY or with --api-key-file"
+        hint = "give another key, in LLAMAVISOR_API_KEY or with --api-key-file"
         return CommandError(message, hint=hint, exit_code=ExitCode.NOT_PERMITTED)
-    if code == 404 or (code == 400 and message.startswith("model ") and " not found" in message):
+    if code == 404 or (code == 400 and message.startswith("model '")):  # not there, or no good
         return CommandError(message, hint="see `llamavisor models`", exit_code=ExitCode.NOT_FOUND)
     hint = f"try again in {retry_after} s" if retry_after else ""
     return CommandError(message, hint=hint)

@@ -44,11 +44,14 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     arguments, late = parser.parse_known_args(words)
     if arguments.command == "run":
         late = _take_prompt(arguments, late)
+    command: argparse.ArgumentParser = arguments.parser  # its own usage helps, and not that of all
+    del arguments.parser
     if late:
-        parser.error(f"unrecognized arguments: {' '.join(late)}")
+        hint = "; a prompt that begins with a dash stands behind --" if arguments.command == "run" else ""
+        command.error(f"unrecognized arguments: {' '.join(late)}{hint}")
     arguments.server_args = tuple(server_args)
     if arguments.socket is not None and arguments.command in _WITHOUT_SOCKET:
-        parser.error(f"--socket means nothing to {arguments.command}")
+        command.error(f"--socket means nothing to {arguments.command}")
     return arguments
 
 
@@ -141,7 +144,8 @@ def _add_run(commands: Commands) -> None:
         "run",
         "ask a model, or chat with it",
         details="The answer is streamed to standard output; what is piped in follows the prompt. Without a prompt, on "
-        "a terminal: a chat, line by line, with /clear and /bye. Ctrl-C ends an answer, and Ctrl-D the chat.",
+        "a terminal: a chat, line by line, in which /help says what else can be typed. Ctrl-C ends an answer, and "
+        "Ctrl-D the chat.",
         talks=True,
     )
     add = run.add_argument

@@ -14,6 +14,8 @@ PATIENCE_S = 1.0
 """Nobody waits longer for a Tab."""
 DISK_PATIENCE_S = 5.0
 """Pulls that were left are on the disk: a models folder that hangs is waited for, and the others are told of."""
+_COMMAND_WORDS = 2
+"""The program and its command; a name that stands behind them is not wanted again."""
 
 
 def complete(words: Sequence[str]) -> int:
@@ -24,7 +26,7 @@ def complete(words: Sequence[str]) -> int:
     """
     kind, *line = words or [""]
     try:
-        names = _names(kind, Client(find_socket(_socket(line), os.environ)))
+        names = _names(kind, Client(find_socket(_socket(line), os.environ)), line[_COMMAND_WORDS:])
         # A name that a shell would take for two is not offered; any text can be one.
         print("\n".join(dict.fromkeys(name for name in names if name.isprintable())))
     except (CommandError, OSError, ValueError, LookupError, TypeError):
@@ -32,13 +34,13 @@ def complete(words: Sequence[str]) -> int:
     return ExitCode.OK
 
 
-def _names(kind: str, client: Client) -> list[str]:
+def _names(kind: str, client: Client, said: Sequence[str]) -> list[str]:
     if kind == "routers":
         found = client.call("GET", "/control/v1/routers", {}, timeout_s=PATIENCE_S)["routers"]
-        return [router["name"] for router in found]
+        return [router["name"] for router in found if router["name"] not in said]
     if kind == "models":
         found = client.call("GET", "/control/v1/models", {}, timeout_s=PATIENCE_S)["models"]
-        return list(_with_aliases(found))
+        return list(_with_aliases([each for each in found if not {each["name"], *each["aliases"]} & set(said)]))
     if kind == "pulls":
         found = client.call("GET", "/control/v1/pulls", {}, timeout_s=DISK_PATIENCE_S)["pulls"]
         return [pull["id"] for pull in found if pull["state"] != "done"]

@@ -50,23 +50,23 @@ COMPLETE = "__complete"
 """What the completions of shells call for names that only a daemon knows."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(words: Sequence[str], *, begin: Callable[[], None]) -> int:
     """Run one command.
 
     Args:
-        argv: the words after `llamavisor`; None takes those of this process.
+        words: those after `llamavisor`.
+        begin: called when it is known what is to be done, and nothing is done yet.
 
     Returns:
         The exit code, an `ExitCode`.
     """
-    words = sys.argv[1:] if argv is None else argv
     if sys.platform != "linux":
         return _complain("llamavisor supervises processes by means that only Linux has")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name may hold what the terminal's encoding does not
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = _run(words)
+        code = _run(words, begin)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(words: Sequence[str]) -> int:
+def _run(words: Sequence[str], begin: Callable[[], None]) -> int:
     if words[:1] == [COMPLETE]:  # a shell that completes a word: it is no command for people, and must be quick
         from llamavisord.cli.complete import complete  # noqa: PLC0415 (likewise)
 
@@ -90,12 +90,16 @@ def _run(words: Sequence[str]) -> int:
     module, name = _COMMANDS[arguments.command].split(":")
     try:
         command: Callable[[Namespace], int] = getattr(importlib.import_module(f"llamavisord.cli.{module}"), name)
+        begin()
         return command(arguments)
     except BrokenPipeError:
         raise
     except KeyboardInterrupt:
+        _leave_line()
         return _complain("interrupted", code=ExitCode.INTERRUPTED)
     except CommandError as exc:
+        if exc.exit_code == ExitCode.INTERRUPTED:
+            _leave_line()
         return _complain(str(exc), exc.hint, code=exc.exit_code, log_tail=exc.log_tail)
     except Exception as exc:  # the last resort: one line for a person, the rest with --debug
         if getattr(arguments, "debug", False):
@@ -104,6 +108,12 @@ def _run(words: Sequence[str]) -> int:
         if isinstance(exc, OSError):
             raise
         return _complain(f"{type(exc).__name__}: {exc}", "--debug shows where it comes from")
+
+
+def _leave_line() -> None:
+    """Begin a new line on a terminal: a ^C stands on this one, behind a bar or a question."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def _complain(message: str, hint: str = "", *, code: ExitCode = ExitCode.FAILED, log_tail: Sequence[str] = ()) -> int:

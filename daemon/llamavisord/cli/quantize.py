@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llamavisor import binary, gguf
 from llamavisor.errors import BinaryError, LlamavisorError
+from llamavisor.likeness import near
 from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, free_bytes, parts_of, target_beside
 from llamavisor.units import format_size
 from llamavisord.cli.client import Client, model_path
@@ -101,7 +102,11 @@ def _source(client: Client, named: str) -> Path:
         raise CommandError(f"{named} is a folder", hint="name the file in it", exit_code=ExitCode.USAGE)
     try:
         files = client.get(model_path(named, "").rstrip("/"))["files"]
-    except UnreachableError as exc:
+    except CommandError as exc:
+        if _is_like_a_path(named) and exc.exit_code in {ExitCode.UNREACHABLE, ExitCode.NOT_FOUND}:
+            raise _no_file(path) from exc
+        if not isinstance(exc, UnreachableError):
+            raise
         raise CommandError(
             f"there is no file {named}, and no daemon to ask for a model of that name",
             hint=exc.hint,
@@ -110,6 +115,23 @@ def _source(client: Client, named: str) -> Path:
     if not files:
         raise CommandError(f"model {named} has no file any more", exit_code=ExitCode.NOT_FOUND)
     return Path(files[0]["path"])
+
+
+def _is_like_a_path(named: str) -> bool:
+    """Whether a file was meant; models of the hub's cache have a slash in their names, too."""
+    return "/" in named or named.endswith(".gguf")
+
+
+def _no_file(path: Path) -> CommandError:
+    try:
+        like = near(path.name, (each.name for each in path.parent.iterdir()))
+    except OSError:
+        like = []
+    if not path.parent.is_dir():
+        hint = f"there is no folder {path.parent}"
+    else:
+        hint = f"did you mean {path.with_name(like[0])}?" if like else "name a GGUF file, or a model by its name"
+    return CommandError(f"there is no such file {path}", hint=hint, exit_code=ExitCode.NOT_FOUND)
 
 
 def _check_readable(source: Path) -> None:

@@ -29,19 +29,27 @@ class Question:
     Args:
         arguments: those of `run`.
 
+    Attributes:
+        max_tokens: how long the answer may be, None if nothing is said.
+        form: what says the form of the answer, as on the command line; empty if nothing does.
+
     Raises:
         CommandError: a file that they name holds something else than it should.
         OSError: it cannot be read.
     """
 
     def __init__(self, arguments: Namespace) -> None:
+        self.max_tokens: int | None = arguments.max_tokens
+        self.form = ""
         self._options: dict[str, object] = {
             key: value for key in SAMPLING if (value := getattr(arguments, key)) is not None
         }
         if arguments.json_schema is not None:
             schema = {"name": "answer", "schema": _schema(arguments.json_schema)}
+            self.form = f"--json-schema {arguments.json_schema}"
             self._options["response_format"] = {"type": "json_schema", "json_schema": schema}
         if arguments.grammar is not None:
+            self.form = f"--grammar {arguments.grammar}"
             self._options["grammar"] = _text(arguments.grammar)
         self._model: str = arguments.model
         self._first: list[_Message] = []

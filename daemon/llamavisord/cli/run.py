@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from argparse import Namespace
-from contextlib import closing, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from llamavisor.units import format_duration
 from llamavisord.api_key import read_api_key
 from llamavisord.cli.answer import Answer, Door
+from llamavisord.cli.chat import chat
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
 from llamavisord.cli.look import client_of
@@ -22,10 +23,11 @@ from llamavisord.exit_codes import ExitCode
 from llamavisord.plain import plain
 from llamavisord.variables import Variable
 
-PROMPT = ">>> "
-"""What a chat shows when it waits for a line."""
-_COMMAND = re.compile(r"/[a-z]+")
-_HELP = "Ctrl-C stops an answer; /clear forgets what was said; /bye or Ctrl-D ends"
+_FORM_TROUBLE = re.compile(r"sampler|grammar|schema", re.IGNORECASE)
+"""What llama-server says of a form of the answer that it cannot keep to."""
+_CONTEXT_SLACK = 1
+"""llama-server may stop when one more token would fit."""
+_LIMITS = "it has reached a limit of tokens: --max-tokens, max_tokens in the configuration, or the context"
 _STAGES = {
     "loaded": "reading",
     "sleeping": "waking",
@@ -45,8 +47,9 @@ def run(arguments: Namespace) -> int:
     client = client_of(arguments)
     session = _Session(client, _find_door(client, arguments), question, arguments)
     if is_chat:
-        return _chat(session)
-    session.answer(prompt)
+        chat(session)
+    else:
+        session.answer(prompt)
     return ExitCode.OK
 
 
@@ -77,15 +80,24 @@ class _Session:
                 for piece in pieces:
                     progress.close()
                     voice.say(piece.text, is_reasoning=piece.is_reasoning)
+        except CommandError as error:
+            raise self._explained(error) from error
+        except KeyboardInterrupt:
+            voice.is_cut = self.notes.is_terminal
+            raise
         finally:
             progress.close()
             voice.end()
             self.question.answered(answer.text)
         if answer.finish_reason == "length":
-            self.note("the answer was cut off: it has reached the tokens that it may have")
+            self.note(f"the answer was cut off: {self._limit(answer)}")
         if self._shows_stats:
             for line in _stats(answer):
                 self.note(line)
+
+    def forget(self) -> None:
+        """What was said is not known any more."""
+        self.question.clear()
 
     def note(self, text: str) -> None:
         """Tell something that is no answer."""
@@ -95,11 +107,48 @@ class _Session:
         """Tell of an error that ends an answer and not the chat."""
         self.notes.line(f"llamavisor: {plain(with_hint(str(error), error.hint))}")
 
+    def _limit(self, answer: Answer) -> str:
+        """Whose limit has cut an answer off.
+
+        1. That of the command.
+        2. The context, which the prompt and the answer have filled.
+        3. Who knows.
+        """
+        most = self.question.max_tokens
+        if most is not None and _tokens(answer, "predicted_n", most) >= most:
+            return f"--max-tokens gives it {most}"
+        used = sum(_tokens(answer, key) for key in ("cache_n", "prompt_n", "predicted_n"))
+        try:
+            n_ctx = _nearest(self._client.get("/control/v1/models", name=self.model)["models"]).get("n_ctx")
+        except CommandError:
+            n_ctx = None
+        if n_ctx and used >= n_ctx - _CONTEXT_SLACK:
+            return f"the context of {n_ctx} tokens is full; ctx_size of the model says how long it is"
+        return _LIMITS
+
+    def _explained(self, error: CommandError) -> CommandError:
+        """An error with the model and the file in it, where llama-server does not say what it could not do."""
+        form = self.question.form
+        if error.hint or not form or not _FORM_TROUBLE.search(str(error)):
+            return error
+        message = f"model {self.model} cannot answer by {form}: {error}"
+        return CommandError(message, hint="`llamavisor logs` has the reason", exit_code=error.exit_code)
+
+
+def _tokens(answer: Answer, key: str, otherwise: int = 0) -> int:
+    count = answer.timings.get(key)
+    return count if isinstance(count, int) else otherwise
+
 
 class _Voice:
-    """Says what a model says: reasoning dimmed on a terminal, and left out elsewhere."""
+    """Says what a model says: reasoning dimmed on a terminal, and left out elsewhere.
+
+    Attributes:
+        is_cut: whether a ^C stands behind what was said, and who tells of it begins a new line.
+    """
 
     def __init__(self, screen: Screen) -> None:
+        self.is_cut = False
         self._screen = screen
         self._was_reasoning = False
         self._last = "\n"
@@ -114,7 +163,7 @@ class _Voice:
 
     def end(self) -> None:
         """Have what comes next begin on a line of its own."""
-        if self._last != "\n":
+        if self._last != "\n" and not (self.is_cut and self._screen.is_terminal):
             self._write("\n")
 
     def _write(self, text: str, colour: str = "") -> None:
@@ -148,39 +197,6 @@ class _Waiting:
         if self._is_shown:
             self._is_shown = False
             self._progress.close()
-
-
-def _chat(session: _Session) -> int:
-    """Ask line by line until somebody has enough."""
-    with suppress(ImportError):
-        import readline  # noqa: F401, PLC0415 (`input` then lets lines be edited)
-    session.note(f"{session.model}: {_HELP}")
-    while True:
-        try:
-            line = input(PROMPT).strip()
-        except EOFError:
-            print()
-            return ExitCode.OK
-        except KeyboardInterrupt:
-            print()
-            session.note(_HELP)
-            continue
-        except UnicodeDecodeError:
-            session.note("that is not UTF-8 text")
-            continue
-        if line == "/bye":
-            return ExitCode.OK
-        if line == "/clear":
-            session.question.clear()
-        elif _COMMAND.fullmatch(line):
-            session.note(_HELP)
-        elif line:
-            try:
-                session.answer(line)
-            except KeyboardInterrupt:
-                session.note("stopped")
-            except CommandError as error:
-                session.complain(error)
 
 
 def _find_door(client: Client, arguments: Namespace) -> Door:

@@ -30,6 +30,8 @@ def rm(arguments: Namespace) -> int:
     """Remove models from the disk, one after the other; the exit code is that of the first failure."""
     client, screen = client_of(arguments), Screen()
     asks = not (arguments.yes or arguments.dry_run)
+    if asks:
+        client.get("/control/v1/routers")  # that there is no daemon goes before that there is no terminal
     _check_terminal(asks=asks)
     answers: list[dict[str, Any]] = []
     code = ExitCode.OK
@@ -55,7 +57,12 @@ def _remove(client: Client, name: str, arguments: Namespace, screen: Screen, *, 
     """The daemon's answer; None if a person has said no."""
     query: dict[str, object] = {"folder": arguments.folder, "wait": arguments.timeout}
     path = model_path(name)
-    plan = client.call("DELETE", path, {**query, "dry_run": "true"})
+    try:
+        plan = client.call("DELETE", path, {**query, "dry_run": "true"})
+    except CommandError as exc:
+        if exc.exit_code == ExitCode.NOT_FOUND:
+            client.get(model_path(name, "").rstrip("/"))  # its refusal says what is near
+        raise
     if arguments.dry_run:
         if not arguments.json:
             _show_plan(screen, plan)

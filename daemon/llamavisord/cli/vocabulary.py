@@ -31,6 +31,7 @@ class Commands:
         """
         description = f"{does[0].upper()}{does[1:]}.{details and ' '}{details}"
         parser = self._actions.add_parser(name, help=does, description=description, allow_abbrev=False)
+        parser.set_defaults(parser=parser)
         add_debug(parser)
         if talks:
             add_socket(parser, SOCKET_HELP, default=argparse.SUPPRESS)

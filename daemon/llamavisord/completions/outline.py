@@ -26,6 +26,8 @@ class Kind(Enum):
     """Names of routers, likewise."""
     PULLS = "pulls"
     """IDs of pulls that have not ended well, likewise."""
+    SOURCES = "sources"
+    """Names of models, and paths of files."""
     FILES = "files"
     """Paths of files and folders."""
     FOLDERS = "folders"
@@ -45,8 +47,18 @@ _KINDS = {
     "names": Kind.MODELS,
     "router": Kind.ROUTERS,
     "cancel": Kind.PULLS,
+    "SRC": Kind.SOURCES,
 }
 """By how a value is called for people, else by its name in the program."""
+_WORDS = {
+    "TYPE": (
+        *("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M"),
+        *("Q6_K", "Q8_0", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M", "IQ4_XS"),
+        *("IQ4_NL", "TQ1_0", "TQ2_0", "MXFP4_MOE", "F16", "BF16", "F32", "COPY"),
+    )
+}
+"""Likewise: of what nobody checks but who is given it. The types are the usual ones of llama-quantize: to ask the tool
+would keep whoever presses Tab waiting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +94,15 @@ class Command:
         does: one line.
         flags: what it takes.
         commands: the words that may follow, each with one line; of a command with such there are no others.
-        value: what else may follow, None for nothing.
-        is_repeated: whether that may come any number of times.
+        values: what else may follow, one after the other.
+        is_repeated: whether the last of them may come any number of times.
     """
 
     path: tuple[str, ...]
     does: str
     flags: tuple[Flag, ...]
     commands: tuple[tuple[str, str], ...] = ()
-    value: Value | None = None
+    values: tuple[Value, ...] = ()
     is_repeated: bool = False
 
 
@@ -119,8 +131,8 @@ def _below(parser: argparse.ArgumentParser, path: tuple[str, ...], does: str) ->
         does=does,
         flags=(*flags, help_),
         commands=tuple(told.items()),
-        value=_value(positionals[0]) if positionals else None,
-        is_repeated=any(action.nargs in {"*", "+"} for action in positionals),
+        values=tuple(map(_value, positionals)),
+        is_repeated=bool(positionals) and positionals[-1].nargs in {"*", "+"},
     )
     for action in deeper:
         for name, command in action.choices.items():
@@ -132,6 +144,8 @@ def _value(action: argparse.Action) -> Value:
     name = action.metavar if isinstance(action.metavar, str) else action.dest
     if action.choices:
         return Value(action.dest, Kind.WORDS, tuple(map(str, action.choices)))
+    if name in _WORDS:
+        return Value(name, Kind.WORDS, _WORDS[name])
     is_path = action.type is Path
     kind = _KINDS.get(name) or _KINDS.get(action.dest) or (Kind.FILES if is_path else Kind.ANYTHING)
     return Value(value_of(action).removesuffix("...") or name, kind)

@@ -17,6 +17,14 @@ _{program}_names() {{
     (( ${{#names[1]}} )) && compadd "${{@[1,-2]}}" -a names
 }}
 
+# Those of models, and files.
+_{program}_sources() {{
+    local ret=1
+    _{program}_names "$@" models && ret=0
+    _files "$@" && ret=0
+    return ret
+}}
+
 {functions}
 
 _{program}() {{
@@ -63,9 +71,9 @@ def zsh() -> str:
 def _function(command: Command) -> str:
     specs = "".join(f" \\\n        {_spec(flag)}" for flag in command.flags)
     if not command.commands:
-        if command.value is not None:
-            many = "*" if command.is_repeated else "1"
-            specs += f" \\\n        '{many}:{_escaped(command.value.name)}:{_action(command.value)}'"
+        for number, value in enumerate(command.values, start=1):
+            which = "*" if command.is_repeated and value is command.values[-1] else str(number)
+            specs += f" \\\n        '{which}:{_escaped(value.name)}:{_action(value)}'"
         if command.path == ("serve",):  # what follows -- is for llama-server, and behind it comes nothing of ours
             specs += " \\\n        '*:: :_default'"
         return f"{_name(command.path)}() {{\n    _arguments{specs}\n}}\n"
@@ -101,6 +109,8 @@ def _action(value: Value) -> str:
     match value.kind:
         case Kind.MODELS | Kind.ROUTERS | Kind.PULLS:
             return f"_{PROGRAM}_names {value.kind.value}"
+        case Kind.SOURCES:
+            return f"_{PROGRAM}_sources"
         case Kind.FILES:
             return "_files"
         case Kind.FOLDERS:

@@ -152,7 +152,7 @@ def trouble_of(error: LlamavisorError, model: str, why_missing: Callable[[str], 
     text = f"{error} ({error.hint})" if error.hint else str(error)
     if isinstance(error, ModelNotFoundError):
         why = why_missing(model)
-        return replace(not_found(model), message=f"{not_found(model).message}: {why}") if why else not_found(model)
+        return replace(not_found(model), message=f"model '{model}' {why}") if why else not_found(model)
     if isinstance(error, DemandRefusedError):
         status = HTTPStatus.SERVICE_UNAVAILABLE if error.retry_after_s is not None else HTTPStatus.INTERNAL_SERVER_ERROR
         is_defect = error.reason == Why.QUARANTINED.value

@@ -218,7 +218,8 @@ def _read_version(cursor: Cursor) -> int:
         for beginnings, reason, hint in _OTHER_FORMATS:
             if magic in beginnings:
                 raise GgufError(reason, 0, hint=hint)
-        raise GgufError(f"the file begins with {magic!r}, not with GGUF", 0)
+        said = f'"{magic.decode("ascii")}"' if magic.isalnum() else f"bytes {magic.hex(' ')}"
+        raise GgufError(f"the file begins with {said}, not with GGUF", 0)
     offset = cursor.offset
     version: int = cursor.unpack(_U32)[0]
     if version in (2, 3):
