@@ -11,8 +11,8 @@ import anyio
 from fakes.hub_server import HubFile, HubServer, Repository
 from llamavisor.hub import Patience, Progress
 from llamavisor.hub.listing import Listing, RemoteFile
+from llamavisor.hub.part import Part
 from llamavisor.hub.remote import Connection
-from llamavisor.hub.staging import Part
 from llamavisor.hub.transfer import Errand, fetch
 from llamavisor.threads import Threads
 

@@ -11,8 +11,8 @@ import pytest
 from fakes.hub_server import Fault, HubServer
 from hub_file import CONTENT, FILE, LISTING, NAME, PATIENCE, WANTED, bring, hub_of_one_file
 from llamavisor.hub import Hub, HubError, Patience, Progress, RemoteFile, Why
+from llamavisor.hub.part import Part
 from llamavisor.hub.remote import Connection
-from llamavisor.hub.staging import Part
 from llamavisor.hub.transfer import Errand, fetch
 from llamavisor.threads import Threads
 

@@ -11,8 +11,8 @@ import pytest
 from fakes.hub_server import Fault, HubServer
 from hub_file import CONTENT, FILE, NAME, PATIENCE, begin, bring, hub_of_one_file
 from llamavisor.hub import Hub, Progress, RemoteFile, Stage
+from llamavisor.hub.part import Part
 from llamavisor.hub.remote import Connection
-from llamavisor.hub.staging import Part
 
 pytestmark = pytest.mark.anyio
 

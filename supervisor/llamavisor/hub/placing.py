@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamavisor.hub.failure import HubError, Why, on_disk
+from llamavisor.hub.part import Part, size_of
 from llamavisor.hub.record import Record
-from llamavisor.hub.staging import Part, size_of
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 

@@ -15,13 +15,14 @@ from anyio.abc import TaskGroup
 from llamavisor.events import Bus, PullCancelled, PullEnded, PullFailed, PullProgress, PullStarted
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.flock import FileLock
+from llamavisor.hub.part import size_of
 from llamavisor.hub.placing import is_placed, keep, paths_of, place, taken, target_of
 from llamavisor.hub.progress import Stage
 from llamavisor.hub.pull import Pull, PullState
 from llamavisor.hub.record import Record, plan
 from llamavisor.hub.remote import Connection, Hub
 from llamavisor.hub.spec import Spec
-from llamavisor.hub.staging import SPARE_BYTES, Staging, size_of
+from llamavisor.hub.staging import SPARE_BYTES, Staging
 from llamavisor.hub.transfer import Errand, fetch, is_same
 from llamavisor.threads import Threads
 from llamavisor.units import format_size

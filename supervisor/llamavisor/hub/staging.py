@@ -33,6 +33,7 @@ from llamavisor.catalog.disk import disk_of
 from llamavisor.hub.failure import HubError, Why, on_disk
 from llamavisor.hub.flock import FileLock
 from llamavisor.hub.listing import RemoteFile
+from llamavisor.hub.part import Part, size_of
 from llamavisor.hub.record import Record
 from llamavisor.ledger import replace_file
 
@@ -80,31 +81,6 @@ class _Remembered:
 
     records: list[Record] = field(default_factory=list)
     unread: set[str] = field(default_factory=set)
-
-
-class Part:
-    """Where one file becomes whole.
-
-    Attributes:
-        whole: the file, once it is whole and verified.
-        partial: its beginning.
-        etag: what the server calls the content that it is the beginning of.
-    """
-
-    def __init__(self, whole: Path) -> None:
-        self.whole = whole
-        self.partial = whole.with_name(f"{whole.name}.part")
-        self.etag = whole.with_name(f"{whole.name}.etag")
-
-    def __repr__(self) -> str:
-        return f"<Part {self.whole.name}>"
-
-    def read_etag(self) -> str:
-        """Of what is here; empty when that is not known. Blocking."""
-        try:
-            return self.etag.read_text(encoding="latin-1")[:1000]
-        except OSError:
-            return ""
 
 
 class Staging:
@@ -373,14 +349,6 @@ class Staging:
                 changed_at = max(changed_at, status.st_ctime)
                 seen.add((status.st_dev, status.st_ino))
         return size, changed_at
-
-
-def size_of(path: Path) -> int:
-    """The bytes of a file, -1 if there is none. Blocking."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
 
 
 def _files_of(path: Path) -> Iterator[os.stat_result]:

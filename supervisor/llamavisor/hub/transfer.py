@@ -12,10 +12,10 @@ import anyio
 
 from llamavisor.hub.failure import HubError, Why, on_disk
 from llamavisor.hub.listing import Listing, RemoteFile
+from llamavisor.hub.part import Part
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.progress import Progress, Stage
 from llamavisor.hub.remote import Connection
-from llamavisor.hub.staging import Part
 from llamavisor.threads import Threads, surely
 
 SPAN_BYTES = 16 * 1024**3
