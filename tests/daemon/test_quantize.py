@@ -230,7 +230,7 @@ def test_a_source_that_may_not_be_read_is_told(tool: Make, source: Path) -> None
         (["such.gguf", "Q8_0"], "there is no such file such.gguf; name a GGUF file, or", ExitCode.NOT_FOUND),
         (["MISTYPED", "Q8_0"], "tiny-F23.gguf; did you mean SRC?", ExitCode.NOT_FOUND),
         (["DIR", "Q8_0"], "is a folder; name the file in it", ExitCode.USAGE),
-        (["JUNK", "Q8_0"], "junk.gguf: ", ExitCode.FAILED),
+        (["JUNK", "Q8_0"], 'llamavisor: JUNK: the file begins with "junk", not with GGUF', ExitCode.FAILED),
         (["SRC", "Q8_0", "no/such/x.gguf"], "there is no folder no/such", ExitCode.NOT_FOUND),
         (["SRC", "Q8_0", "x.bin"], "its name must end in .gguf", ExitCode.USAGE),
         (["SRC", "Q8_0", "--threads", "0"], "expected a whole number from 1 up", ExitCode.USAGE),
@@ -245,7 +245,7 @@ def test_what_makes_no_sense_is_refused(
     places = {"SRC": source, "DIR": source.parent, "JUNK": junk, "MISTYPED": source.with_name("tiny-F23.gguf")}
     done = quantize(tool(), *(places.get(word, word) for word in argv))
     assert done.returncode == code
-    assert said.replace("SRC", str(source)) in done.stderr
+    assert said.replace("SRC", str(source)).replace("JUNK", str(junk)) in done.stderr
     assert list(source.parent.iterdir()) == [source]
 
 

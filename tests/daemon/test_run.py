@@ -196,7 +196,7 @@ def test_a_key_that_is_wanted_and_was_not_given_is_told(env: dict[str, str], tal
     """It is no invalid one."""
     talker.refuse(401, "Invalid API Key")
     done = run(env, "alpha", "hi")
-    said = "llamavisor: the gateway wants an API key, and none was given; give one in LLAMAVISOR_API_KEY or with "
+    said = "llamavisor: an API key is wanted, and none was given; give one in LLAMAVISOR_API_KEY or with "
     assert (done.returncode, done.stderr) == (ExitCode.NOT_PERMITTED, f"{said}--api-key-file\n")
 
 

@@ -19,7 +19,7 @@ from llamavisor.hub import Listing, Record, RemoteFile
 from llamavisor.hub.staging import Staging
 from llamavisord.tiny_model import write_tiny_model
 from running import RunningDaemon, config_of, start_with
-from terminal import Terminal
+from terminal import INTERRUPT, Terminal
 
 
 @pytest.fixture
@@ -63,6 +63,16 @@ def test_rm_asks_and_takes_no_for_an_answer(daemon: RunningDaemon, models_dir: P
         assert f"Remove 1 file, {size / 1024:.1f} KiB for good?" in terminal.seen
         terminal.type("\n")
         assert terminal.wait() == 1
+    assert "alpha.gguf" in names(models_dir)
+
+
+def test_an_interrupt_is_no_yes(daemon: RunningDaemon, models_dir: Path) -> None:
+    """What is said of it begins a line of its own, and not behind the question."""
+    with on_a_terminal(daemon, "rm", "alpha") as terminal:
+        terminal.until("[y/N] ")
+        terminal.type(INTERRUPT)
+        assert terminal.wait() == 130
+    assert terminal.seen.endswith("[y/N] ^C\nllamavisor: interrupted\n")
     assert "alpha.gguf" in names(models_dir)
 
 

@@ -189,7 +189,7 @@ def _refusal(status: int, body: bytes, retry_after: str | None, *, has_key: bool
         document = {"error": {"message": f"status {status}: {' '.join(text.split())[:200]}"}}
     if status in _REFUSED and not has_key:
         return CommandError(
-            "the gateway wants an API key, and none was given",
+            "an API key is wanted, and none was given",
             hint="give one in LLAMAVISOR_API_KEY or with --api-key-file",
             exit_code=ExitCode.NOT_PERMITTED,
         )
