@@ -213,7 +213,7 @@ class Daemon:
         entries = [entry for folder in self.fleet.folders if folder.path == models_dir for entry in folder.catalog]
         if any(entry.state is not EntryState.GONE for entry in entries):
             return f"no model in {models_dir} can be served: see `llamavisor models`"
-        return f"no models: put GGUF files into {models_dir}"
+        return f"no models: put GGUF files into {models_dir}, or `llamavisor pull USER/REPO`"
 
     def inventory(self) -> Inventory:
         """All models as they are now."""

@@ -428,7 +428,7 @@ class Router:
         self._signal(RouterInput.READY)
         self._publish(ev.RouterReady(router=self.name, pid=self.process.pid, url=self.url or "", start_s=up.start_s))
         if not up.models:
-            self._warn(f"no models yet: put GGUF files into {self.settings.models_dir}")
+            self._warn(f"no models yet: put GGUF files into {self.settings.models_dir}, or `llamavisor pull USER/REPO`")
         self._renewal.devices_missing(up.missing_devices)
 
     def _end(self, ended: news.Ended) -> None:

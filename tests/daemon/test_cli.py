@@ -395,7 +395,7 @@ def test_without_models_a_person_is_told_where_to_put_them(
     assert main(["models"]) == ExitCode.OK
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 1
-    assert err == "llamavisor: no models; put GGUF files into /srv/models\n"
+    assert err == "llamavisor: no models; put GGUF files into /srv/models, or `llamavisor pull USER/REPO`\n"
 
 
 def test_a_name_cannot_command_the_terminal(stub: ControlStub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -280,6 +280,7 @@ def test_folders_that_are_none(examined: Examined, configure: Configure, tmp_pat
     (tmp_path / "empty").mkdir()
     findings = examined(configure(models_dir=str(tmp_path / "empty")), "models")
     assert f"no model in {tmp_path / 'empty'}" in graded(findings, Grade.NOTE)
+    assert any("llamavisor pull" in finding.hint for finding in findings)
 
 
 def test_a_state_folder_that_cannot_be_written(examined: Examined, configure: Configure, tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ async def test_a_router_without_models_says_what_to_do(stage: Stage) -> None:
     """Put files there; or, when there are files, look what is wrong with them. Nothing needs a reload."""
     watch = stage.put()
     async with stage.running(stage.config(("main", "a"))) as daemon:
-        assert daemon.warnings() == [f"no models: put GGUF files into {watch.root}"]
+        assert daemon.warnings() == [f"no models: put GGUF files into {watch.root}, or `llamavisor pull USER/REPO`"]
         stage.put(entry("junk", EntryState.INVALID, reason="no"))
         assert daemon.warnings() == [f"no model in {watch.root} can be served: see `llamavisor models`"]
         stage.put(entry("alpha"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from llamavisord.cli import program
+from llamavisord.cli.arguments import make_parser, parse
 from llamavisord.exit_codes import ExitCode
 from llamavisord.reference import manual
+from llamavisord.reference.commands import COMMON, taken
 from llamavisord.variables import KEYS, Variable
 
 PAGE = Path(__file__).parents[2] / "deploy" / "man" / "llamavisor.1"
@@ -28,6 +31,17 @@ def test_the_page_is_what_the_code_says() -> None:
     """The file in deploy is what would be generated now."""
     if PAGE.read_text(encoding="utf-8") != manual():
         pytest.fail("deploy/man/llamavisor.1 is stale: run `make manual`", pytrace=False)
+
+
+def test_it_is_true_what_may_stand_before_a_command() -> None:
+    """What is said to be taken before the command is what is taken there."""
+    may, only_behind = COMMON.split("may also stand before the command")
+    taken_before = {spelling for action in taken(make_parser()) for spelling in action.option_strings}
+    assert set(re.findall(r"`(--[a-z]+)`", may)) == taken_before - {"--version", "-h", "--help"}
+    assert "`--json` only behind" in only_behind
+    with pytest.raises(SystemExit):
+        parse(["--json", "status"])
+    assert parse(["--debug", "status", "--json"]).json
 
 
 def test_no_formatter_complains() -> None:

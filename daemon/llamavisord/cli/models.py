@@ -65,7 +65,7 @@ def models(arguments: Namespace) -> int:
         )
     if not arguments.json:
         folders = sorted({router["models_dir"] for router in client.get("/control/v1/routers")["routers"]})
-        _say(f"no models; put GGUF files into {' or '.join(folders)}")
+        _say(f"no models; put GGUF files into {' or '.join(folders)}, or `llamavisor pull USER/REPO`")
     return ExitCode.OK
 
 

@@ -132,7 +132,8 @@ def judge_models(folder: Path, models: Sequence[Model]) -> Findings:
     """What is to be said of the files. Pure."""
     counts = Counter(model.state for model in models if model.state)
     if not models:
-        yield note(f"no model in {folder}", "put a GGUF file into it; it can be used a moment later")
+        text = "`llamavisor pull USER/REPO` brings one, or put a GGUF file into it; it can be used a moment later"
+        yield note(f"no model in {folder}", text)
         return
     yield ok(f"models in {folder}: {', '.join(f'{count} {state}' for state, count in counts.items())}")
     broken = [model for model in models if model.state in _BROKEN]

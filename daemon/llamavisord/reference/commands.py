@@ -12,9 +12,10 @@ from llamavisord.cli.arguments import make_parser
 from llamavisord.reference.markdown import code, prose, table
 from llamavisord.reference.quantities import duration
 
-_ABOUT = """\
-These mean the same everywhere. `--debug` and `--socket` may also stand before the command, `--version` stands alone,
-and every command has `--help`. What a command takes is in its first line."""
+COMMON = """\
+These mean the same everywhere. `--debug` and `--socket` may also stand before the command, `--json` only behind one
+that prints data, `--version` stands alone, and every command has `--help`."""
+_ABOUT = f"{COMMON} What a command takes is in its first line."
 _DEFAULT = re.compile(r" \(default: (%\(default\)s|[^)]*)\)")
 """It has a column of its own; some versions of Python add one by themselves."""
 

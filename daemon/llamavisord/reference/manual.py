@@ -11,14 +11,13 @@ from llamavisord.cli.arguments import make_parser
 from llamavisord.exit_codes import ExitCode
 from llamavisord.places import SOCKET_NAME
 from llamavisord.reference import specimen
-from llamavisord.reference.commands import below, default_of, help_of, is_common, spelled, synopsis, taken
+from llamavisord.reference.commands import COMMON, below, default_of, help_of, is_common, spelled, synopsis, taken
 from llamavisord.reference.docstrings import members
 from llamavisord.variables import FALLBACKS, KEYS, Variable
 
 _ABOUT = """\
 Keeps llama.cpp's `llama-server` alive, fed and within memory, so that a folder of GGUF files is always a working OpenAI
 endpoint. `llamavisor serve` is the daemon; all other commands speak to it on its control socket."""
-_OPTIONS = "These may stand before every command and behind it; what prints data can print it as JSON."
 _FILES = {
     "~/.config/llamavisor/llamavisor.toml": "The configuration.",
     "/etc/llamavisor/llamavisor.toml": "That of root, of the service of the machine, and of everybody without one.",
@@ -49,7 +48,7 @@ def _lines() -> Iterator[str]:
     yield from _part("Name", [r"llamavisor \- keeps llama.cpp's llama\-server serving a folder of models"])
     yield from _part("Synopsis", [r"\fBllamavisor\fR [\fIOPTION\fR...] \fICOMMAND\fR [\fIARGUMENT\fR...]"])
     yield from _part("Description", [_prose(_ABOUT)])
-    yield from _part("Options", [_prose(_OPTIONS)])
+    yield from _part("Options", [_prose(COMMON)])
     common = {spelled(action): action for action in taken(parser)}
     common |= {spelled(action): action for _, command in found for action in taken(command) if is_common(action)}
     for action in common.values():
