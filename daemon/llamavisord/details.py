@@ -25,7 +25,7 @@ from llamavisord.inventory import Inventory, Known
 from llamavisord.redaction import HIDDEN, is_secret, without_secrets
 
 COMMAND_TIMEOUT_S = 5.0
-"""How long a router may take to tell a model's command line; who asks us waits for 10 s."""
+"""How long a router may take to tell a model's command line; who asks us waits for 15 s."""
 NEAR_MAX = 3
 _PLACE = "its place in the folder"
 _OF_NO_ROUTER = ("file_state", "size_bytes", "quantization", "architecture", "kind", "parameter_count", "n_ctx_train")
