@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import llamavisor
+import llamavisord
 from fakes import FakeLlamaServer
 from fakes.control_stub import (
     ControlStub,
@@ -1193,7 +1195,8 @@ def test_ctrl_c_amid_the_imports_ends_as_it_does_later(stub: ControlStub, module
     )
     # Without `site`, which may import for a path of an editable installation what is to be imported here.
     argv = [sys.executable, "-S", "-c", code]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ours = [str(Path(package.__file__).parents[1]) for package in (llamavisor, llamavisord)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([*ours, *sys.path])}
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "llamavisor: interrupted\n")
 

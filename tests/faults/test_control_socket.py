@@ -586,7 +586,8 @@ def test_c9_a_folder_that_cannot_be_written(make: Make) -> None:
     """C9: an unprivileged user is told which socket cannot be created and why, and nothing is started."""
     unprivileged = (
         # All that is needed later, too: where the tests lie this user may not read.
-        "import encodings.ascii, os, sys, llamavisord.app, llamavisord.cli.serve; from llamavisord.cli import main\n"
+        "import encodings.ascii, os, sys, llamavisord.app, llamavisord.cli.program, llamavisord.cli.serve\n"
+        "from llamavisord.cli import main\n"
         f"os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); sys.exit(main())\n"
     )
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
