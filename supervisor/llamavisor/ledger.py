@@ -15,7 +15,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -23,6 +22,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
 from llamavisor.catalog import FileId
+from llamavisor.files import replace_file
 
 NAME = "ledger.json"
 FORMAT = "llamavisor-ledger"
@@ -371,32 +371,3 @@ class _UnusableError(Exception):
 
 def _digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode(errors="surrogateescape")).hexdigest()[:32]
-
-
-def replace_file(path: Path, data: bytes) -> None:
-    """Puts `data` at `path` in one step that survives a power failure; the file is its owner's alone.
-
-    Raises:
-        OSError: it could not be done; the old file is as it was, and no draft is left.
-    """
-    draft = path.with_name(f".{path.name}.tmp")
-    try:
-        draft.unlink(missing_ok=True)
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        draft.replace(path)
-    except OSError:
-        with suppress(OSError):
-            draft.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    except OSError as exc:
-        if exc.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that have no such thing
-            raise
-    finally:
-        os.close(folder)

@@ -5,7 +5,6 @@ Everything here blocks. What the tool can do is asked of the tool; checked again
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import secrets
@@ -22,6 +21,7 @@ from llamavisor import gguf
 from llamavisor.capture import capture
 from llamavisor.catalog.naming import PART
 from llamavisor.errors import LlamavisorError
+from llamavisor.files import put_new
 from llamavisor.likeness import near
 
 NAME = "llama-quantize"
@@ -34,7 +34,6 @@ REAP_S = 10.0
 SLACK_BYTES = 1024 * 1024
 """What the tool rounds away when it says a size."""
 TAIL_LINES = 5
-_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK})
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MIB = 1024 * 1024
 _TYPES = re.compile(r"^ *(?:\d+ +or +)?([A-Z][A-Z0-9_]*) *: *(.*?) *$", re.MULTILINE)
@@ -267,13 +266,7 @@ def _put(staged: Path, order: Order) -> None:
         staged.replace(order.target)
         return
     try:
-        try:
-            os.link(staged, order.target)
-        except OSError as exc:
-            if exc.errno not in _NO_LINKS:
-                raise
-            order.target.touch(exist_ok=False)  # that the name is ours a rename would not find out
-            staged.replace(order.target)
+        put_new(staged, order.target)
     except FileExistsError as exc:
         raise QuantizeError(f"{order.target} has come meanwhile, and stays", hint="--force replaces it") from exc
 

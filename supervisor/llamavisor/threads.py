@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TypeVar, TypeVarTuple, cast
+from typing import TypeVar, TypeVarTuple
 
 import anyio
-import anyio.lowlevel
 import anyio.to_thread
 
 RETRY_S = 0.1
@@ -70,22 +67,20 @@ class Threads:
     """
 
     def __init__(self, most: int) -> None:
-        self._free = anyio.CapacityLimiter(most)
+        self._most = most
+        self._places: set[object] = set()  # filled by the event loop alone, and left by whoever ends: each one step
 
     def __repr__(self) -> str:
-        return f"<Threads {self.at_work} of {self._free.total_tokens}>"
+        return f"<Threads {self.at_work} of {self._most}>"
 
     @property
     def at_work(self) -> int:
         """How many there are now, also of those that were left to themselves."""
-        return self._free.borrowed_tokens
+        return len(self._places)
 
     async def run(self, work: Callable[[*_Ts], _R], *args: *_Ts, abandon_on_cancel: bool = False) -> _R:
         """Do `work` in one of them, as `run_in_thread` does; who waits for a free one can always be cancelled."""
-        call_soon, place, claim = _call_soon(), object(), threading.Lock()
-
-        def give_back() -> None:
-            self._free.release_on_behalf_of(place)
+        place, claim = object(), threading.Lock()
 
         def begin() -> _R:
             if not claim.acquire(blocking=False):
@@ -93,20 +88,14 @@ class Threads:
             try:
                 return work(*args)
             finally:
-                with suppress(RuntimeError):  # the event loop has ended meanwhile
-                    call_soon(give_back)
+                self._places.discard(place)
 
-        await self._free.acquire_on_behalf_of(place)
+        while self.at_work >= self._most:
+            await anyio.sleep(RETRY_S)
+        self._places.add(place)
         try:
             unlimited = anyio.CapacityLimiter(math.inf)
             return await run_in_thread(begin, abandon_on_cancel=abandon_on_cancel, limiter=unlimited)
         finally:
             if claim.acquire(blocking=False):
-                give_back()
-
-
-def _call_soon() -> Callable[[Callable[[], None]], object]:
-    """How a thread has the event loop do something, without waiting; after the loop's end it raises RuntimeError."""
-    loop = anyio.lowlevel.current_token().native_token
-    name = "call_soon_threadsafe" if isinstance(loop, asyncio.AbstractEventLoop) else "run_sync_soon"  # that is trio's
-    return cast("Callable[[Callable[[], None]], object]", getattr(loop, name))
+                self._places.discard(place)

@@ -7,11 +7,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from llamavisor.files import put_new, sync_folder
 from llamavisor.hub.failure import HubError, Why, on_disk
 from llamavisor.hub.part import Part, size_of
 from llamavisor.hub.record import Record
-
-_NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 def target_of(record: Record, models_dir: Path) -> Path:
@@ -80,48 +79,23 @@ def place(record: Record, folder: Path, models_dir: Path) -> Path:
         if len(record.files) > 1:
             _place_folder(folder, target, 0o2775 & mode)
         else:
-            _place_file(folder / record.remote_files[0].name, target)
+            try:
+                put_new(folder / record.remote_files[0].name, target)
+            except FileExistsError as exc:
+                raise taken(target) from exc
             with suppress(OSError):
                 folder.rmdir()
-        _sync(models_dir)
+        sync_folder(models_dir)
     return target
 
 
 def _place_folder(folder: Path, target: Path, mode: int) -> None:
     with suppress(OSError):
         folder.chmod(mode)
-    _sync(folder)
+    sync_folder(folder)
     try:
         folder.rename(target)  # it replaces nothing but an empty folder
     except OSError as exc:
         if exc.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
             raise taken(target) from exc
         raise
-
-
-def _place_file(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)  # a rename would replace what is there
-    except FileExistsError as exc:
-        raise taken(target) from exc
-    except OSError as exc:
-        if exc.errno not in _NO_LINKS:
-            raise
-        try:
-            target.touch(exist_ok=False)  # a rename would not find out that the name is ours
-        except FileExistsError:
-            raise taken(target) from None
-        source.rename(target)
-    else:
-        source.unlink()
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    except OSError as exc:
-        if exc.errno not in {errno.EINVAL, errno.ENOTSUP}:
-            raise
-    finally:
-        os.close(fd)

@@ -30,12 +30,12 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llamavisor.catalog.disk import disk_of
+from llamavisor.files import replace_file
 from llamavisor.hub.failure import HubError, Why, on_disk
 from llamavisor.hub.flock import FileLock
 from llamavisor.hub.listing import RemoteFile
 from llamavisor.hub.part import Part, size_of
 from llamavisor.hub.record import Record
-from llamavisor.ledger import replace_file
 
 NAME = ".llamavisor-pull"
 SPARE_BYTES = 64 * 1024 * 1024
