@@ -1,4 +1,4 @@
-"""The pulls into all models folders of a daemon: each folder has its own, gone on with after a restart."""
+"""The pulls into all models folders of a fleet: each folder has its own, gone on with after a restart."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Folder:
 
 
 class Downloads:
-    """All pulls of a daemon. Used from one event loop, while it runs.
+    """All pulls of a fleet. Used from one event loop, while it runs.
 
     Args:
         hub: where models come from.
@@ -42,7 +42,7 @@ class Downloads:
     async def run(self, models_dirs: Collection[Path]) -> None:
         """Go on with what was under way in these folders, and take what comes, until cancelled.
 
-        What is under way then is gone on with by the next daemon.
+        What is under way then is gone on with by the next one.
         """
         try:
             async with anyio.create_task_group() as self._tasks:
