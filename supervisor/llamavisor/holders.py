@@ -10,6 +10,9 @@ from llamavisor.folder import Folder
 from llamavisor.router import Router
 from llamavisor.states import HAS_CHILD, RouterState
 
+_NOTHING_WRONG = frozenset({EntryState.READY, EntryState.GONE})
+"""The states of models whose files are in order, or are there no more."""
+
 
 class Holders:
     """Who has which model.
@@ -54,7 +57,7 @@ class Holders:
         """Why nobody serves a model of that name although there are files of it; "" if there are none."""
         for folder in self._folders:
             entry = folder.catalog.entries.get(model)
-            if entry is not None and entry.state is not EntryState.READY:
+            if entry is not None and entry.state not in _NOTHING_WRONG:
                 return f"is {entry.state.value}: {entry.reason}"
         for router in self._routers.values():
             withheld = router.shelf.offer.withheld.get(model)
@@ -68,7 +71,7 @@ class Holders:
         if not why:
             return ModelNotFoundError(f"no model {model!r}", hint="see `llamavisor models`")
         entries = (folder.catalog.entries.get(model) for folder in self._folders)
-        path = next((entry.path for entry in entries if entry is not None and entry.state is not EntryState.READY), "")
+        path = next((entry.path for entry in entries if entry is not None and entry.state not in _NOTHING_WRONG), "")
         return ModelNotFoundError(f"model {model} {why}", hint=path)
 
 
