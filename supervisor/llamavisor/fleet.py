@@ -395,6 +395,9 @@ class Fleet:
             async with fleet.lease("qwen3-8b") as endpoint:
                 ...  # endpoint.url
 
+        A process may die whatever is promised. Whose connection broke asks `leases.has_ended` before a next lease: the
+        connection tells sooner than the kernel does that the process has ended.
+
         Args:
             model: its name, or an alias.
             router: the only router on which it may be, None for any.
