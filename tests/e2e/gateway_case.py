@@ -53,6 +53,7 @@ class Case:
         raw: the whole request as it goes over the wire, in place of all of that.
         instead: what the gateway answers, where that is not what a router answers.
         loosely: why only the status and the type of the answer are compared, "" to compare all of it.
+        late: the body that comes where a process was too slow to tell; who is answered that asks again.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Case:
     raw: bytes | None = field(default=None, repr=False)
     instead: Instead | None = None
     loosely: str = ""
+    late: bytes | None = None
 
     @property
     def wire(self) -> bytes:
