@@ -9,8 +9,8 @@ from typing import Any
 import pydantic
 from aiohttp import web
 
-from llamavisor.gauge import RAM_ID
 from llamavisor.hub import Choice, HubError, Listing, Progress, Pull, Record, RemoteFile, Spec, parse
+from llamavisor.prospect import foresee
 from llamavisor.router import Router
 from llamavisord.daemon import Daemon
 from llamavisord.query import BadRequestError, flag
@@ -57,14 +57,14 @@ class _Pulling:
         """What a repository of the Hub holds, without a download: `?repo=USER/REPO`, or `USER/REPO:QUANT`.
 
         `?file=` and `?revision=` as for a pull. For each model its files, quantization, trained context, which one is
-        `chosen` (without a quantization: the usual one), and whether its weights fit the memory budget of a router,
-        the first or that of `?router=`. Of what the models need besides their weights nothing is said.
+        `chosen` (without a quantization: the usual one), and how it would do on a router, the first or `?router=`:
+        `needed_bytes` by device with the `n_ctx` that it would get, reckoned from its header, and whether that `fits`
+        what models may take there. Of what cannot be told they are empty and null.
         """
         query = request.query
         spec = parse(query.get("repo", ""), file=query.get("file", ""), revision=query.get("revision", ""))
         router = self._router(query.get("router"))
         listing = await self._daemon.downloads.hub.look(spec, reads_headers=True)
-        budget = None if router is None else self._budget_bytes(router)
         chosen = _chosen(listing, spec)
         return web.json_response(
             {
@@ -72,12 +72,11 @@ class _Pulling:
                 "revision": listing.revision,
                 "commit": listing.commit,
                 "models": [
-                    {**_choice_view(choice, spec, budget), "chosen": choice is chosen} for choice in listing.choices
+                    {**_choice_view(choice), **self._foresee(choice, spec, router), "chosen": choice is chosen}
+                    for choice in listing.choices
                 ],
                 "others": [_file_view(file) for file in listing.others],
-                "router": router.name if router is not None else None,
-                "budget_bytes": budget,
-                "needs": "weights",
+                **self._room_view(router),
             }
         )
 
@@ -87,7 +86,8 @@ class _Pulling:
         The body is JSON: `spec` (`USER/REPO` or `USER/REPO:QUANT`) and if need be `file` (a pattern), `revision`,
         `mmproj` and `draft` (false: not these), `name` (what the model is to be called), `router`. Answered as soon as
         it is known what is to be brought; it is pulled in the background, and a later daemon goes on with it. Of a
-        model that `was_there` already, only the content is looked at. `fits`: as of `/hub`.
+        model that `was_there` already, only the content is looked at. `fits` is false if the files alone are more than
+        what models may take; `/hub` says more.
         """
         try:
             order = _Order.model_validate_json(await request.read())
@@ -105,15 +105,12 @@ class _Pulling:
         )
         event_id, folder = self._daemon.bus.last_id, self._folder(order.router)
         pull = await (await self._daemon.downloads.into(folder)).start(spec, name=order.name)
-        is_usual = not spec.quantization and not spec.file
-        router = self._router(order.router)
-        budget = None if router is None else self._budget_bytes(router)
+        router, choice = self._router(order.router), _choice_of(pull.record)
         body = {
             "pull": _pull_view(pull, folder),
-            "usual": is_usual,
-            "router": router.name if router is not None else None,
-            "budget_bytes": budget,
-            "fits": None if budget is None else pull.total_bytes <= budget,
+            "usual": not spec.quantization and not spec.file,
+            **self._room_view(router),
+            "fits": self._foresee(choice, spec, router)["fits"],
             "event_id": event_id,
         }
         return web.json_response(body, status=HTTPStatus.ACCEPTED)
@@ -159,14 +156,20 @@ class _Pulling:
         named = {view["id"] for view in await self._known(None) if view["model"] == word and view["state"] != "done"}
         return named.pop() if len(named) == 1 else word
 
-    def _budget_bytes(self, router: Router) -> int | None:
-        """What a model may take on a router: of its GPUs together, of RAM if it has none. None if nobody knows."""
-        capacity = self._fleet.memory.capacity
-        limits = capacity.limits(router.settings)
-        ids = {device.id for device in capacity.devices_of(router.name)} or {RAM_ID}
-        found = [limit.bytes for device, limit in limits.items() if device in ids]
-        known = [each for each in found if each is not None]
-        return sum(known) if known and len(known) == len(found) else None
+    def _foresee(self, choice: Choice, spec: Spec, router: Router | None) -> dict[str, Any]:
+        """How a model would do on a router."""
+        if router is None:
+            return {"needed_bytes": {}, "n_ctx": None, "fits": None}
+        capacity, rules = self._fleet.memory.capacity, self._daemon.config.rules
+        prospect = foresee(choice, spec, router, capacity=capacity, rules=rules)
+        return {"needed_bytes": dict(prospect.bytes), "n_ctx": prospect.n_ctx, "fits": prospect.is_fitting}
+
+    def _room_view(self, router: Router | None) -> dict[str, Any]:
+        """What models may take on a router, by device."""
+        if router is None:
+            return {"router": None, "budget_bytes": {}}
+        limits = self._fleet.memory.capacity.limits(router.settings)
+        return {"router": router.name, "budget_bytes": {device: limit.bytes for device, limit in limits.items()}}
 
 
 def _chosen(listing: Listing, spec: Spec) -> Choice | None:
@@ -183,8 +186,8 @@ def _chosen(listing: Listing, spec: Spec) -> Choice | None:
         return None
 
 
-def _choice_view(choice: Choice, spec: Spec, budget: int | None) -> dict[str, Any]:
-    beginning, needed = choice.beginning, sum(file.size for file in choice.wanted(spec))
+def _choice_view(choice: Choice) -> dict[str, Any]:
+    header = choice.header
     return {
         "name": choice.name,
         "quantization": choice.quantization or None,
@@ -193,10 +196,8 @@ def _choice_view(choice: Choice, spec: Spec, budget: int | None) -> dict[str, An
         "projector": _file_view(choice.projector) if choice.projector else None,
         "draft": _file_view(choice.draft) if choice.draft else None,
         "problem": choice.problem or None,
-        "architecture": beginning.architecture if beginning else None,
-        "n_ctx_train": beginning.context_length if beginning else None,
-        "needed_bytes": needed,
-        "fits": None if budget is None else needed <= budget,
+        "architecture": header.architecture if header else None,
+        "n_ctx_train": header.context_length if header else None,
     }
 
 
@@ -243,10 +244,14 @@ def _said(record: Record, folder: Path) -> dict[str, Any]:
         "repository": record.repository,
         "revision": record.revision,
         "commit": record.commit,
-        "quantization": Choice(name=record.name, files=record.remote_files).quantization or None,
+        "quantization": _choice_of(record).quantization or None,
         "folder": str(folder),
         "size_bytes": record.size_bytes,
     }
+
+
+def _choice_of(record: Record) -> Choice:
+    return Choice(name=record.name, files=record.remote_files)
 
 
 def _progress_view(file: Progress) -> dict[str, Any]:

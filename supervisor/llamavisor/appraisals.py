@@ -10,8 +10,6 @@ import anyio
 from llamavisor import footprint
 from llamavisor.appraisal import Appraisal
 from llamavisor.events import Event, Warned
-from llamavisor.footprint.options import DEFAULT_CACHE_RAM_BYTES
-from llamavisor.gauge import RAM_ID
 from llamavisor.ledger import Footprints
 from llamavisor.router import Router
 from llamavisor.shelf import Offered
@@ -89,11 +87,7 @@ class Appraisals:
         known = self._known.get(key)
         if known is None or known.appraisal is None:
             return known.measured if known is not None else {}
-        estimate = known.appraisal.footprint
-        expected = dict(estimate.bytes)
-        growth = estimate.growth_bytes
-        # A cache without a bound is reckoned with what llama-server allows by default.
-        expected[RAM_ID] = expected.get(RAM_ID, 0) + (DEFAULT_CACHE_RAM_BYTES if growth is None else growth)
+        expected = known.appraisal.footprint.grown()
         for device, size in known.measured.items():
             expected[device] = max(expected.get(device, 0), size)
         return expected

@@ -38,11 +38,14 @@ def noise(seed: str, size: int) -> bytes:
     return hashlib.shake_128(seed.encode()).digest(size)
 
 
-def header(context: int = 131072) -> bytes:
-    """The header of a model."""
+def header(context: int = 131072, *, layers: int = 2, width: int = 64) -> bytes:
+    """The header of a model with heads of 16 numbers."""
     values = [
         ("general.architecture", (STRING, "llama")),
         ("llama.context_length", (U32, context)),
+        ("llama.block_count", (U32, layers)),
+        ("llama.embedding_length", (U32, width)),
+        ("llama.attention.head_count", (U32, width // 16)),
         ("tokenizer.ggml.model", (STRING, "gpt2")),
     ]
     return GgufFile(values, [Tensor("token_embd.weight")]).encode()
@@ -86,9 +89,9 @@ def begin(hub: HubServer, tmp_path: Path, fake_llama_server: Callable[..., FakeL
     binary = fake_llama_server()
     (tmp_path / "pulled").mkdir()
 
-    def make(**env: str) -> RunningDaemon:
+    def make(config: str | None = None, **env: str) -> RunningDaemon:
         env = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", **env}
-        return RunningDaemon(tmp_path, tmp_path / "pulled", binary, options=(), env=env)
+        return RunningDaemon(tmp_path, tmp_path / "pulled", binary, options=(), env=env, config=config)
 
     return make
 
@@ -159,17 +162,54 @@ def test_what_a_repository_holds(daemon: RunningDaemon, hub: HubServer) -> None:
     shown = daemon.cli("pull", "user/repo", "--list")
     assert shown.returncode == 0, shown.stderr
     rows = {line.split()[-1]: line.split() for line in shown.stdout.splitlines() if line.endswith(".gguf")}
-    assert rows["M-Q4_K_M.gguf"] == ["*", "Q4_K_M", "2.9", "MiB", "-", "131072", "yes", "M-Q4_K_M.gguf"]
-    assert rows["M-F16.gguf"] == ["F16", "10.0", "TiB", "-", "131072", "no", "M-F16.gguf"]
+    assert rows["M-Q4_K_M.gguf"][:6] == ["*", "Q4_K_M", "2.9", "MiB", "-", "131072"]
+    assert rows["M-Q4_K_M.gguf"][-2:] == ["yes", "M-Q4_K_M.gguf"]
+    assert rows["M-F16.gguf"] == ["F16", "10.0", "TiB", "-", "131072", "10.0", "TiB", "no", "M-F16.gguf"]
     assert "* is what is pulled: Q4_K_M" in shown.stdout
-    assert "the weights alone" in shown.stdout
+    assert "of RAM of router main" in shown.stdout
     assert sum(asked.sent[0] for asked in hub.downloads()) <= 3 * 64 * 1024
     status, body = daemon.call("GET", "/control/v1/hub?repo=user/sees")
     assert status == 200
     (model,) = body["models"]
     assert (model["projector"]["path"], model["chosen"], model["n_ctx_train"]) == ("mmproj-F16.gguf", True, 8192)
-    assert model["needed_bytes"] == model["size_bytes"] + LARGE
-    assert body["needs"] == "weights"
+    assert (body["router"], model["fits"]) == ("main", True)
+    assert model["needed_bytes"]["RAM"] > model["size_bytes"] + LARGE
+
+
+def test_what_a_model_will_take_is_known_before_it_is_here(daemon: RunningDaemon) -> None:
+    """What the list tells of a model is what admission reckons with once it is here, options and caches included."""
+    _, body = daemon.call("GET", "/control/v1/hub?repo=user/tiny")
+    (model,) = body["models"]
+    assert (model["n_ctx"], model["fits"]) == (4096, True)
+    assert daemon.cli("pull", "user/tiny").returncode == 0
+    told = daemon.cli("evict", "--dry-run", "tiny-Q8_0", "--json")
+    assert told.returncode == 0, told.stderr
+    needed = json.loads(told.stdout)["needed_bytes"]
+    assert model["needed_bytes"].keys() == needed.keys() == {"RAM"}
+    assert abs(model["needed_bytes"]["RAM"] - needed["RAM"]) < 64 * 1024
+
+
+def test_small_files_may_need_much_memory(begin: Begin, hub: HubServer, folder: Path, free_port: int) -> None:
+    """A model whose files alone would go in and whose context does not is told not to fit; one without header, nothing.
+
+    The tables of the configuration count: with half the context it fits.
+    """
+    deep = header(layers=32, width=4096)  # 2 * 2 * 32 * 4096 bytes for each token
+    hub.repositories["user/deep"] = Repository(
+        {"D-Q8_0.gguf": HubFile(deep + noise("d", LARGE)), "E-Q8_0.gguf": HubFile(b"no header at all" * 100)}
+    )
+    with begin(LLAMAVISOR_MEMORY="2200MiB") as daemon:
+        daemon.wait_for_router("ready")
+        _, body = daemon.call("GET", "/control/v1/hub?repo=user/deep")
+        deep_one, odd_one = body["models"]
+        assert (deep_one["fits"], deep_one["n_ctx"]) == (False, 4096)
+        assert deep_one["needed_bytes"]["RAM"] > 2 * 2 * 32 * 4096 * 4096 > body["budget_bytes"]["RAM"] - 2**29
+        assert (odd_one["fits"], odd_one["n_ctx"], odd_one["needed_bytes"]) == (None, None, {})
+    rule = 'memory = "2200MiB"\n[model."D-*"]\nctx_size = 2048\n'
+    with begin(config_of(folder, free_port, rule)) as daemon:
+        daemon.wait_for_router("ready")
+        _, body = daemon.call("GET", "/control/v1/hub?repo=user/deep")
+        assert [(model["fits"], model["n_ctx"]) for model in body["models"]] == [(True, 2048), (None, None)]
 
 
 def test_the_projector_comes_along_unless_it_is_not_wanted(daemon: RunningDaemon, folder: Path) -> None:
@@ -570,7 +610,7 @@ def test_what_a_person_wants_to_know(begin: Begin, hub: HubServer, folder: Path)
     with begin(LLAMAVISOR_MEMORY="64MiB") as daemon:
         daemon.wait_for_router("ready")
         with on_a_terminal(daemon, "pull", "user/large") as terminal:
-            terminal.until("200.0 MiB do not go into the 64.0 MiB of router main; --list shows what does")
+            terminal.until("200.0 MiB do not go into the 64.0 MiB of RAM of router main; --list shows what does")
             eventually(is_stalled)
             terminal.until("nothing has come for ")
             daemon.signal(signal.SIGKILL)

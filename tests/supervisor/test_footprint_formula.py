@@ -302,6 +302,21 @@ def test_the_cache_follows_its_layer_unless_it_is_kept() -> None:
     assert kept.of[GPUS[0].id]["process"] == DEVICE_CONTEXT_BYTES
 
 
+def test_layers_of_which_nothing_was_read_get_equal_shares() -> None:
+    """Of a model that is still elsewhere only the beginning is known: its weights lie where its layers go."""
+    values: list[tuple[str | bytes, Typed]] = [
+        ("general.architecture", (STRING, "llama")),
+        ("llama.block_count", (U32, 4)),
+        ("llama.embedding_length", (U32, 64)),
+    ]
+    data = GgufFile(values=values, tensors=[Tensor("blk.0.attn_q.weight")]).encode()
+    weights = Weights(header=gguf.parse_beginning(data, len(data)), size_bytes=4000)
+    parts = work_out(weights, Plan(options=MemoryOptions(gpu_layers=2), n_ctx=256, devices=GPUS[:1]))
+    assert parts is not None
+    assert parts.of[RAM]["weights"] == 3 * 1000
+    assert parts.of[GPUS[0].id]["weights"] == 1000  # and the output
+
+
 def test_weights_that_are_stored_anew_are_there_twice() -> None:
     """A mapped Q4_0 is repacked all but its input; not when it is read, switched off, or of another type."""
     tensors = (Tensor("token_embd.weight", (32, 10), 2, 180), Tensor("blk.0.attn_q.weight", (32, 40), 2, 720))

@@ -147,7 +147,9 @@ def test_the_beginning_is_the_same_however_it_comes(steps: list[int]) -> None:
         assert seen.architecture == there.architecture == "llama"
         assert (seen.context_length, seen.layer_count) == (there.context_length, there.layer_count) == (131072, 2)
         assert (seen.embedding_length, seen.head_count) == (there.embedding_length, there.head_count)
-        assert seen.name == there.name
+        assert (seen.name, seen.kind, seen.layout.feed_forward_length) == (there.name, there.kind, None)
+        assert (seen.vocabulary_size, seen.tokenizer) == (there.vocabulary_size, there.tokenizer) == (3000, "gpt2")
+        assert seen.tensor_count == there.tensor_count
     assert size == len(WHOLE)
 
 
@@ -205,8 +207,8 @@ async def test_a_large_model_is_looked_at_for_little(server: HubServer, name: st
     (choice,) = (each for each in there.choices if each.name == name)
     async with hub(server).connect() as connection:
         seen = await hub(server).inspect(connection, there, choice)
-    assert seen.beginning is not None
-    assert (seen.beginning.architecture, seen.beginning.context_length) == ("llama", 131072)
+    assert seen.header is not None
+    assert (seen.header.architecture, seen.header.context_length) == ("llama", 131072)
     assert len(server.asked) == requests < 5
     assert sum(asked.sent[0] for asked in server.asked) < 4 * 1024**2
 
@@ -215,7 +217,7 @@ async def test_a_large_model_is_looked_at_for_little(server: HubServer, name: st
 async def test_all_headers_of_a_repository(server: HubServer) -> None:
     """The headers of all models are read at once; what is no model is in the list without one."""
     there = await hub(server).look(parse_spec("user/repo"), reads_headers=True)
-    assert {choice.name: choice.beginning is not None for choice in there.choices} == {
+    assert {choice.name: choice.header is not None for choice in there.choices} == {
         "M-F16": False,
         "M-Q4_K_M": True,
         "M-Q8_0": True,
@@ -252,7 +254,7 @@ async def test_who_is_refused_hears_why(
 async def test_a_private_repository_with_a_token(server: HubServer) -> None:
     """A token that may read a private repository reads it."""
     there = await hub(server, HF_TOKEN="hf_good").look(parse_spec("user/private"), reads_headers=True)
-    assert there.choices[1].beginning is not None
+    assert there.choices[1].header is not None
 
 
 @pytest.mark.anyio
@@ -260,7 +262,7 @@ async def test_a_gated_repository_is_listed_without_its_headers(server: HubServe
     """What a gated repository holds is told to everybody, and what its files say to nobody else."""
     there = await hub(server).look(parse_spec("user/gated"), reads_headers=True)
     assert len(there.choices) == 3
-    assert not any(choice.beginning for choice in there.choices)
+    assert not any(choice.header for choice in there.choices)
 
 
 @pytest.mark.anyio

@@ -50,9 +50,8 @@ def pull(arguments: Namespace) -> int:
                 f"{plain(arguments.spec)}: {plain(begun['quantization'])} is taken, which is usual; --list has all"
             )
         if answer["fits"] is False:
-            room = f"{format_size(answer['budget_bytes'])} of router {plain(answer['router'])}"
             size = format_size(begun["size_bytes"])
-            told.line(f"{plain(begun['model'])}: {size} do not go into the {room}; --list shows what does")
+            told.line(f"{plain(begun['model'])}: {size} do not go into {_room(answer)}; --list shows what does")
         if arguments.detach:
             return _tell_detached(answer, arguments)
         ended = _watch(client, begun)
@@ -204,15 +203,21 @@ def _list(client: Client, arguments: Namespace) -> int:
         return ExitCode.OK
     screen.line(f"{plain(answer['repository'])} at {plain(answer['revision'])}, {plain(answer['commit'][:10])}")
     rows = [_choice_row(each) for each in answer["models"]]
-    screen.table(("", "QUANT", "SIZE", "WITH", "CONTEXT", "FITS", "FILE"), rows, cuts_last=True)
+    screen.table(("", "QUANT", "SIZE", "WITH", "CONTEXT", "NEEDS", "FITS", "FILE"), rows, cuts_last=True)
     screen.line()
     chosen = next((each for each in answer["models"] if each["chosen"]), None)
     if chosen is not None:
         screen.line(f"* is what is pulled: {plain(chosen['quantization'] or chosen['name'])}")
-    if answer["budget_bytes"] is not None:
-        room = f"{format_size(answer['budget_bytes'])} of router {plain(answer['router'])}"
-        screen.line(f"fits: whether the weights alone, without any context, go into the {room}")
+    if answer["router"] is not None:
+        screen.line("needs: of memory, with the context that it would get here; reckoned from its header")
+        screen.line(f"fits: whether that goes into {_room(answer)}")
     return ExitCode.OK
+
+
+def _room(answer: dict[str, Any]) -> str:
+    """What models may take on a router: "the 3.0 GiB of RAM and 24.0 GiB of 0000:01:00.0 of router main"."""
+    known = [f"{format_size(size)} of {plain(device)}" for device, size in answer["budget_bytes"].items() if size]
+    return f"the {' and '.join(known) or 'memory'} of router {plain(answer['router'])}"
 
 
 def _choice_row(choice: dict[str, Any]) -> tuple[object, ...]:
@@ -226,6 +231,7 @@ def _choice_row(choice: dict[str, Any]) -> tuple[object, ...]:
         format_size(choice["size_bytes"]),
         ", ".join(beside) or None,
         choice["n_ctx_train"],
+        format_size(sum(choice["needed_bytes"].values())) if choice["needed_bytes"] else None,
         fits,
         f"{path}: {choice['problem']}" if choice["problem"] else path,
     )

@@ -26,6 +26,7 @@ from llamavisor.footprint.formula import (
     work_out,
 )
 from llamavisor.footprint.layers import Layers, find_layers
+from llamavisor.footprint.options import DEFAULT_CACHE_RAM_BYTES
 from llamavisor.gauge.device import RAM_ID as RAM
 from llamavisor.gguf import Header
 
@@ -81,6 +82,11 @@ class Footprint:
     def growth_bytes(self) -> int | None:
         """RAM that it may come to take while it serves, None without a bound."""
         return None if self.prompt_cache_bytes is None else self.prompt_cache_bytes + self.checkpoint_bytes
+
+    def grown(self) -> dict[str, int]:
+        """Bytes by device when it has grown as far as it may; without a bound, to llama-server's own."""
+        growth = DEFAULT_CACHE_RAM_BYTES if self.growth_bytes is None else self.growth_bytes
+        return {**self.bytes, RAM: self.bytes.get(RAM, 0) + growth}
 
 
 def estimate(

@@ -389,11 +389,15 @@ def copied_bytes(header: Header, size_bytes: int, plan: Plan) -> int:
 def _weights(
     header: Header, size_bytes: int, options: MemoryOptions, placed: Sequence[str]
 ) -> Iterator[tuple[str, int]]:
-    """Where the weights lie. Of a split model only the first file's layers are known: the others get equal shares."""
+    """Where the weights lie.
+
+    Layers of which nothing is known get equal shares: those in later files of a split model, and all of a model of
+    which only the beginning was read.
+    """
     places, n_layer = header.layout.places, header.layer_count or 0
     known, experts = (_of_layers(sizes, n_layer) for sizes in (places.layer_bytes, places.expert_bytes))
     rest = size_bytes - sum(known) - places.input_bytes - places.other_bytes - header.data_offset
-    unknown = [layer for layer, size in enumerate(known) if not size] if header.split else []
+    unknown = [layer for layer, size in enumerate(known) if not size] if header.split or not any(known) else []
     for layer in unknown:
         known[layer] = max(0, rest) // len(unknown)
         experts[layer] = known[layer] if header.expert_count else 0

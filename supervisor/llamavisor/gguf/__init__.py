@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamavisor.gguf.beginning import Beginning, ShortError, parse_beginning
+from llamavisor.gguf.beginning import ShortError, parse_beginning
 from llamavisor.gguf.container import Places, TypeShare
 from llamavisor.gguf.cursor import GgufError, ReadAt
 from llamavisor.gguf.file import parse, read, read_fd
@@ -12,7 +12,6 @@ from llamavisor.gguf.layout import Layout, Recurrence
 from llamavisor.gguf.values import PerLayer
 
 __all__ = [
-    "Beginning",
     "GgufError",
     "Header",
     "Kind",

@@ -114,6 +114,7 @@ class Tensors:
     """The tensors of a file.
 
     Attributes:
+        count: how many there are.
         names: their names, without what follows a zero byte.
         mix: how they are stored, the largest part first.
         data_offset: where the first one begins in the file.
@@ -122,6 +123,7 @@ class Tensors:
         places: what belongs where.
     """
 
+    count: int
     names: AbstractSet[bytes]
     mix: tuple[TypeShare, ...]
     data_offset: int
@@ -168,8 +170,10 @@ def walk(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], texts: Abstract
         raise GgufError(exc.reason, exc.offset, is_partial=True, hint=exc.hint) from None
 
 
-def peek(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], until: bytes) -> Mapping[str, Value]:
-    """The wanted values before the first key that begins with `until`, behind which nothing is read.
+def peek(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], until: bytes) -> Container:
+    """What stands before the first array whose key begins with `until`, and how long that is; nothing behind is read.
+
+    Of the tensors their number alone is known.
 
     Args:
         read_at: reads the file.
@@ -181,8 +185,9 @@ def peek(read_at: ReadAt, size: int, wanted: AbstractSet[bytes], until: bytes) -
         GgufError: it is not a GGUF file that llama.cpp reads, as far as it was read.
     """
     cursor = Cursor(read_at, size)
-    _, _, n_values = _read_counts(cursor)
-    return _walk_values(cursor, n_values, wanted | _REQUIRED_TYPES.keys(), frozenset(), until)[0]
+    version, n_tensors, n_values = _read_counts(cursor)
+    values, lengths = _walk_values(cursor, n_values, wanted | _REQUIRED_TYPES.keys(), frozenset(), until)
+    return Container(version, values, lengths, Tensors(n_tensors, frozenset(), (), 0, 0, 0, _places({})))
 
 
 def printable(text: str, limit: int = MAX_LABEL_BYTES) -> str:
@@ -246,7 +251,7 @@ def _read_count(cursor: Cursor, what: str, limit: int) -> int:
 def _walk_values(
     cursor: Cursor, count: int, wanted: AbstractSet[bytes], texts: AbstractSet[bytes], until: bytes = b""
 ) -> tuple[dict[str, Value], dict[str, int]]:
-    """The wanted values, and the lengths of the wanted arrays; those before a key that begins with `until`."""
+    """The wanted values, and the lengths of the wanted arrays; up to the first array whose key begins with `until`."""
     values: dict[str, Value] = {}
     lengths: dict[str, int] = {}
     seen: set[bytes] = set()
@@ -257,8 +262,6 @@ def _walk_values(
         if not 0 < length <= MAX_KEY_BYTES:
             raise GgufError(f"the key of value {number} would have {length} bytes", begin)
         key = cursor.take_bytes(length)
-        if until and key.startswith(until):
-            break
         if key in seen:
             raise GgufError(f"the key {_shown(key)} is there twice", begin)
         seen.add(key)
@@ -271,6 +274,11 @@ def _walk_values(
             raise GgufError(reason + _value_type_name(required), begin)
         is_wanted = key in wanted or b"*" + key[key.find(b".") :] in wanted
         value: Value | None
+        if until and code == _ARRAY and key.startswith(until):
+            _, array_length = cursor.unpack(_ARRAY_HEAD)
+            cursor.check_room(array_length)
+            lengths[key.decode(errors="replace")] = array_length
+            break
         if code in _SCALARS:
             value = _read_scalar(cursor, code)
         elif code == _STRING:
@@ -368,7 +376,7 @@ def _walk_tensors(cursor: Cursor, count: int, alignment: int) -> Tensors:
     data_offset = cursor.offset + (-cursor.offset % alignment if count else 0)
     shares = (TypeShare(type_name(code), *total) for code, total in totals.items())
     mix = tuple(sorted(shares, key=lambda share: (-share.size_bytes, -share.tensors, share.type)))
-    return Tensors(names, mix, data_offset, data_offset + end, end - begin, _places(placed))
+    return Tensors(count, names, mix, data_offset, data_offset + end, end - begin, _places(placed))
 
 
 def _place(placed: dict[int, list[int]], name: bytes, size: int) -> None:

@@ -222,7 +222,7 @@ def describe(container: Container, file_bytes: int) -> Header:
     file_type = values.count("general.file_type")
     template = values.text(_TEMPLATE)
     split, pooling = _split(values), _pooling(values)
-    kind = find_kind(values, tensors.names, part=split.number if split else None, pooling=pooling)
+    kind = find_kind(values, tensors, part=split.number if split else None, pooling=pooling)
     return Header(
         kind=kind,
         version=container.version,
@@ -258,7 +258,7 @@ def describe(container: Container, file_bytes: int) -> Header:
         chat_family=find_family(template),
         projector=_projector(values) if kind is Kind.PROJECTOR else None,
         split=split,
-        tensor_count=len(tensors.names),
+        tensor_count=tensors.count,
         layout=lay_out(values, tensors.places),
         data_offset=tensors.data_offset,
         data_bytes=tensors.end_offset - tensors.data_offset,

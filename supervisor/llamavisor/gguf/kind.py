@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 from enum import Enum
 
+from llamavisor.gguf.container import Tensors
 from llamavisor.gguf.values import Values
 
 
@@ -60,7 +61,7 @@ _SCORES = frozenset({b"cls.output.weight", b"cls.weight"})
 """Tensors of a model that scores."""
 
 
-def find_kind(values: Values, tensors: AbstractSet[bytes], *, part: int | None, pooling: str | None) -> Kind:
+def find_kind(values: Values, tensors: Tensors, *, part: int | None, pooling: str | None) -> Kind:
     """What a file is for. There are ten cases; the first that holds counts.
 
     1. A part of a split file after the first: `split.no`.
@@ -76,7 +77,7 @@ def find_kind(values: Values, tensors: AbstractSet[bytes], *, part: int | None, 
 
     Args:
         values: of the header.
-        tensors: names of the tensors.
+        tensors: what is known of them.
         part: which part of a split file it is, from 0 on, None when it is not split.
         pooling: its pooling, None when it is not said.
     """
@@ -93,11 +94,11 @@ def find_kind(values: Values, tensors: AbstractSet[bytes], *, part: int | None, 
         return Kind.IMATRIX
     if not architecture:
         return Kind.OTHER
-    if not tensors and part is None:
+    if not tensors.count and part is None:
         return Kind.VOCABULARY
-    if architecture in _DRAFTS or _has_only_nextn_layers(values, tensors):
+    if architecture in _DRAFTS or _has_only_nextn_layers(values, tensors.names):
         return Kind.DRAFT
-    if pooling == "rank" or (pooling is None and architecture in _ENCODERS and not _SCORES.isdisjoint(tensors)):
+    if pooling == "rank" or (pooling is None and architecture in _ENCODERS and not _SCORES.isdisjoint(tensors.names)):
         return Kind.RERANK
     if architecture in _ENCODERS or pooling in ("mean", "cls", "last"):
         return Kind.EMBEDDING

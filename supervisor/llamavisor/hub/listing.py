@@ -19,7 +19,7 @@ from llamavisor.catalog.naming import PART, stem_of
 from llamavisor.catalog.settle import Verdict
 from llamavisor.catalog.split import Judged, join
 from llamavisor.catalog.walk import SUFFIX, Found
-from llamavisor.gguf import Beginning
+from llamavisor.gguf import Header
 from llamavisor.gguf.container import printable
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.spec import Spec, path_problem
@@ -72,7 +72,8 @@ class Choice:
         projector: what comes along if it is wanted, None without one.
         draft: likewise.
         problem: why it cannot be used, empty when it can.
-        beginning: what its first file says of it, None when that was not read.
+        entry: what the catalog would make of it if it lay in the hub's cache; None of what is no model by itself.
+        header: the beginning of its first file, None when that was not read.
     """
 
     name: str
@@ -80,7 +81,8 @@ class Choice:
     projector: RemoteFile | None = None
     draft: RemoteFile | None = None
     problem: str = ""
-    beginning: Beginning | None = None
+    entry: Entry | None = None
+    header: Header | None = None
 
     @property
     def first(self) -> RemoteFile:
@@ -198,6 +200,7 @@ def _choices(entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot
             projector=known[snapshot.inside(entry.projector.path)] if entry.projector else None,
             draft=known[snapshot.inside(entry.draft.path)] if entry.draft else None,
             problem="" if entry.state is EntryState.READY else entry.reason,
+            entry=entry,
         )
 
 

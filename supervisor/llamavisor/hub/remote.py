@@ -16,7 +16,7 @@ from urllib.parse import quote
 import anyio
 import httpx
 
-from llamavisor.gguf import Beginning, GgufError, ShortError, parse_beginning
+from llamavisor.gguf import GgufError, Header, ShortError, parse_beginning
 from llamavisor.hub.access import Access, find_access
 from llamavisor.hub.failure import HubError, Why, refusal
 from llamavisor.hub.listing import Choice, Listing, RemoteFile, arrange
@@ -211,10 +211,10 @@ class Hub:
     async def inspect(self, connection: Connection, listing: Listing, choice: Choice) -> Choice:
         """The same model with what its first file says of it; as it was if that cannot be had, or not in time."""
         with anyio.move_on_after(self.patience.answer_s), suppress(HubError, GgufError):
-            return replace(choice, beginning=await self._read(connection, listing, choice.first))
+            return replace(choice, header=await self._read(connection, listing, choice.first))
         return choice
 
-    async def _read(self, connection: Connection, listing: Listing, file: RemoteFile) -> Beginning:
+    async def _read(self, connection: Connection, listing: Listing, file: RemoteFile) -> Header:
         prefix, url = b"", None
         for wanted in PREFIX_BYTES:
             end = min(wanted, file.size)
