@@ -227,11 +227,6 @@ def target_beside(source: Path, new: str, types: Sequence[str]) -> Path:
     return source.with_name(f"{stem}-{new}.gguf")
 
 
-def free_bytes(folder: Path) -> int:
-    """What may still be written into a folder."""
-    return shutil.disk_usage(folder).free
-
-
 def _words(order: Order, staged: Path | None = None) -> tuple[str, ...]:
     words = ["--allow-requantize"] if order.may_requantize else []
     words += ["--imatrix", str(order.imatrix)] if order.imatrix is not None else []

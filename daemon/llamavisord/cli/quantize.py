@@ -9,9 +9,10 @@ from argparse import Namespace
 from pathlib import Path
 
 from llamavisor import binary, gguf
+from llamavisor.catalog.disk import disk_of
 from llamavisor.errors import BinaryError, LlamavisorError
 from llamavisor.likeness import near
-from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, free_bytes, parts_of, target_beside
+from llamavisor.quantizer import Order, Quantizer, UnknownTypeError, parts_of, target_beside
 from llamavisor.units import format_size
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError
@@ -180,8 +181,9 @@ def _target(arguments: Namespace, source: Path, beside: Path) -> Path:
 
 
 def _check_room(needed: int, folder: Path) -> None:
-    if needed > (free := free_bytes(folder)):
+    disk = disk_of(str(folder))
+    if disk is not None and needed > disk.free_bytes:
         raise CommandError(
-            f"{folder} has {format_size(free)} free, and the result takes {format_size(needed)}",
+            f"{folder} has {format_size(disk.free_bytes)} free, and the result takes {format_size(needed)}",
             hint="name another place, or make room",
         )
