@@ -58,8 +58,9 @@ class _Pulling:
 
         `?file=` and `?revision=` as for a pull. For each model its files, quantization, trained context, which one is
         `chosen` (without a quantization: the usual one), and how it would do on a router, the first or `?router=`:
-        `needed_bytes` by device with the `n_ctx` that it would get, reckoned from its header, and whether that `fits`
-        what models may take there. Of what cannot be told they are empty and null.
+        `needed_bytes` by device with the `n_ctx` that a request could have, reckoned from its header, its name and the
+        options that it would get, and whether that `fits` what models may take there. Where that cannot be told,
+        `reason` says why: as while the router has not started, or where tables keep the model from it.
         """
         query = request.query
         spec = parse(query.get("repo", ""), file=query.get("file", ""), revision=query.get("revision", ""))
@@ -118,9 +119,13 @@ class _Pulling:
     async def pulls(self, request: web.Request) -> web.Response:
         """The pulls that are under way, those that have ended lately, and those that can be gone on with.
 
-        `?id=`: only that one.
+        `?id=`: only that one. `problems`: why there may be more, such as a folder that does not answer.
         """
-        return web.json_response({"pulls": await self._known(request.query.get("id"))})
+        key = request.query.get("id")
+        pulls, refusals = await self._known(key)
+        if key is not None and not pulls and refusals:
+            raise refusals[0]
+        return web.json_response({"pulls": pulls, "problems": [str(each) for each in refusals]})
 
     async def cancel(self, request: web.Request) -> web.Response:
         """End a pull. What came is kept, and the same pull goes on with it; `?drop=true` removes it.
@@ -131,7 +136,7 @@ class _Pulling:
         event_id, drop = self._daemon.bus.last_id, flag(request, "drop")
         key = await self._key(request.match_info["id"])
         is_dropped = await self._daemon.downloads.cancel(key, self._daemon.models_dirs, drop=drop)
-        pull = next(iter(await self._known(key)), None)
+        pull = next(iter((await self._known(key))[0]), None)
         return web.json_response({"pull": pull, "dropped": is_dropped, "event_id": event_id})
 
     def _router(self, name: str | None) -> Router | None:
@@ -142,27 +147,34 @@ class _Pulling:
         found = self._router(router)
         return self._daemon.models_dirs[0] if found is None else found.settings.models_dir
 
-    async def _known(self, key: str | None) -> list[dict[str, Any]]:
-        """The pulls of all folders, or those of that id."""
-        known = await self._daemon.downloads.known(self._daemon.models_dirs, key)
-        return [
+    async def _known(self, key: str | None) -> tuple[list[dict[str, Any]], list[HubError]]:
+        """The pulls of all folders, or those of that id; and why there may be more."""
+        known, refusals = await self._daemon.downloads.known(self._daemon.models_dirs, key)
+        views = [
             _pull_view(each, folder) if isinstance(each, Pull) else _record_view(each, folder) for folder, each in known
         ]
+        return views, refusals
 
     async def _key(self, word: str) -> str:
         """The id of a pull that is called so, by its id or its model's name."""
-        if await self._known(word):
+        if (await self._known(word))[0]:
             return word
-        named = {view["id"] for view in await self._known(None) if view["model"] == word and view["state"] != "done"}
+        pulls, _ = await self._known(None)
+        named = {view["id"] for view in pulls if view["model"] == word and view["state"] != "done"}
         return named.pop() if len(named) == 1 else word
 
     def _foresee(self, choice: Choice, spec: Spec, router: Router | None) -> dict[str, Any]:
         """How a model would do on a router."""
         if router is None:
-            return {"needed_bytes": {}, "n_ctx": None, "fits": None}
+            return {"needed_bytes": {}, "n_ctx": None, "fits": None, "reason": "there is no router yet"}
         capacity, rules = self._fleet.memory.capacity, self._daemon.config.rules
         prospect = foresee(choice, spec, router, capacity=capacity, rules=rules)
-        return {"needed_bytes": dict(prospect.bytes), "n_ctx": prospect.n_ctx, "fits": prospect.is_fitting}
+        return {
+            "needed_bytes": dict(prospect.bytes),
+            "n_ctx": prospect.n_ctx,
+            "fits": prospect.is_fitting,
+            "reason": prospect.reason or None,
+        }
 
     def _room_view(self, router: Router | None) -> dict[str, Any]:
         """What models may take on a router, by device."""

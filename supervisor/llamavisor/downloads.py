@@ -64,25 +64,27 @@ class Downloads:
             return folder.pulls
         raise HubError(f"{models_dir} does not answer", why=Why.DISK)
 
-    async def known(self, models_dirs: Collection[Path], key: str | None = None) -> list[tuple[Path, Pull | Record]]:
-        """The pulls of all folders, those first that only the disk knows of; a folder that hangs tells what it can.
+    async def known(
+        self, models_dirs: Collection[Path], key: str | None = None
+    ) -> tuple[list[tuple[Path, Pull | Record]], list[HubError]]:
+        """The pulls of all folders, those first that only the disk knows of; and why folders tell less than they have.
 
         Args:
             models_dirs: the folders that are meant; those that were meant before and have pulls are, too.
             key: only those of this id. Of one that is under way no disk is asked, however often somebody asks for it.
         """
         if key is not None and (here := self._here(key)):
-            return list(here)
+            return list(here), []
         paused: list[tuple[Path, Record]] = []
 
         async def ask(pulls: Pulls) -> None:
             paused.extend((pulls.models_dir, record) for record in await pulls.paused() if key in {None, record.key})
 
-        await self._each({*models_dirs, *self._folders}, ask)
+        refusals = await self._each({*models_dirs, *self._folders}, ask)
         here = self._here(key)
         known = {(folder, pull.id) for folder, pull in here}
         fresh = [(folder, record) for folder, record in paused if (folder, record.key) not in known]
-        return [*sorted(fresh, key=lambda each: each[0]), *here]
+        return [*sorted(fresh, key=lambda each: each[0]), *here], refusals
 
     def _here(self, key: str | None) -> list[tuple[Path, Pull]]:
         """What is in memory."""

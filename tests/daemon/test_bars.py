@@ -81,6 +81,15 @@ def test_no_line_is_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         assert "\x1b" not in lines
 
 
+def test_of_a_pull_that_only_the_disk_knows_nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How far it is nobody can tell; neither a terminal nor a pipe is told anything."""
+    left = {**pull(), "state": "left", "done_bytes": None}
+    assert drawn(left, monkeypatch=monkeypatch) == []
+    stream = io.StringIO()
+    Bars(Screen(stream), every_s=0.0).show(left)
+    assert not stream.getvalue()
+
+
 def test_elsewhere_it_is_a_line_now_and_then() -> None:
     """Nothing that moves a cursor."""
     stream = io.StringIO()

@@ -452,7 +452,7 @@ def test_a_pull_that_was_cancelled_is_known_to_the_next_daemon(begin: Begin, hub
     with begin() as daemon:
         assert pull_of(daemon, "M-Q4_K_M")["state"] == "left"
         assert daemon.cli("pull", "--cancel", key, "--drop").returncode == 0
-        assert daemon.call("GET", PULLS)[1] == {"pulls": []}
+        assert daemon.call("GET", PULLS)[1] == {"pulls": [], "problems": []}
 
 
 def test_a_closed_terminal_stops_nothing(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:

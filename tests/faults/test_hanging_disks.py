@@ -166,7 +166,10 @@ def test_f14_a_removal_that_hangs_is_followed_by_no_other(two: Two, other: Path,
 def test_f14_a_folder_that_hangs_hides_no_pull_into_another(
     two: Two, models_dir: Path, other: Path, tmp_path: Path, hangs_from: str
 ) -> None:
-    """F14: pulls into the other folder, under way or left, are shown, offered by a Tab and ended in the usual time."""
+    """F14: pulls into the other folder, under way or left, are shown, offered by a Tab and ended in the usual time.
+
+    That nothing can be said of this one is told, and not that it has none.
+    """
     mark = tmp_path / "mark"
     if hangs_from == "the start":
         mark.touch()
@@ -184,6 +187,9 @@ def test_f14_a_folder_that_hangs_hides_no_pull_into_another(
             mark.touch()
             shown = daemon.cli("pulls")
             assert (shown.returncode, under_way in shown.stdout, left in shown.stdout) == (0, True, True), shown.stderr
+            assert f"there may be more: {other} does not answer" in shown.stdout
+            status, refusal = daemon.call("GET", "/control/v1/pulls?id=nobody")
+            assert (status, refusal["why"]) == (507, "disk")
             assert set(daemon.cli("__complete", "pulls").stdout.split()) == set(ids)
             for key in ids:
                 ended = daemon.cli("pull", "--cancel", key, "--drop")

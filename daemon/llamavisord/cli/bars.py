@@ -34,7 +34,9 @@ class Bars:
         return f"<Bars, {self._drawn} drawn>"
 
     def show(self, pull: dict[str, Any]) -> None:
-        """This is how far it is, as the control API shows it."""
+        """This is how far it is, as the control API shows it; of a pull that only the disk knows, nothing."""
+        if not pull["files"]:
+            return
         if self._screen.is_terminal:
             files, width = self._shown(pull)
             has_bars = self._screen.width > width + BAR_WIDTH + 40
@@ -83,7 +85,7 @@ def _numbers(file: dict[str, Any]) -> str:
     elif stage in {"waiting", "checking", "done"}:
         told.append(stage)
     elif file["silent_s"] >= _SILENT_S:
-        told.append(f"nothing has come for {format_duration(file['silent_s'])}; tried again after half a minute")
+        told.append(f"nothing has come for {format_duration(file['silent_s'])}; tried again soon")
     else:
         told.append(f"{format_size(int(file['speed_bytes_per_s'])):>10}/s")
         if file["left_s"] is not None:

@@ -71,14 +71,17 @@ def pulls(arguments: Namespace) -> int:
     if arguments.json:
         screen.json(answer)
         return ExitCode.OK
-    if not answer["pulls"]:
+    if not answer["pulls"] and not answer["problems"]:
         screen.line("no pulls: `llamavisor pull USER/REPO` begins one")
         return ExitCode.OK
     found = sorted(answer["pulls"], key=lambda each: each["state"] != _UNDER_WAY)
-    screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in found])
+    if found:
+        screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in found])
     for each in answer["pulls"]:
         if each["error"]:
             screen.line(f"{plain(each['model'])}: {_reason(each['error'])}")
+    for text in answer["problems"]:
+        screen.line(f"there may be more: {plain(text)}")
     return ExitCode.OK
 
 
@@ -209,7 +212,7 @@ def _list(client: Client, arguments: Namespace) -> int:
     if chosen is not None:
         screen.line(f"* is what is pulled: {plain(chosen['quantization'] or chosen['name'])}")
     if answer["router"] is not None:
-        screen.line("needs: of memory, with the context that it would get here; reckoned from its header")
+        screen.line("needs: about so much memory, with the context and the caches that it would get here")
         screen.line(f"fits: whether that goes into {_room(answer)}")
     return ExitCode.OK
 
@@ -233,7 +236,7 @@ def _choice_row(choice: dict[str, Any]) -> tuple[object, ...]:
         choice["n_ctx_train"],
         format_size(sum(choice["needed_bytes"].values())) if choice["needed_bytes"] else None,
         fits,
-        f"{path}: {choice['problem']}" if choice["problem"] else path,
+        f"{path}: {why}" if (why := choice["problem"] or choice["reason"]) else path,
     )
 
 
