@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import httpx
 
+from llamavisor.errors import LlamavisorError, ModelNotFoundError
 from llamavisor.fleet import Fleet
 from llamavisor.options import ModelOptions, OptionLayer
 from llamavisor.settings import FleetSettings, RouterSettings
@@ -32,7 +33,9 @@ async def main(models_dir: Path, state_dir: Path, model: str | None) -> None:
         for entry in fleet.storage.models():
             quantization = entry.header.quantization if entry.header else "?"
             print(f"{entry.name}: {entry.state.value}, {entry.size_bytes} bytes, {quantization}")
-        name = model or fleet.storage.models()[0].name
+        name = model or next((entry.name for entry in fleet.storage.models()), None)
+        if name is None:
+            raise ModelNotFoundError(f"{models_dir} holds no model", hint="name one of the Hub, as USER/REPO")
         async with fleet.lease(name) as endpoint, httpx.AsyncClient(timeout=ANSWER_S, trust_env=False) as client:
             answer = await client.post(
                 f"{endpoint.url}/v1/chat/completions",
@@ -44,4 +47,9 @@ async def main(models_dir: Path, state_dir: Path, model: str | None) -> None:
 
 
 if __name__ == "__main__":
-    anyio.run(main, Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    if not 3 <= len(sys.argv) <= 4:
+        sys.exit(__doc__)
+    try:
+        anyio.run(main, Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) == 4 else None)
+    except LlamavisorError as error:
+        sys.exit(f"{error}; {error.hint}" if error.hint else str(error))

@@ -56,14 +56,21 @@ class _Pulling:
     async def look(self, request: web.Request) -> web.Response:
         """What a repository of the Hub holds, without a download: `?repo=USER/REPO`, or `USER/REPO:QUANT`.
 
-        `?file=` and `?revision=` as for a pull. For each model its files, quantization, trained context, which one is
-        `chosen` (without a quantization: the usual one), and how it would do on a router, the first or `?router=`:
-        `needed_bytes` by device with the `n_ctx` that a request could have, reckoned from its header, its name and the
-        options that it would get, and whether that `fits` what models may take there. Where that cannot be told,
-        `reason` says why: as while the router has not started, or where tables keep the model from it.
+        `?file=`, `?revision=`, `?mmproj=` and `?draft=` as for a pull. For each model its files, quantization, trained
+        context, which one is `chosen` (without a quantization: the usual one), and how it would do on a router, the
+        first or `?router=`: `needed_bytes` by device with the `n_ctx` that a request could have, reckoned from its
+        header, its name and the options that it would get, and whether that `fits` what models may take there. Where
+        that cannot be told, `reason` says why: as before the router has started, or where tables
+        keep the model from it.
         """
         query = request.query
-        spec = parse(query.get("repo", ""), file=query.get("file", ""), revision=query.get("revision", ""))
+        spec = parse(
+            query.get("repo", ""),
+            file=query.get("file", ""),
+            revision=query.get("revision", ""),
+            with_projector=flag(request, "mmproj", default=True),
+            with_draft=flag(request, "draft", default=True),
+        )
         router = self._router(query.get("router"))
         listing = await self._daemon.downloads.hub.look(spec, reads_headers=True)
         chosen = _chosen(listing, spec)
@@ -73,7 +80,7 @@ class _Pulling:
                 "revision": listing.revision,
                 "commit": listing.commit,
                 "models": [
-                    {**_choice_view(choice), **self._foresee(choice, spec, router), "chosen": choice is chosen}
+                    {**_choice_view(choice, spec), **self._foresee(choice, spec, router), "chosen": choice is chosen}
                     for choice in listing.choices
                 ],
                 "others": [_file_view(file) for file in listing.others],
@@ -198,15 +205,15 @@ def _chosen(listing: Listing, spec: Spec) -> Choice | None:
         return None
 
 
-def _choice_view(choice: Choice) -> dict[str, Any]:
+def _choice_view(choice: Choice, spec: Spec) -> dict[str, Any]:
     header = choice.header
     return {
         "name": choice.name,
         "quantization": choice.quantization or None,
         "size_bytes": choice.size_bytes,
         "files": [_file_view(file) for file in choice.files],
-        "projector": _file_view(choice.projector) if choice.projector else None,
-        "draft": _file_view(choice.draft) if choice.draft else None,
+        "projector": _file_view(choice.projector) if choice.projector and spec.with_projector else None,
+        "draft": _file_view(choice.draft) if choice.draft and spec.with_draft else None,
         "problem": choice.problem or None,
         "architecture": header.architecture if header else None,
         "n_ctx_train": header.context_length if header else None,

@@ -29,9 +29,9 @@ def number(name: str, text: str, most: int) -> int:
     return int(text)
 
 
-def flag(request: web.Request, name: str) -> bool:
-    """An argument that is `true` or `false`; false if it is not there."""
-    text = request.query.get(name, "false")
+def flag(request: web.Request, name: str, *, default: bool = False) -> bool:
+    """An argument that is `true` or `false`, or not there."""
+    text = request.query.get(name, str(default).lower())
     if text not in {"true", "", "false"}:
         raise BadRequestError(f"{name}: neither true nor false: {text[:40]!r}")
     return text != "false"

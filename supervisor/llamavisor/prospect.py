@@ -84,7 +84,7 @@ def _reckon(
     if choice.entry is None or choice.header is None:
         raise _UnknownError("its header is not known")
     if router.launch is None:
-        raise _UnknownError(f"router {router.name} has not started")
+        raise _UnknownError(f"router {router.name} is {router.state.value}")
     found, settings = router.launch.found, router.settings
     header = _supplemented(choice.header, choice)
     entry = replace(

@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
@@ -22,6 +23,7 @@ from fakes.waiting import PATIENCE_S, eventually
 from ggufs import STRING, U32, GgufFile, Tensor
 from llamavisor.hub import Why
 from llamavisor.hub.staging import NAME as STAGING
+from llamavisord.cli.pull import SEEN_S
 from llamavisord.exit_codes import ExitCode
 from llamavisord.problem_documents import HUB_STATUS
 from llamavisord.tiny_model import write_tiny_model
@@ -157,6 +159,15 @@ def test_a_model_is_pulled_and_served(daemon: RunningDaemon, folder: Path) -> No
     assert again.stdout == f"tiny-Q8_0: is there already: {folder}/tiny-Q8_0.gguf\n"
 
 
+def test_a_model_that_no_router_can_be_told_of(daemon: RunningDaemon, folder: Path) -> None:
+    """While the routers are stopped nobody waits for one: the model is there, and so is the answer."""
+    assert daemon.cli("stop", "main").returncode == 0
+    began = time.monotonic()
+    done = daemon.cli("pull", "user/tiny")
+    assert (done.returncode, (folder / "tiny-Q8_0.gguf").exists()) == (0, True)
+    assert time.monotonic() - began < SEEN_S
+
+
 def test_what_a_repository_holds(daemon: RunningDaemon, hub: HubServer) -> None:
     """Sizes, quantizations, the context from the headers, which one is usual, and what fits: nothing is downloaded."""
     shown = daemon.cli("pull", "user/repo", "--list")
@@ -174,6 +185,10 @@ def test_what_a_repository_holds(daemon: RunningDaemon, hub: HubServer) -> None:
     assert (model["projector"]["path"], model["chosen"], model["n_ctx_train"]) == ("mmproj-F16.gguf", True, 8192)
     assert (body["router"], model["fits"]) == ("main", True)
     assert model["needed_bytes"]["RAM"] > model["size_bytes"] + LARGE
+    _, body = daemon.call("GET", "/control/v1/hub?repo=user/sees&mmproj=false")
+    (alone,) = body["models"]
+    assert (alone["projector"], model["needed_bytes"]["RAM"] - alone["needed_bytes"]["RAM"]) == (None, LARGE)
+    assert "mmproj" not in daemon.cli("pull", "user/sees", "--list", "--no-mmproj").stdout
 
 
 def test_what_a_model_will_take_is_known_before_it_is_here(daemon: RunningDaemon) -> None:
@@ -612,7 +627,7 @@ def test_what_a_person_wants_to_know(begin: Begin, hub: HubServer, folder: Path)
         with on_a_terminal(daemon, "pull", "user/large") as terminal:
             terminal.until("200.0 MiB do not go into the 64.0 MiB of RAM of router main; --list shows what does")
             eventually(is_stalled)
-            terminal.until("nothing has come for ")
+            terminal.until("nothing for ")
             daemon.signal(signal.SIGKILL)
             daemon.wait()
             terminal.until("the daemon does not answer")

@@ -253,6 +253,16 @@ def test_a_form_that_a_model_cannot_keep_to_is_named(env: dict[str, str], talker
     assert run(env, "alpha", "hi", "--json-schema", schema).stderr == "llamavisor: out of luck\n"
 
 
+def test_a_request_beyond_the_context_says_what_would_help(env: dict[str, str], talker: Talker) -> None:
+    """llama-server's words know of no chat that can be cleared, and of no table."""
+    said = "request (20310 tokens) exceeds the available context size (4096 tokens), try increasing it"
+    talker.refuse(400, said)
+    done = run(env, "alpha", "hi")
+    assert done.stderr.startswith(f"llamavisor: model alpha: {said}; ")
+    assert "/clear" in done.stderr
+    assert "ctx_size" in done.stderr
+
+
 def test_an_answer_that_ends_with_an_error_keeps_what_was_said(env: dict[str, str], talker: Talker) -> None:
     """An error event amid the stream is the error of the command."""
     error = 'event: error\ndata: {"error": {"code": 502, "message": "the process died", "type": "x"}}\n\n'

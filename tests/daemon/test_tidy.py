@@ -102,6 +102,8 @@ def test_rm_refuses_what_was_not_agreed_to(daemon: RunningDaemon, models_dir: Pa
 
 def test_rm_without_a_terminal_needs_yes(daemon: RunningDaemon, models_dir: Path) -> None:
     """A script that cannot be asked is told which flag it lacks, with the exit code of a wrong command line."""
+    assert daemon.cli("rm", "nobody").stderr == "llamavisor: no model 'nobody'; see `llamavisor models`\n"
+    assert daemon.cli("rm", "").stderr.startswith("llamavisor: no model has an empty name")
     refused = daemon.cli("rm", "alpha")
     assert refused.returncode == 2
     assert "--yes" in refused.stderr

@@ -26,6 +26,7 @@ from llamavisor.router import Router
 from llamavisor.rules import ModelRule, ModelSettings
 from llamavisor.sections import section, specify
 from llamavisor.settings import RouterSettings
+from llamavisor.states import RouterState
 
 GIB = 1024**3
 KEYS = (
@@ -109,7 +110,7 @@ class Place:
         capacity = SimpleNamespace(
             limits=lambda _: self.limits, allowance=lambda _: self.allowance, devices_of=lambda _: self.gpus
         )
-        router = SimpleNamespace(name="main", settings=self.settings, launch=self.launch)
+        router = SimpleNamespace(name="main", settings=self.settings, launch=self.launch, state=RouterState.STOPPED)
         spec = parse("user/repo", **wanted)
         return foresee(choice, spec, cast("Router", router), capacity=cast("Capacity", capacity), rules=rules)
 
@@ -181,7 +182,7 @@ def test_why_nobody_can_say() -> None:
     assert "--no-such-option" in place.foresee(choice, impossible).reason
     assert Place({"RAM": GIB}).foresee(unread).is_fitting is False
     place.launch = None
-    assert place.foresee(choice).reason == "router main has not started"
+    assert place.foresee(choice).reason == "router main is stopped"
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), st.integers(0, 2**32 - 1) | st.lists(st.integers(0, 2**31 - 1))))

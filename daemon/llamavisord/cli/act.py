@@ -107,7 +107,12 @@ def restart(arguments: Namespace) -> int:
 
 def stop(arguments: Namespace) -> int:
     """End routers."""
-    return _move_routers(arguments, "stop")
+    try:
+        return _move_routers(arguments, "stop")
+    except CommandError as error:
+        if error.exit_code == ExitCode.NOT_FOUND:
+            error.hint += "; models are unloaded by `llamavisor unload`"
+        raise
 
 
 def start(arguments: Namespace) -> int:

@@ -26,6 +26,8 @@ LOAD_TIMEOUT_S = 600.0
 ROUTER_TIMEOUT_S = 120.0
 DRAIN_TIMEOUT_S = 600.0
 LOG_LINES = 100
+_ELSEWHERE = {"ls": "models", "list": "models", "chat": "run", "delete": "rm", "remove": "rm", "download": "pull"}
+"""What other programs call some commands."""
 _WITHOUT_SOCKET = frozenset({"config", "demo", "install-service", "version"})
 
 
@@ -40,7 +42,10 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     if _command(words) == "serve" and "--" in words:
         at = words.index("--")
         words, server_args = words[:at], words[at + 1 :]
-    parser = make_parser()
+    parser, commands = _make()
+    name = _command(words)
+    if name and name not in commands.names:
+        parser.error(f"there is no command {name!r}{_meant(name, commands.names)}")
     arguments, late = parser.parse_known_args(words)
     if arguments.command == "run":
         late = _take_prompt(arguments, late)
@@ -70,8 +75,19 @@ def _command(words: Sequence[str]) -> str:
     return words[at] if at < len(words) else ""
 
 
+def _meant(name: str, known: Sequence[str]) -> str:
+    from llamavisor.likeness import near  # noqa: PLC0415 (half of what a quick command takes)
+
+    found = [_ELSEWHERE[name]] if name in _ELSEWHERE else near(name, known)
+    return f"; did you mean {found[0]}?" if found else "; --help lists them"
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; its actions are what the reference page tells of."""
+    return _make()[0]
+
+
+def _make() -> tuple[argparse.ArgumentParser, Commands]:
     exit_codes = ", ".join(f"{code.value} {code.name.lower().replace('_', ' ')}" for code in ExitCode)
     parser = argparse.ArgumentParser(
         prog="llamavisor",
@@ -98,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo = commands.add("demo", "show it working, with tiny models made on the spot")
     demo.add_argument("--llama-server", metavar="PATH", help="the llama-server to use")
     commands.add("version", "say which version this is", json=True)
-    return parser
+    return parser, commands
 
 
 def _add_reading(commands: Commands) -> None:

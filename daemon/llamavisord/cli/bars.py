@@ -85,7 +85,7 @@ def _numbers(file: dict[str, Any]) -> str:
     elif stage in {"waiting", "checking", "done"}:
         told.append(stage)
     elif file["silent_s"] >= _SILENT_S:
-        told.append(f"nothing has come for {format_duration(file['silent_s'])}; tried again soon")
+        told.append(f"nothing for {format_duration(file['silent_s'])}; tried again soon")
     else:
         told.append(f"{format_size(int(file['speed_bytes_per_s'])):>10}/s")
         if file["left_s"] is not None:

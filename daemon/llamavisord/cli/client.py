@@ -243,7 +243,13 @@ def _account() -> str:
 
 
 def model_path(name: str, command: str = "") -> str:
-    """Where a model is, or where a command for it goes; its name may hold anything."""
+    """Where a model is, or where a command for it goes; its name may hold anything.
+
+    Raises:
+        CommandError: the name is empty.
+    """
+    if not name:
+        raise CommandError("no model has an empty name", hint="see `llamavisor models`", exit_code=ExitCode.USAGE)
     path = f"/control/v1/models/{quote(name, safe='')}"
     return f"{path}/{command}" if command else path
 

@@ -140,12 +140,19 @@ def _find(client: Client, path: str) -> dict[str, Any] | None:
     deadline = time.monotonic() + SEEN_S
     while time.monotonic() < deadline:
         for model in client.get("/control/v1/models")["models"]:
-            is_it = model["path"] is not None and f"{model['path']}/".startswith(f"{path}/")
-            if is_it and (model["router"] is not None or model["file_state"] not in {"ready", "settling"}):
-                found: dict[str, Any] = model
+            if model["path"] is None or not f"{model['path']}/".startswith(f"{path}/"):
+                continue
+            found: dict[str, Any] = model
+            is_usable = found["file_state"] in {"ready", "settling"}
+            if found["router"] is not None or not is_usable or not _runs_a_router(client):
                 return found
         time.sleep(TICK_S)
     return None
+
+
+def _runs_a_router(client: Client) -> bool:
+    """Whether one may be told of a model soon."""
+    return any(router["state"] not in {"stopped", "failed"} for router in client.get("/control/v1/routers")["routers"])
 
 
 def _tell_end(client: Client, pull: dict[str, Any], answer: dict[str, Any], arguments: Namespace) -> int:
@@ -197,6 +204,8 @@ def _list(client: Client, arguments: Namespace) -> int:
         "repo": arguments.spec,
         "file": arguments.file or None,
         "revision": arguments.revision or None,
+        "mmproj": str(arguments.mmproj).lower(),
+        "draft": str(arguments.draft).lower(),
         "router": arguments.router,
     }
     answer = client.call("GET", "/control/v1/hub", query, timeout_s=LOOK_TIMEOUT_S)
@@ -205,7 +214,7 @@ def _list(client: Client, arguments: Namespace) -> int:
         screen.json(answer)
         return ExitCode.OK
     screen.line(f"{plain(answer['repository'])} at {plain(answer['revision'])}, {plain(answer['commit'][:10])}")
-    rows = [_choice_row(each) for each in answer["models"]]
+    rows = [_choice_row(each) for each in sorted(answer["models"], key=lambda each: int(each["size_bytes"]))]
     screen.table(("", "QUANT", "SIZE", "WITH", "CONTEXT", "NEEDS", "FITS", "FILE"), rows, cuts_last=True)
     screen.line()
     chosen = next((each for each in answer["models"] if each["chosen"]), None)

@@ -102,7 +102,7 @@ def _source(client: Client, named: str) -> Path:
     if is_folder:
         raise CommandError(f"{named} is a folder", hint="name the file in it", exit_code=ExitCode.USAGE)
     try:
-        files = client.get(model_path(named, "").rstrip("/"))["files"]
+        files = client.get(model_path(named))["files"]
     except CommandError as exc:
         if _is_like_a_path(named) and exc.exit_code in {ExitCode.UNREACHABLE, ExitCode.NOT_FOUND}:
             raise _no_file(path) from exc

@@ -25,6 +25,8 @@ from llamavisord.variables import Variable
 
 _FORM_TROUBLE = re.compile(r"sampler|grammar|schema", re.IGNORECASE)
 """What llama-server says of a form of the answer that it cannot keep to."""
+_CONTEXT_TROUBLE = re.compile(r"context (?:size|length)", re.IGNORECASE)
+"""What it says of a request that is longer than the model's context."""
 _CONTEXT_SLACK = 1
 """llama-server may stop when one more token would fit."""
 _LIMITS = "it has reached a limit of tokens: --max-tokens, max_tokens in the configuration, or the context"
@@ -127,7 +129,14 @@ class _Session:
         return _LIMITS
 
     def _explained(self, error: CommandError) -> CommandError:
-        """An error with the model and the file in it, where llama-server does not say what it could not do."""
+        """An error with the model and the file in it, where llama-server does not say what it could not do.
+
+        1. It could not read all of the request, nor of the chat so far.
+        2. It could not keep to the form of the answer.
+        """
+        if not error.hint and _CONTEXT_TROUBLE.search(str(error)):
+            hint = "ask with less text (in a chat, /clear forgets what was said), or give it a larger ctx_size"
+            return CommandError(f"model {self.model}: {error}", hint=hint, exit_code=error.exit_code)
         form = self.question.form
         if error.hint or not form or not _FORM_TROUBLE.search(str(error)):
             return error
@@ -211,7 +220,7 @@ def _find_door(client: Client, arguments: Namespace) -> Door:
     key = _key(arguments.api_key_file)
     found = client.get("/control/v1/models", name=arguments.model)["models"]
     if not found:
-        client.get(model_path(arguments.model, "").rstrip("/"))  # its refusal says what is near
+        _refuse(client, arguments.model)
     status = client.get("/control/v1/status")
     if gateway := status.get("gateway"):
         if not gateway["urls"]:
@@ -223,6 +232,16 @@ def _find_door(client: Client, arguments: Namespace) -> Door:
         problem = _nearest(found).get("problem") or "no router serves it"
         raise CommandError(f"model {arguments.model}: {problem}", hint="see `llamavisor models`")
     return Door(url, key)
+
+
+def _refuse(client: Client, model: str) -> None:
+    """Says that there is no such model, and what would help."""
+    try:
+        client.get(model_path(model))
+    except CommandError as error:
+        if "/" in model and not error.hint.startswith("did you mean"):
+            error.hint = f"`llamavisor pull {model}` brings it, if the Hub has it"
+        raise
 
 
 def _nearest(found: list[dict[str, Any]]) -> dict[str, Any]:

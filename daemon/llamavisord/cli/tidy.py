@@ -30,9 +30,6 @@ def rm(arguments: Namespace) -> int:
     """Remove models from the disk, one after the other; the exit code is that of the first failure."""
     client, screen = client_of(arguments), Screen()
     asks = not (arguments.yes or arguments.dry_run)
-    if asks:
-        client.get("/control/v1/routers")  # that there is no daemon goes before that there is no terminal
-    _check_terminal(asks=asks)
     answers: list[dict[str, Any]] = []
     code = ExitCode.OK
     for name in dict.fromkeys(arguments.models):
@@ -61,7 +58,7 @@ def _remove(client: Client, name: str, arguments: Namespace, screen: Screen, *, 
         plan = client.call("DELETE", path, {**query, "dry_run": "true"})
     except CommandError as exc:
         if exc.exit_code == ExitCode.NOT_FOUND:
-            client.get(model_path(name, "").rstrip("/"))  # its refusal says what is near
+            client.get(model_path(name))  # its refusal says what is near
         raise
     if arguments.dry_run:
         if not arguments.json:
@@ -69,6 +66,7 @@ def _remove(client: Client, name: str, arguments: Namespace, screen: Screen, *, 
         return plan
     query |= {"force": str(arguments.force).lower(), "token": plan["token"]}
     if asks and (arguments.force or not plan["obstacles"]):  # else it is refused, and nobody need be asked
+        _check_terminal(asks=asks)
         _show_plan(Screen(sys.stderr) if arguments.json else screen, plan)
         if not _confirms(f"Remove {_amount(plan)} for good?"):
             print(f"llamavisor: {plain(plan['model'])}: left as it is", file=sys.stderr)

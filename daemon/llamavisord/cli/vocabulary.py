@@ -17,6 +17,11 @@ class Commands:
     def __init__(self, parser: argparse.ArgumentParser, title: str, dest: str) -> None:
         self._actions = parser.add_subparsers(title=title, metavar="COMMAND", dest=dest, required=True)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that there are."""
+        return tuple(self._actions.choices)
+
     def add(
         self, name: str, does: str, *, details: str = "", talks: bool = False, json: bool = False
     ) -> argparse.ArgumentParser:

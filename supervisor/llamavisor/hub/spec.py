@@ -70,7 +70,7 @@ def parse(
     if colon and not _QUANTIZATION.fullmatch(quantization):
         raise _wrong(text, f"{_quoted(quantization)} is no quantization" if quantization else "names none behind ':'")
     if colon and file:
-        raise HubError("A quantization and a file pattern cannot both be given.", why=Why.SPEC, hint="Leave one out.")
+        raise HubError("A quantization and a file pattern cannot both be given", why=Why.SPEC, hint="Leave one out.")
     revision = revision or MAIN
     if not _REVISION.fullmatch(revision) or ".." in revision:
         raise HubError(

@@ -285,7 +285,7 @@ def _check(removal: Removal, token: str | None, *, force: bool) -> None:
         raise FilesChangedError(f"model {removal.model}: its files are others than a moment ago", hint="look again")
     if removal.obstacles and not force:
         text = f"model {removal.model} is not removed: it is {', '.join(removal.obstacles)}"
-        raise ModelInUseError(text, hint="--force unloads it first, when its answers have ended")
+        raise ModelInUseError(text, hint="--force removes it all the same, unloaded first when its answers have ended")
 
 
 def _named_files(rules: Iterable[ModelRule], model: str) -> Iterator[tuple[str, str]]:
