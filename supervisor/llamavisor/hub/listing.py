@@ -31,6 +31,8 @@ common/download.cpp of llama.cpp b11434."""
 
 _NO_MODELS = (PROJECTOR_MARK, "imatrix", "eagle3-", *DRAFT_PREFIXES)
 """What is in the names of files that are no models: `gguf_filename_is_model`, ibidem."""
+MOST_FILES = 1000
+"""A repository with more GGUF files is not looked at: what they belong to each other takes time and room."""
 _LISTED = 12
 _GIT_DIGITS = 40
 
@@ -178,9 +180,15 @@ def arrange(repository: str, revision: str, commit: str, files: Iterable[RemoteF
         revision: what was asked for.
         commit: what that is.
         files: all that it holds.
+
+    Raises:
+        HubError: it holds too many of them.
     """
     snapshot = Snapshot(repository, f"models--{repository.replace('/', '--')}/{SNAPSHOTS}/{commit}")
     known = {file.path: file for file in files if file.name.lower().endswith(SUFFIX) and not path_problem(file.path)}
+    if len(known) > MOST_FILES:
+        text = f"{repository} holds {len(known)} GGUF files, and more than {MOST_FILES} are not looked at"
+        raise HubError(text, why=Why.NO_FILE)
     models = {path: file for path, file in known.items() if not _is_statistic(file)}
     entries = group(join(_judged(models.values(), snapshot)), (), "").values()
     choices = sorted(_choices(entries, models, snapshot), key=lambda choice: choice.first.path)

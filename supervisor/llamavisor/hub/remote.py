@@ -190,10 +190,9 @@ class Hub:
             HubError: it cannot be known.
         """
         access = await self._access()
-        commit, files = await self.patience.keep_trying(
-            lambda: self._ask(spec.repository, _fetch_info, spec, access, self.patience.stall_s)
+        listing = await self.patience.keep_trying(
+            lambda: self._ask(spec.repository, _fetch_listing, spec, access, self.patience.stall_s)
         )
-        listing = arrange(spec.repository, spec.revision, commit, files)
         if not reads_headers or not listing.choices:
             return listing
         choices = dict(enumerate(listing.choices))
@@ -249,8 +248,8 @@ class Hub:
         raise HubError(f"{what}: the Hub does not answer", why=Why.STALLED)
 
 
-def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision, and all its files: one request. Blocking."""
+def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
+    """What a repository holds at a revision: one request. Blocking, as a stranger's thousand files take their time."""
     import httpx2  # noqa: PLC0415 (half a second, for who pulls nothing)
     from huggingface_hub import HfApi, constants, errors  # noqa: PLC0415 (likewise)
 
@@ -264,7 +263,7 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
             for each in info.siblings or ()
             if each.size is not None
         ]
-        return str(info.sha), files
+        commit = str(info.sha)
     except errors.HfHubHTTPError as exc:
         headers = {name.lower(): value for name, value in exc.response.headers.items()}
         has_token = access.token is not None
@@ -281,6 +280,7 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     except (ValueError, TypeError, KeyError, AttributeError, httpx2.InvalidURL) as exc:
         text = f"{access.endpoint} answers what is no answer of a Hub"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+    return arrange(spec.repository, spec.revision, commit, files)
 
 
 def _digest(told: RepoSibling) -> str:
