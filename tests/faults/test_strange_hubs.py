@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import pytest
 
-from fakes.hub_server import HubFile, HubServer, Repository
-from hub_folder import hub_of_models, until
+from fakes.hub_server import Fault, HubFile, HubServer, Repository
+from hub_folder import MIB, Here, hub_of_models, until
 from llamavisor.hub import Hub, HubError, Listing, Patience, Why, parse
 from llamavisor.hub.listing import MOST_FILES, arrange
 
@@ -60,3 +62,87 @@ async def test_m11_what_takes_long_to_arrange(hub: Hub, monkeypatch: pytest.Monk
         tasks.start_soon(hub.look, parse("user/big"))
         await until(begun.is_set)
         released.set()
+
+
+def told(sha: object = "a" * 40, size: object = 10, sha256: object = "b" * 64, name: object = "M.gguf") -> bytes:
+    """What a Hub tells of a repository with one model."""
+    sibling = {"rfilename": name, "size": size, "lfs": {"sha256": sha256, "size": size, "pointerSize": 134}}
+    return json.dumps({"id": "user/big", "sha": sha, "siblings": [sibling]}).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        told(size=-5),
+        told(size=2**63),
+        told(size=10**400),
+        told(size=0.5),
+        told(size="many"),
+        told(size=77777).replace(b"77777", b"1e999"),
+        told(sha=None),
+        told(sha=""),
+        told(sha="../../x?y#z"),
+        told(sha256=None),
+        told(sha256="../" * 20),
+        told(name=None),
+        told(name=7),
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"siblings": ' + b"9" * 5000 + b"}",
+        b"[]",
+        b"7",
+        b'{"siblings": {"rfilename": 1}}',
+        b"\xff",
+    ],
+)
+async def test_m11_a_hub_that_tells_what_cannot_be(hub: Hub, server: HubServer, body: bytes) -> None:
+    """Whatever a Hub tells of a repository, it is told as the Hub's fault, and nothing of it is believed."""
+    server.faults = [Fault(at="hub", path="/api/", body=body)]
+    with pytest.raises(HubError) as raised:
+        await hub.look(parse("user/big"))
+    assert raised.value.why is Why.SERVER
+    assert raised.value.hint == "Look at HF_ENDPOINT."
+
+
+async def test_m11_what_nobody_asks_for_may_be_anything(hub: Hub, server: HubServer) -> None:
+    """What a Hub tells of files that are no GGUF files, or lead elsewhere, matters to nobody."""
+    odd = [{"rfilename": name, "size": -1, "blobId": "?"} for name in ("README.md", "../M.gguf", ".M.gguf")]
+    whole = json.loads(told())
+    body = json.dumps({**whole, "siblings": [*odd, *whole["siblings"]]}).encode()
+    server.faults = [Fault(at="hub", path="/api/", body=body)]
+    (choice,) = (await hub.look(parse("user/big"))).choices
+    assert (choice.name, choice.size_bytes) == ("M", 10)
+
+
+ODD_ANSWERS = [
+    Fault(at="hub", path="/resolve/", status=302, headers={"Location": "http://xn--a.com/"}, times=9),
+    Fault(status=206, headers={"Content-Range": f"bytes 0-9/{'9' * 5000}"}, times=9),
+]
+
+
+@pytest.mark.parametrize("fault", ODD_ANSWERS, ids=["no host", "no number"])
+async def test_m11_a_store_that_answers_oddly(
+    hub: Hub, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    """A store that sends to no host, or says a number without an end, is at fault; its models are listed."""
+    (tmp_path / "models").mkdir()
+    server.faults = [replace(fault)]
+    there = await hub.look(parse("user/big"), reads_headers=True)
+    assert [choice.header for choice in there.choices] == [None, None]
+    monkeypatch.setattr("llamavisor.hub.transfer.SPAN_BYTES", MIB)
+    async with (here := Here(server, tmp_path / "models", PATIENT)).pulls.opened():
+        server.faults = [replace(fault)]
+        with pytest.raises(HubError) as raised:
+            await here.pull("user/big")
+    assert raised.value.why is Why.SERVER
+
+
+async def test_m11_a_name_of_a_content_that_cannot_be_written(
+    server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An ETag that is no text is as good as none: the model comes."""
+    monkeypatch.setattr("llamavisor.hub.transfer.SPAN_BYTES", MIB)
+    (tmp_path / "models").mkdir()
+    euro = '"\u20ac"'.encode().decode("latin-1")
+    server.etags = dict.fromkeys((file.oid for file in server.repositories["user/big"].files.values()), euro)
+    async with (here := Here(server, tmp_path / "models", PATIENT)).pulls.opened():
+        assert await here.pull("user/big")

@@ -274,7 +274,7 @@ class Pulls:
         # By another daemon, or by one that died right then, or long ago.
         if await self._threads.run(is_placed, record, models_dir):
             paths = paths_of(record, models_dir)
-            for progress, wanted, path in zip(pull.files, record.remote_files, paths, strict=True):
+            for progress, wanted, path in zip(pull.files, record.files, paths, strict=True):
                 if not await is_same(path, wanted, progress, self._threads):
                     raise taken(target_of(record, models_dir))
             await self._threads.run(self._conclude, record)
@@ -333,7 +333,7 @@ class Pulls:
 
     async def _fetch(self, connection: Connection, pull: Pull, number: int) -> None:
         record, progress, run = pull.record, pull.files[number], self._threads.run
-        file = record.remote_files[number]
+        file = record.files[number]
         path, part = self.staging.folder_of(record) / file.name, self.staging.part_of(record, file)
         if await run(size_of, path) == file.size:  # nothing gets there that is not verified
             progress.stage, progress.done = Stage.DONE, file.size

@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 import anyio
 import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llamavisor.gguf import GgufError, Header, ShortError, parse_beginning
 from llamavisor.hub.access import Access, find_access
 from llamavisor.hub.failure import HubError, Why, refusal
-from llamavisor.hub.listing import Choice, Listing, RemoteFile, arrange
+from llamavisor.hub.listing import Choice, Commit, Listing, RemoteFile, arrange, is_gguf
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.spec import Spec
 from llamavisor.threads import Threads
@@ -40,7 +41,21 @@ ASKED_AT_ONCE = 8
 
 _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
+_STRONG_ETAG = re.compile(r"(?!W/)[!-~]{1,1000}")
+
+
+_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What huggingface_hub makes of an answer that is none."""
+
+
+class _Told(BaseModel):
+    """What the Hub tells of a repository: it is held against what can be here, where it comes in, and nowhere later."""
+
+    model_config = ConfigDict(frozen=True)
+
+    commit: Commit
+    files: tuple[RemoteFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +150,9 @@ class Connection:
             length = headers.get("Content-Length", "")
             begin, total = 0, int(length) if length.isdigit() else None
         etag = headers.get("ETag", "")
+        etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
         url = response.url if response.history else None
-        return Body(begin, status == 200, total, "" if etag.startswith("W/") else etag, url, _chunks(response, what))
+        return Body(begin, status == 200, total, etag, url, _chunks(response, what))
 
 
 class Hub:
@@ -259,11 +275,11 @@ def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
     try:
         info = api.model_info(spec.repository, revision=spec.revision, files_metadata=True, timeout=timeout_s)
         files = [
-            RemoteFile(str(each.rfilename), int(each.size), _digest(each))
+            {"path": each.rfilename, "size": each.size, "digest": _digest(each)}
             for each in info.siblings or ()
-            if each.size is not None
+            if each.size is not None and is_gguf(each.rfilename)
         ]
-        commit = str(info.sha)
+        told = _Told.model_validate({"commit": info.sha, "files": files})
     except errors.HfHubHTTPError as exc:
         headers = {name.lower(): value for name, value in exc.response.headers.items()}
         has_token = access.token is not None
@@ -277,10 +293,14 @@ def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
         text = f"{access.endpoint} cannot be reached: {_cause(exc)}"
         hint = "Look at the network, and at HF_ENDPOINT and the proxy of the daemon."
         raise HubError(text, why=Why.UNREACHABLE, hint=hint) from exc
-    except (ValueError, TypeError, KeyError, AttributeError, httpx2.InvalidURL) as exc:
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors(include_url=False, include_input=False)[0]["loc"]))
+        text = f"{spec.repository}: the Hub tells of it what cannot be ({where})"
+        raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+    except (*_NO_ANSWER, httpx2.InvalidURL) as exc:
         text = f"{access.endpoint} answers what is no answer of a Hub"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
-    return arrange(spec.repository, spec.revision, commit, files)
+    return arrange(spec.repository, spec.revision, told.commit, told.files)
 
 
 def _digest(told: RepoSibling) -> str:
@@ -312,6 +332,8 @@ def _translated(what: str) -> Iterator[None]:
         raise HubError(f"{what}: the connection was cut", why=Why.UNREACHABLE) from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise HubError(f"{what}: the Hub sends us elsewhere, and there is nothing", why=Why.SERVER) from exc
+    except ValueError as exc:  # a number of thousands of digits, a host that no host can be called
+        raise HubError(f"{what}: the server answers what cannot be understood", why=Why.SERVER) from exc
 
 
 def _cause(error: BaseException) -> str:
