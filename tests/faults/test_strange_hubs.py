@@ -146,3 +146,15 @@ async def test_m11_a_name_of_a_content_that_cannot_be_written(
     server.etags = dict.fromkeys((file.oid for file in server.repositories["user/big"].files.values()), euro)
     async with (here := Here(server, tmp_path / "models", PATIENT)).pulls.opened():
         assert await here.pull("user/big")
+
+
+@pytest.mark.parametrize("body", [b"", b"7"])
+async def test_m11_a_password_in_the_address_of_a_mirror(server: HubServer, free_port: int, body: bytes) -> None:
+    """A mirror that needs a password and is away, or answers nonsense, is told of without the password."""
+    server.faults = [Fault(at="hub", path="/api/", body=body)]
+    address = server.url.removeprefix("http://") if body else f"127.0.0.1:{free_port}"
+    mirror = Hub({"HF_ENDPOINT": f"http://bob:s3cret@{address}"}, PATIENT)
+    with pytest.raises(HubError, match=f"^http://{address} ") as raised:
+        await mirror.look(parse("user/big"))
+    async with mirror.connect() as connection:
+        assert "s3cret" not in f"{raised.value!r} {raised.value} {raised.value.hint} {connection!r}"

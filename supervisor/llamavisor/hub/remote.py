@@ -92,7 +92,7 @@ class Connection:
         self._access = access
 
     def __repr__(self) -> str:
-        return f"<Connection {self._access.endpoint}>"
+        return f"<Connection {self._access.shown}>"
 
     @asynccontextmanager
     async def open(
@@ -183,7 +183,7 @@ class Hub:
 
         async def stay_safe(request: httpx.Request) -> None:
             if access.endpoint.startswith("https:") and request.url.scheme != "https":
-                raise HubError(f"{access.endpoint} sends us to an address without TLS", why=Why.SERVER)
+                raise HubError(f"{access.shown} sends us to an address without TLS", why=Why.SERVER)
 
         async with httpx.AsyncClient(
             timeout=httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s),
@@ -290,7 +290,7 @@ def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
     except httpx2.ReadTimeout as exc:
         raise HubError(f"{spec.repository}: the Hub does not answer", why=Why.STALLED) from exc
     except httpx2.HTTPError as exc:
-        text = f"{access.endpoint} cannot be reached: {_cause(exc)}"
+        text = f"{access.shown} cannot be reached: {_cause(exc)}"
         hint = "Look at the network, and at HF_ENDPOINT and the proxy of the daemon."
         raise HubError(text, why=Why.UNREACHABLE, hint=hint) from exc
     except ValidationError as exc:
@@ -298,7 +298,7 @@ def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
         text = f"{spec.repository}: the Hub tells of it what cannot be ({where})"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
     except (*_NO_ANSWER, httpx2.InvalidURL) as exc:
-        text = f"{access.endpoint} answers what is no answer of a Hub"
+        text = f"{access.shown} answers what is no answer of a Hub"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
     return arrange(spec.repository, spec.revision, told.commit, told.files)
 
