@@ -12,7 +12,7 @@ import anyio
 import pytest
 
 from fakes.hub_server import Fault, HubFile, HubServer, Repository
-from hub_folder import MIB, Here, hub_of_models, until
+from hub_folder import MIB, Here, hub_of_models, noise, until
 from llamavisor.hub import Hub, HubError, Listing, Patience, Why, parse
 from llamavisor.hub.listing import MOST_FILES, arrange
 
@@ -158,3 +158,15 @@ async def test_m11_a_password_in_the_address_of_a_mirror(server: HubServer, free
         await mirror.look(parse("user/big"))
     async with mirror.connect() as connection:
         assert "s3cret" not in f"{raised.value!r} {raised.value} {raised.value.hint} {connection!r}"
+
+
+async def test_m11_a_store_that_lets_everybody_wait(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The headers of all models have one deadline; what was read until then is told, and no other is begun."""
+    monkeypatch.setattr("llamavisor.hub.remote.HEADERS_AT_ONCE", 1)
+    (tiny, *_), silent = server.repositories["user/tiny"].files.values(), noise("silent")
+    server.repositories["user/slow"] = Repository({"a.gguf": tiny, **dict.fromkeys(["b.gguf", "c.gguf"], silent)})
+    server.faults = [Fault(path=silent.oid, stall_after=0, times=9)]
+    hub = Hub({"HF_ENDPOINT": server.url}, Patience(stall_s=600.0, answer_s=5.0))
+    there = await hub.look(parse("user/slow"), reads_headers=True)
+    assert [choice.header is not None for choice in there.choices] == [True, False, False]
+    assert len([asked for asked in server.downloads() if silent.oid in asked.path]) == 1

@@ -200,7 +200,7 @@ class Hub:
         Args:
             spec: its repository and revision count.
             reads_headers: whether the beginning of every model is fetched and read, too: 64 KiB each. What cannot be
-                read of those is left out.
+                read of those, or not in time for all, is left out.
 
         Raises:
             HubError: it cannot be known.
@@ -218,9 +218,10 @@ class Hub:
             async with limiter:
                 choices[number] = await self.inspect(connection, listing, choice)
 
-        async with self.connect() as connection, anyio.create_task_group() as tasks:
-            for number, choice in enumerate(listing.choices[:MAX_HEADERS]):
-                tasks.start_soon(read, number, choice)
+        with anyio.move_on_after(self.patience.answer_s):
+            async with self.connect() as connection, anyio.create_task_group() as tasks:
+                for number, choice in enumerate(listing.choices[:MAX_HEADERS]):
+                    tasks.start_soon(read, number, choice)
         return replace(listing, choices=tuple(choices.values()))
 
     async def inspect(self, connection: Connection, listing: Listing, choice: Choice) -> Choice:
