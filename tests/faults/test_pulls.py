@@ -20,6 +20,7 @@ from hub_folder import MANY, MIB, PATIENCE, Here, hub_of_models, noise, until
 from llamavisor.catalog.disk import Disk
 from llamavisor.events import PullCancelled, PullFailed, PullStarted
 from llamavisor.hub import Hub, HubError, Listing, Patience, PullState, RemoteFile, Why, parse
+from llamavisor.hub.placing import place
 from llamavisor.hub.pulls import THREADS
 from llamavisor.hub.record import plan
 from llamavisor.hub.staging import NAME, SPARE_BYTES, Staging
@@ -666,3 +667,29 @@ async def test_m9_what_was_dropped_is_gone(here: Here, server: HubServer) -> Non
         with pytest.raises(HubError) as raised:
             await here.pulls.cancel(pull.id, drop=True)
         assert raised.value.why is Why.NO_PULL
+
+
+async def test_m9_dropped_when_it_is_done(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull that was in its last step when it was to be dropped is done, and nobody is told that it has gone."""
+    placing, released = threading.Event(), threading.Event()
+
+    def place_slowly(*args: object) -> Path:
+        placing.set()
+        assert released.wait(60)
+        return place(*args)
+
+    monkeypatch.setattr("llamavisor.hub.pulls.place", place_slowly)
+    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 60.0)
+    answers: list[bool] = []
+
+    async def drop() -> None:
+        answers.append(await here.pulls.cancel(pull.id, drop=True))
+
+    pull = await here.pulls.start(parse("user/tiny"))
+    await until(placing.is_set)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drop)
+        await until(lambda: pull.scope.cancel_called)
+        released.set()
+    assert (answers, pull.state) == ([False], PullState.DONE)
+    assert here.visible() == ["Tiny-Q4_K_M.gguf"]

@@ -128,7 +128,7 @@ class Pulls:
         """Ends a pull; what came is kept, so that the same pull goes on with it, or dropped.
 
         Returns:
-            Whether it was dropped: not what another daemon brings as well.
+            Whether it was dropped: not what another daemon brings as well, or what was done already.
 
         Raises:
             HubError: there is none of that name, or the disk does not let go of it.
@@ -140,7 +140,7 @@ class Pulls:
                 await pull.ended.wait()
                 if pull.error is not None:
                     raise pull.error
-                return pull.is_dropped
+                return pull.is_gone
             raise self._hangs()
         is_there = key in {record.key for record in await self._ask(self.staging.records)}
         ended = self._pulls.get(key)
