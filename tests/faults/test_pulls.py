@@ -693,3 +693,19 @@ async def test_m9_dropped_when_it_is_done(here: Here, monkeypatch: pytest.Monkey
         released.set()
     assert (answers, pull.state) == ([False], PullState.DONE)
     assert here.visible() == ["Tiny-Q4_K_M.gguf"]
+
+
+async def test_m5_room_that_another_daemon_takes(
+    here: Here, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another daemon that shares the folder brings takes its room, until it is there or given up."""
+    monkeypatch.setattr("llamavisor.hub.staging.disk_of", lambda _: Disk(10**12, SPARE_BYTES + MANY + MIB))
+    server.faults = [Fault(stall_after=0)]
+    other = Here(server, here.models_dir, Patience(stall_s=600.0))
+    async with other.pulls.opened():
+        theirs = await other.pulls.start(parse("user/big"))
+        with pytest.raises(HubError, match=r"needs 2\.9 MiB more, and .* has 1\.0 MiB to spare") as raised:
+            await here.pulls.start(parse("user/big:q8_0"))
+        assert raised.value.why is Why.NO_SPACE
+        await other.pulls.cancel(theirs.id)
+        assert await here.pull("user/big:q8_0")

@@ -217,8 +217,10 @@ class Pulls:
                 raise HubError(text, why=Why.EXISTS, hint="Cancel that, or pull under another name.")
 
     async def _check_room(self, record: Record) -> None:
-        """Refuses what the disk has no room for, what others bring considered."""
-        others = [pull.record for pull in self.under_way]
+        """Refuses what the disk has no room for, what others bring considered: other daemons that share it, too."""
+        noted = [each for each in await self._ask(self.staging.records) if each.is_under_way]
+        under_way = {each.key: each for each in (*noted, *(pull.record for pull in self.under_way))}
+        others = [each for each in under_way.values() if each.key != record.key]
         free = await self._ask(self.staging.free_bytes)
         needed = await self._ask(self.staging.missing_bytes, [*others, record])
         taken_bytes = await self._ask(self.staging.missing_bytes, others)
