@@ -709,3 +709,18 @@ async def test_m5_room_that_another_daemon_takes(
         assert raised.value.why is Why.NO_SPACE
         await other.pulls.cancel(theirs.id)
         assert await here.pull("user/big:q8_0")
+
+
+async def test_m10_what_a_client_wanted_is_a_persons_afterwards(server: HubServer, models_dir: Path) -> None:
+    """The next daemon goes on with what a client wanted, and no client that joins it and leaves ends it."""
+    server.faults = [Fault(stall_after=MIB, times=2)]
+    async with (first := Here(server, models_dir, Patience(stall_s=600.0))).pulls.opened():
+        pull = await first.pulls.start(parse("user/big"), who="a client")
+        await until(lambda: pull.done_bytes)
+    async with (second := Here(server, models_dir, Patience(stall_s=600.0))).pulls.opened():
+        (pull,) = second.pulls.all
+        assert await second.pulls.start(parse("user/big"), who="a client") is pull
+        await second.pulls.leave("a client")
+        assert pull.state is PullState.UNDER_WAY
+        server.released.set()
+        assert await pull.wait()

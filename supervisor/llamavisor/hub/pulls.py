@@ -83,7 +83,7 @@ class Pulls:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Goes on with what was under way when the last daemon ended.
+        """Goes on with what was under way when the last daemon ended, whoever wanted it, as with a person's pull.
 
         What is under way at the end is kept for the next one. A models folder that cannot be read has nothing.
         """
