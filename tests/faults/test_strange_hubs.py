@@ -115,11 +115,13 @@ async def test_m11_what_nobody_asks_for_may_be_anything(hub: Hub, server: HubSer
 
 ODD_ANSWERS = [
     Fault(at="hub", path="/resolve/", status=302, headers={"Location": "http://xn--a.com/"}, times=9),
+    Fault(at="hub", path="/resolve/", status=302, headers={"Location": "http://127.0.0.1:99999/"}, times=9),
+    Fault(at="hub", path="/resolve/", status=302, headers={"Location": f"http://{'a' * 64}.com/"}, times=9),
     Fault(status=206, headers={"Content-Range": f"bytes 0-9/{'9' * 5000}"}, times=9),
 ]
 
 
-@pytest.mark.parametrize("fault", ODD_ANSWERS, ids=["no host", "no number"])
+@pytest.mark.parametrize("fault", ODD_ANSWERS, ids=["no name", "no port", "a long name", "no number"])
 async def test_m11_a_store_that_answers_oddly(
     hub: Hub, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault
 ) -> None:
@@ -133,7 +135,7 @@ async def test_m11_a_store_that_answers_oddly(
         server.faults = [replace(fault)]
         with pytest.raises(HubError) as raised:
             await here.pull("user/big")
-    assert raised.value.why is Why.SERVER
+    assert raised.value.why in {Why.SERVER, Why.UNREACHABLE}
 
 
 async def test_m11_a_name_of_a_content_that_cannot_be_written(
@@ -170,3 +172,18 @@ async def test_m11_a_store_that_lets_everybody_wait(server: HubServer, monkeypat
     there = await hub.look(parse("user/slow"), reads_headers=True)
     assert [choice.header is not None for choice in there.choices] == [True, False, False]
     assert len([asked for asked in server.downloads() if silent.oid in asked.path]) == 1
+
+
+@pytest.mark.parametrize("endpoint", ["http://[x", "http://xn--a.com", "http://127.0.0.1:99999"])
+async def test_m11_an_address_that_is_none(hub: Hub, server: HubServer, endpoint: str) -> None:
+    """An address that nobody can ask is told of as that, by who lists models and by who goes on with one."""
+    there = await hub.look(parse("user/big"))
+    nowhere = Hub({"HF_ENDPOINT": endpoint}, PATIENT)
+    with pytest.raises(HubError) as raised:
+        await nowhere.look(parse("user/big"))
+    assert raised.value.why in {Why.SERVER, Why.UNREACHABLE}
+    async with nowhere.connect() as connection:
+        with pytest.raises(HubError) as raised:
+            async with connection.open(there, there.choices[0].first):
+                """It does not come to that."""
+    assert raised.value.why in {Why.SERVER, Why.UNREACHABLE}

@@ -34,6 +34,7 @@ MAX_HEADERS = 32
 """Of more models of one repository nothing is read: what the Hub allows in a minute is not endless."""
 HEADERS_AT_ONCE = 4
 MAX_REDIRECTS = 5
+MAX_PORT = 65535
 GIT_MAX_BYTES = 10_000_000
 """Git itself holds no larger files on the Hub."""
 ASKED_AT_ONCE = 8
@@ -119,18 +120,18 @@ class Connection:
             HubError: it does not come, or no more of it.
         """
         what = f"{listing.repository}/{file.path}"
+        path = f"{listing.repository}/resolve/{listing.commit}/{quote(file.path)}"
         headers = {"Accept-Encoding": "identity"}
-        if url is None:
-            path = f"{listing.repository}/resolve/{listing.commit}/{quote(file.path)}"
-            url = httpx.URL(f"{self._access.endpoint}/{path}")
-            if self._access.token is not None:  # httpx keeps it from other hosts
-                headers["Authorization"] = f"Bearer {self._access.token.reveal()}"
+        if url is None and self._access.token is not None:  # httpx keeps it from other hosts
+            headers["Authorization"] = f"Bearer {self._access.token.reveal()}"
         if begin or end is not None:
             headers["Range"] = f"bytes={begin}-{'' if end is None else end - 1}"
             if etag:
                 headers["If-Range"] = etag
         with _translated(what):
-            async with self._client.stream("GET", url, headers=headers) as response:
+            async with self._client.stream(
+                "GET", url or f"{self._access.endpoint}/{path}", headers=headers
+            ) as response:
                 yield self._body(response, what, begin)
 
     def _body(self, response: httpx.Response, what: str, begin: int) -> Body:
@@ -182,6 +183,8 @@ class Hub:
         access = await self._access()
 
         async def stay_safe(request: httpx.Request) -> None:
+            if (request.url.port or 0) > MAX_PORT:  # the socket would find out, deep in anyio
+                raise HubError(f"{access.shown} sends us to a port that is none", why=Why.SERVER)
             if access.endpoint.startswith("https:") and request.url.scheme != "https":
                 raise HubError(f"{access.shown} sends us to an address without TLS", why=Why.SERVER)
 
