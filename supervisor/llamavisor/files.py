@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_NO_RENAMEAT2 = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM})
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -35,18 +39,45 @@ def replace_file(path: Path, data: bytes) -> None:
 def put_new(source: Path, target: Path) -> None:
     """Gives a file another name that nobody else has.
 
+    Who is killed amid it leaves no file of that name that is not whole, but for an empty one on a file system that
+    knows neither links nor renameat2(2).
+
     Raises:
         FileExistsError: somebody has it; that one stays.
+        OSError: it could not be done; nothing has that name.
     """
     try:
         os.link(source, target)  # a rename would replace what is there
     except OSError as exc:
         if exc.errno not in _NO_LINKS:
             raise
-        target.touch(exist_ok=False)  # that the name is ours a rename would not find out
-        source.replace(target)
+        _rename_new(source, target)
     else:
         source.unlink()
+
+
+def _rename_new(source: Path, target: Path) -> None:
+    """By renameat2(2), for which Python has no name: FAT and the shares of Windows know no links, but that."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    number = errno.ENOSYS
+    if hasattr(libc, "renameat2"):
+        names = os.fsencode(source), os.fsencode(target)
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE) == 0:
+            return
+        number = ctypes.get_errno()
+    if number not in _NO_RENAMEAT2:
+        raise OSError(number, os.strerror(number), str(target))
+    _rename_touched(source, target)
+
+
+def _rename_touched(source: Path, target: Path) -> None:
+    target.touch(exist_ok=False)  # that the name is ours a rename would not find out
+    try:
+        source.replace(target)
+    except OSError:
+        with suppress(OSError):
+            target.unlink()
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -106,6 +106,7 @@ class Fault:
         at: `hub` or `store`.
         status: it is refused with this.
         headers: that the refusal has besides.
+        body: it is answered with this instead.
         cut_after: so many bytes of the body are sent, and the connection is closed.
         stall_after: so many bytes of the body are sent, and nothing more.
         flip: the byte at this place of the file is another.
@@ -119,6 +120,7 @@ class Fault:
     at: str = "store"
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
     cut_after: int = -1
     stall_after: int = -1
     flip: int = -1
@@ -266,6 +268,8 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault_for(self.at, self.command, self._asked.path)
         if fault is not None and fault.status:
             self._refuse(fault.status, **fault.headers)
+        elif fault is not None and fault.body:
+            self._answer(200, fault.body, **{"Content-Type": "application/json"})
         else:
             self._serve(hub, fault)
 

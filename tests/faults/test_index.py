@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FAULTS = {"P": 12, "H": 6, "N": 4, "F": 15, "R": 5, "C": 11, "D": 12, "T": 3, "M": 10, "X": 2}
+FAULTS = {"P": 12, "H": 6, "N": 4, "F": 15, "R": 5, "C": 11, "D": 12, "T": 3, "M": 11, "X": 2}
 """How many faults there are of each kind."""
 ROWS = [f"{kind}{number}" for kind, most in FAULTS.items() for number in range(1, most + 1)]
 

@@ -20,6 +20,7 @@ from hub_folder import MANY, MIB, PATIENCE, Here, hub_of_models, noise, until
 from llamavisor.catalog.disk import Disk
 from llamavisor.events import PullCancelled, PullFailed, PullStarted
 from llamavisor.hub import Hub, HubError, Listing, Patience, PullState, RemoteFile, Why, parse
+from llamavisor.hub.placing import place
 from llamavisor.hub.pulls import THREADS
 from llamavisor.hub.record import plan
 from llamavisor.hub.staging import NAME, SPARE_BYTES, Staging
@@ -666,3 +667,60 @@ async def test_m9_what_was_dropped_is_gone(here: Here, server: HubServer) -> Non
         with pytest.raises(HubError) as raised:
             await here.pulls.cancel(pull.id, drop=True)
         assert raised.value.why is Why.NO_PULL
+
+
+async def test_m9_dropped_when_it_is_done(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pull that was in its last step when it was to be dropped is done, and nobody is told that it has gone."""
+    placing, released = threading.Event(), threading.Event()
+
+    def place_slowly(*args: object) -> Path:
+        placing.set()
+        assert released.wait(60)
+        return place(*args)
+
+    monkeypatch.setattr("llamavisor.hub.pulls.place", place_slowly)
+    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 60.0)
+    answers: list[bool] = []
+
+    async def drop() -> None:
+        answers.append(await here.pulls.cancel(pull.id, drop=True))
+
+    pull = await here.pulls.start(parse("user/tiny"))
+    await until(placing.is_set)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(drop)
+        await until(lambda: pull.scope.cancel_called)
+        released.set()
+    assert (answers, pull.state) == ([False], PullState.DONE)
+    assert here.visible() == ["Tiny-Q4_K_M.gguf"]
+
+
+async def test_m5_room_that_another_daemon_takes(
+    here: Here, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another daemon that shares the folder brings takes its room, until it is there or given up."""
+    monkeypatch.setattr("llamavisor.hub.staging.disk_of", lambda _: Disk(10**12, SPARE_BYTES + MANY + MIB))
+    server.faults = [Fault(stall_after=0)]
+    other = Here(server, here.models_dir, Patience(stall_s=600.0))
+    async with other.pulls.opened():
+        theirs = await other.pulls.start(parse("user/big"))
+        with pytest.raises(HubError, match=r"needs 2\.9 MiB more, and .* has 1\.0 MiB to spare") as raised:
+            await here.pulls.start(parse("user/big:q8_0"))
+        assert raised.value.why is Why.NO_SPACE
+        await other.pulls.cancel(theirs.id)
+        assert await here.pull("user/big:q8_0")
+
+
+async def test_m10_what_a_client_wanted_is_a_persons_afterwards(server: HubServer, models_dir: Path) -> None:
+    """The next daemon goes on with what a client wanted, and no client that joins it and leaves ends it."""
+    server.faults = [Fault(stall_after=MIB, times=2)]
+    async with (first := Here(server, models_dir, Patience(stall_s=600.0))).pulls.opened():
+        pull = await first.pulls.start(parse("user/big"), who="a client")
+        await until(lambda: pull.done_bytes)
+    async with (second := Here(server, models_dir, Patience(stall_s=600.0))).pulls.opened():
+        (pull,) = second.pulls.all
+        assert await second.pulls.start(parse("user/big"), who="a client") is pull
+        await second.pulls.leave("a client")
+        assert pull.state is PullState.UNDER_WAY
+        server.released.set()
+        assert await pull.wait()

@@ -12,7 +12,7 @@ from ggufs import STRING, U16, U32, GgufFile, Tensor, Typed
 from llamavisor import gguf
 from llamavisor.catalog import Entry, EntryState
 from llamavisor.catalog.group import Past, group, remember
-from llamavisor.catalog.hub import Snapshot
+from llamavisor.catalog.hub import Snapshot, quantization_tag
 from llamavisor.catalog.settle import Verdict
 from llamavisor.catalog.split import Judged, join
 from llamavisor.catalog.walk import Found
@@ -341,3 +341,23 @@ def test_names_do_not_depend_on_what_is_still_being_written(files: list[Judged])
     writing = [judged._replace(verdict=Verdict(SETTLING, "why")) for judged in settled]
     names = {entry.files[0].path: name for name, entry in entries(*settled).items()}
     assert {entry.files[0].path: name for name, entry in entries(*writing).items()} == names
+
+
+def test_projectors_and_drafts_are_ranked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many models lie beside however many projectors and drafts, each of them is looked at a few times."""
+    looked = 0
+    true = quantization_tag
+
+    def count(*args: str) -> str:
+        nonlocal looked
+        looked += 1
+        return true(*args)
+
+    monkeypatch.setattr("llamavisor.catalog.group.quantization_tag", count)
+    snapshot = Snapshot("user/repo", "models--user--repo/snapshots/a")
+    names = [f"{kind}{number}-Q4_0.gguf" for kind in ("m", "mmproj", "mtp-") for number in range(100)]
+    found = entries(*(file(f"{snapshot.folder}/{name}", None, snapshot=snapshot) for name in names))
+    models = [entry for entry in found.values() if entry.files[0].path.rpartition("/")[2].startswith("m")]
+    assert len(models) == 100
+    assert all(entry.projector and entry.draft for entry in models)
+    assert looked < 10 * len(names)

@@ -91,3 +91,19 @@ def test_the_endpoint(login: Path, said: str, meant: str) -> None:
 def test_offline(login: Path, said: str, meant: bool) -> None:
     """HF_HUB_OFFLINE is read as huggingface_hub reads it."""
     assert find_access({"HF_HUB_OFFLINE": said}).is_offline is meant
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "shown"),
+    [
+        ("http://bob:s3cret@mirror:8080/hub", "http://mirror:8080/hub"),
+        ("https://s3cret@mirror", "https://mirror"),
+        ("http://bob:s3/cr@e?t#@mirror", "http://mirror"),
+        ("http://mirror/hub", "http://mirror/hub"),
+    ],
+)
+def test_a_password_in_the_address_is_not_shown(login: Path, endpoint: str, shown: str) -> None:
+    """The address of a mirror is told without its user and password; asked is the whole of it."""
+    access = find_access({"HF_ENDPOINT": endpoint})
+    assert (access.endpoint, access.shown) == (endpoint, shown)
+    assert "s3" not in f"{access} {access!r}"

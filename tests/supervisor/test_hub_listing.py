@@ -16,7 +16,7 @@ from ggufs import ARRAY, F32, STRING, U32, GgufFile, Tensor
 from llamavisor.gguf import GgufError, ShortError, parse, parse_beginning
 from llamavisor.hub import Choice, Hub, HubError, Listing, Patience, RemoteFile, Why
 from llamavisor.hub import parse as parse_spec
-from llamavisor.hub.listing import arrange
+from llamavisor.hub.listing import arrange, is_gguf
 
 GIB = 1024**3
 PATIENCE = Patience(connect_s=5.0, stall_s=5.0, delays_s=(0.01, 0.01, 0.01))
@@ -43,7 +43,7 @@ def header(architecture: str = "llama", *, tokens: int = 300, before: int = 0) -
 
 def listing(*paths: str) -> Listing:
     """A repository that holds these files."""
-    return arrange("user/repo", "main", "a" * 40, [RemoteFile(path, 10) for path in paths])
+    return arrange("user/repo", "main", "a" * 40, [RemoteFile(path, 10) for path in paths if is_gguf(path)])
 
 
 def choose(there: Listing, text: str = "user/repo", **more: str) -> Choice:

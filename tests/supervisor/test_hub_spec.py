@@ -107,3 +107,9 @@ def test_paths_that_are_not_taken(path: str) -> None:
     """The Hub is not trusted with names: none climbs out, hides, or does something to a terminal."""
     assert path_problem(path)
     assert not path_problem("folder/Model-Q4_K_M-00001-of-00002.gguf")
+
+
+def test_long_paths_are_not_taken() -> None:
+    """A path through hundreds of folders is none that anybody means."""
+    assert path_problem("a/" * 300 + "b.gguf")
+    assert not path_problem("a/" * 30 + "b.gguf")

@@ -1,6 +1,8 @@
 """Models that clients have the server download, told of as llama-server tells of its own downloads.
 
 A client knows such a model by the word that it asked with until it is there: then it is in the list under its own name.
+The next daemon goes on with what was on its way, but as with a person's pull: it remembers no client and no word, and
+who asked for it can ask again, but ends it no more.
 """
 
 from __future__ import annotations

@@ -156,7 +156,10 @@ class Management:
         return _SUCCESS
 
     def download(self, word: str) -> Reply:
-        """POST /models: answered at once; how it goes on is told by `events`, and its end by `models`."""
+        """POST /models: answered at once; how it goes on is told by `events`, and its end by `models`.
+
+        The next daemon goes on with it as with a person's pull, which no client ends.
+        """
         if not word:
             return _refusal(400, "model must be a non-empty string")
         try:

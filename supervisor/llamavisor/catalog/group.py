@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum, auto
 from typing import NamedTuple
 
@@ -45,6 +45,24 @@ _ROLES = {
 
 _Beside = dict[str, list[Unit]]
 """Projectors or drafts, by the folder they lie in."""
+
+
+class _Projector(NamedTuple):
+    """A projector as all models beside it see it.
+
+    Attributes:
+        unit: the file.
+        problem: why no model can use it, empty when one can.
+    """
+
+    unit: Unit
+    problem: str
+
+
+_Projectors = Mapping[str, Sequence[_Projector]]
+"""By the folder they lie in, those first that are to be preferred."""
+_Drafts = Mapping[str, Mapping[str, Unit]]
+"""The drafts that can be used, by the folder they lie in and by quantization; the first of all as "" as well."""
 
 
 class Past(NamedTuple):
@@ -104,8 +122,9 @@ def group(joined: Iterable[Unit], oddities: Iterable[Oddity], root: str, past: P
     ]
     named = assign([*places, *(_odd_place(oddity, root) for oddity in odd)])
     names = {unit.first.path: name.name for unit, name in zip(units, named, strict=False)}
+    ranked, usable = _rank_projectors(projectors), _pick_drafts(drafts)
     entries = [
-        _entry(unit, name, projectors, drafts, names.get(owners.get(unit.first.path, "")))
+        _entry(unit, name, ranked, usable, names.get(owners.get(unit.first.path, "")))
         for unit, name in zip(units, named, strict=False)
     ]
     entries += [_odd_entry(oddity, name) for oddity, name in zip(odd, named[len(units) :], strict=True)]
@@ -190,7 +209,7 @@ def _odd_entry(oddity: Oddity, named: Named) -> Entry:
     )
 
 
-def _entry(unit: Unit, named: Named, projectors: _Beside, drafts: _Beside, owner: str | None) -> Entry:
+def _entry(unit: Unit, named: Named, projectors: _Projectors, drafts: _Drafts, owner: str | None) -> Entry:
     verdict = _verdict(unit, named, owner)
     projector, notes = _projector(unit, projectors) if projectors else (None, ())
     draft = _draft(unit, drafts) if drafts else None
@@ -224,19 +243,27 @@ def _verdict(unit: Unit, named: Named, owner: str | None) -> Verdict:
     return Verdict(EntryState.INVALID, reason) if reason else unit.verdict
 
 
-def _projector(unit: Unit, projectors: _Beside) -> tuple[Unit | None, tuple[str, ...]]:
+def _rank_projectors(beside: _Beside) -> _Projectors:
+    """Once for a folder: beside each of a thousand models it would be a thousand times as much."""
+    return {
+        folder: [
+            _Projector(unit, _projector_problem(unit))
+            for unit in sorted(units, key=lambda unit: (_projector_rank(unit), unit.first.where))
+        ]
+        for folder, units in beside.items()
+    }
+
+
+def _projector(unit: Unit, projectors: _Projectors) -> tuple[Unit | None, tuple[str, ...]]:
     """The projector that a model gets, and what is to be said where there is one that it does not get."""
-    beside = list(_beside(unit, projectors))
-    fitting = [
-        (distance, _projector_rank(found), found.first.where, found)
-        for distance, found in beside
-        if found.verdict.state is EntryState.READY
-        and not _misfit(unit, found)
-        and not ini.value_problem(found.first.path)
-    ]
-    if fitting:
-        return min(fitting, key=lambda item: item[:3])[3], ()
-    return None, tuple(sorted(_why_not(unit, found) for _, found in beside))
+    notes = []
+    for folder in _folders(unit):
+        for found in projectors.get(folder, ()):
+            problem = found.problem or _misfit(unit, found.unit)
+            if not problem:
+                return found.unit, ()
+            notes.append(problem)
+    return None, tuple(sorted(notes))
 
 
 def _senses(header: Header | None) -> tuple[str, ...]:
@@ -247,13 +274,13 @@ def _senses(header: Header | None) -> tuple[str, ...]:
     return tuple(sense for sense, has in found if has)
 
 
-def _why_not(unit: Unit, projector: Unit) -> str:
+def _projector_problem(projector: Unit) -> str:
+    """Why no model can use a projector; empty when one can."""
     name = printable(projector.file_name)
     if projector.verdict.state is not EntryState.READY:
         return f"{name} is not used yet: {projector.verdict.reason}"
-    if misfit := _misfit(unit, projector):
-        return f"{name} is not used: {misfit}"
-    return f"{name} is not used: its path {ini.value_problem(projector.first.path)}"
+    problem = ini.value_problem(projector.first.path)
+    return f"{name} is not used: its path {problem}" if problem else ""
 
 
 def _misfit(unit: Unit, projector: Unit) -> str:
@@ -263,7 +290,8 @@ def _misfit(unit: Unit, projector: Unit) -> str:
     gives, takes = projector.header.projector.projection_length, unit.header.embedding_length
     if gives is None or takes is None or gives == takes:
         return ""
-    return f"it makes vectors of {gives} numbers, and this model takes {takes}"
+    name = printable(projector.file_name)
+    return f"{name} is not used: it makes vectors of {gives} numbers, and this model takes {takes}"
 
 
 def _projector_rank(projector: Unit) -> int:
@@ -271,27 +299,26 @@ def _projector_rank(projector: Unit) -> int:
     return known.index(quantization) if quantization in known else len(known)
 
 
-def _draft(unit: Unit, drafts: _Beside) -> ModelFile | None:
+def _pick_drafts(beside: _Beside) -> _Drafts:
+    """Once for a folder, as with the projectors."""
+    picked: dict[str, dict[str, Unit]] = {}
+    for folder, units in beside.items():
+        for unit in sorted(units, key=lambda unit: unit.first.where):
+            if unit.verdict.state is EntryState.READY and not ini.value_problem(unit.first.path):
+                for quantization in ("", _quantization(unit)):
+                    picked.setdefault(folder, {}).setdefault(quantization, unit)
+    return picked
+
+
+def _draft(unit: Unit, drafts: _Drafts) -> ModelFile | None:
     """The draft that a model gets: the nearest, one of the same quantization first."""
-    wanted = _quantization(unit)
-    usable = [
-        (distance, not wanted or _quantization(found) != wanted, found.first.where, found)
-        for distance, found in _beside(unit, drafts)
-        if found.verdict.state is EntryState.READY and not ini.value_problem(found.first.path)
-    ]
-    return _file(min(usable, key=lambda item: item[:3])[3].first) if usable else None
+    found = next((drafts[folder] for folder in _folders(unit) if folder in drafts), None)
+    return _file((found.get(_quantization(unit)) or found[""]).first) if found else None
 
 
 def _quantization(unit: Unit) -> str:
     """As its header says; as its name does where that cannot be read, of a file that is not here yet."""
     return unit.header.quantization if unit.header is not None else quantization_tag(unit.stem, "")
-
-
-def _beside(unit: Unit, units: _Beside) -> Iterator[tuple[int, Unit]]:
-    """What lies in a model's folder; in the hub's cache also in the folders above, up to the repository's own."""
-    for distance, folder in enumerate(_folders(unit)):
-        for found in units.get(folder, ()):
-            yield distance, found
 
 
 def _folders(unit: Unit) -> Sequence[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -18,6 +18,8 @@ CREDENTIAL = "huggingface.token"
 _TRUE = frozenset({"1", "ON", "YES", "TRUE"})
 _TOKEN_BYTES = 4096
 _TOKEN = re.compile(r"[!-~]+")
+_USER_INFO = re.compile(r"(?<=://).*@", re.DOTALL)
+"""Whatever is before an @: a password that should have been escaped is one, too."""
 
 
 class Token:
@@ -41,14 +43,19 @@ class Access:
     """How the Hub is reached.
 
     Attributes:
-        endpoint: its address, without a slash at the end.
+        endpoint: its address, without a slash at the end; a password may be in it, so that it is told as `shown`.
         is_offline: whether it is not to be asked.
         token: None for what everybody may have.
     """
 
-    endpoint: str = ENDPOINT
+    endpoint: str = field(default=ENDPOINT, repr=False)
     is_offline: bool = False
     token: Token | None = None
+
+    @property
+    def shown(self) -> str:
+        """Its address as everybody may see it, without a user and a password."""
+        return _USER_INFO.sub("", self.endpoint)
 
 
 def find_access(environ: Mapping[str, str]) -> Access:

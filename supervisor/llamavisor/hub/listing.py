@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
 
 from llamavisor.catalog import Entry, EntryState
 from llamavisor.catalog.group import DRAFT_PREFIXES, PROJECTOR_MARK, group
@@ -31,13 +34,30 @@ common/download.cpp of llama.cpp b11434."""
 
 _NO_MODELS = (PROJECTOR_MARK, "imatrix", "eagle3-", *DRAFT_PREFIXES)
 """What is in the names of files that are no models: `gguf_filename_is_model`, ibidem."""
+MOST_FILES = 1000
+"""A repository with more GGUF files is not looked at: what they belong to each other takes time and room."""
 _LISTED = 12
 _GIT_DIGITS = 40
 
 
+def harmless(path: str) -> str:
+    """The path.
+
+    Raises:
+        ValueError: it leads elsewhere, or is no path.
+    """
+    if problem := path_problem(path):
+        raise ValueError(problem)
+    return path
+
+
+Commit = Annotated[str, Field(pattern=r"^[0-9a-zA-Z]{1,64}$")]
+"""A revision that never changes, as the Hub tells it and as a record keeps it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """A file of a repository.
+    """A file of a repository; pydantic holds it to what is said of its fields, where it comes from the Hub or the disk.
 
     Attributes:
         path: in the repository.
@@ -46,9 +66,9 @@ class RemoteFile:
             a short header and it. Empty when the Hub does not tell.
     """
 
-    path: str
-    size: int
-    digest: str = ""
+    path: Annotated[str, AfterValidator(harmless)]
+    size: Annotated[int, Field(ge=0, lt=2**63)]
+    digest: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{64}|[0-9a-f]{40})?$")] = ""
 
     @property
     def name(self) -> str:
@@ -170,17 +190,28 @@ class Listing:
 _NO_GGUF = "llama-server reads GGUF files only; other repositories have them, often with -GGUF in their names."
 
 
+def is_gguf(path: str) -> bool:
+    """Whether a file of a repository is looked at by its path; of the others nothing is wanted."""
+    return path.lower().endswith(SUFFIX) and not path_problem(path)
+
+
 def arrange(repository: str, revision: str, commit: str, files: Iterable[RemoteFile]) -> Listing:
-    """The files of a repository as models. Files that cannot be taken by their names are left out.
+    """The files of a repository as models.
 
     Args:
         repository: `USER/REPO`.
         revision: what was asked for.
         commit: what that is.
-        files: all that it holds.
+        files: all GGUF files that it holds.
+
+    Raises:
+        HubError: it holds too many of them.
     """
     snapshot = Snapshot(repository, f"models--{repository.replace('/', '--')}/{SNAPSHOTS}/{commit}")
-    known = {file.path: file for file in files if file.name.lower().endswith(SUFFIX) and not path_problem(file.path)}
+    known = {file.path: file for file in files}
+    if len(known) > MOST_FILES:
+        text = f"{repository} holds {len(known)} GGUF files, and more than {MOST_FILES} are not looked at"
+        raise HubError(text, why=Why.NO_FILE)
     models = {path: file for path, file in known.items() if not _is_statistic(file)}
     entries = group(join(_judged(models.values(), snapshot)), (), "").values()
     choices = sorted(_choices(entries, models, snapshot), key=lambda choice: choice.first.path)

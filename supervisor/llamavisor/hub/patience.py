@@ -20,7 +20,7 @@ class Patience:
     Attributes:
         connect_s: for a connection.
         stall_s: for the next byte, however long all of them take.
-        answer_s: for what a repository holds, all in all.
+        answer_s: for what a repository holds, all in all; for the headers of all its models again.
         delays_s: before it is tried again, after the first failure in a row, the second, and so on; then no more.
         max_retry_after_s: a server that wants to be left alone for longer is told of instead.
         questions: how many failures in a row a question may have, to which a person waits for the answer.

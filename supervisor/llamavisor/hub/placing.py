@@ -21,7 +21,7 @@ def target_of(record: Record, models_dir: Path) -> Path:
 def paths_of(record: Record, models_dir: Path) -> list[Path]:
     """Where each of its files ends."""
     target = target_of(record, models_dir)
-    return [target / file.name for file in record.remote_files] if len(record.files) > 1 else [target]
+    return [target / file.name for file in record.files] if len(record.files) > 1 else [target]
 
 
 def is_placed(record: Record, models_dir: Path) -> bool:
@@ -33,7 +33,7 @@ def is_placed(record: Record, models_dir: Path) -> bool:
     target = target_of(record, models_dir)
     if not os.path.lexists(target):
         return False
-    sizes = [file.size for file in record.remote_files]
+    sizes = [file.size for file in record.files]
     if [size_of(path) for path in paths_of(record, models_dir)] != sizes:
         raise taken(target)
     return True
@@ -74,13 +74,13 @@ def place(record: Record, folder: Path, models_dir: Path) -> Path:
     with on_disk(target):
         mode = models_dir.stat().st_mode
         with suppress(OSError):  # some file systems know no such thing
-            for file in record.remote_files:
+            for file in record.files:
                 (folder / file.name).chmod(0o664 & mode)
         if len(record.files) > 1:
             _place_folder(folder, target, 0o2775 & mode)
         else:
             try:
-                put_new(folder / record.remote_files[0].name, target)
+                put_new(folder / record.files[0].name, target)
             except FileExistsError as exc:
                 raise taken(target) from exc
             with suppress(OSError):

@@ -44,7 +44,7 @@ class Pull:
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self.files = tuple(Progress(file.name, file.size) for file in record.remote_files)
+        self.files = tuple(Progress(file.name, file.size) for file in record.files)
         self.state = PullState.UNDER_WAY
         self.error: HubError | None = None
         self.path: Path | None = None

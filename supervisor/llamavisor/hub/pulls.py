@@ -83,7 +83,7 @@ class Pulls:
 
     @asynccontextmanager
     async def opened(self) -> AsyncIterator[None]:
-        """Goes on with what was under way when the last daemon ended.
+        """Goes on with what was under way when the last daemon ended, whoever wanted it, as with a person's pull.
 
         What is under way at the end is kept for the next one. A models folder that cannot be read has nothing.
         """
@@ -128,7 +128,7 @@ class Pulls:
         """Ends a pull; what came is kept, so that the same pull goes on with it, or dropped.
 
         Returns:
-            Whether it was dropped: not what another daemon brings as well.
+            Whether it was dropped: not what another daemon brings as well, or what was done already.
 
         Raises:
             HubError: there is none of that name, or the disk does not let go of it.
@@ -140,7 +140,7 @@ class Pulls:
                 await pull.ended.wait()
                 if pull.error is not None:
                     raise pull.error
-                return pull.is_dropped
+                return pull.is_gone
             raise self._hangs()
         is_there = key in {record.key for record in await self._ask(self.staging.records)}
         ended = self._pulls.get(key)
@@ -217,8 +217,10 @@ class Pulls:
                 raise HubError(text, why=Why.EXISTS, hint="Cancel that, or pull under another name.")
 
     async def _check_room(self, record: Record) -> None:
-        """Refuses what the disk has no room for, what others bring considered."""
-        others = [pull.record for pull in self.under_way]
+        """Refuses what the disk has no room for, what others bring considered: other daemons that share it, too."""
+        noted = [each for each in await self._ask(self.staging.records) if each.is_under_way]
+        under_way = {each.key: each for each in (*noted, *(pull.record for pull in self.under_way))}
+        others = [each for each in under_way.values() if each.key != record.key]
         free = await self._ask(self.staging.free_bytes)
         needed = await self._ask(self.staging.missing_bytes, [*others, record])
         taken_bytes = await self._ask(self.staging.missing_bytes, others)
@@ -274,7 +276,7 @@ class Pulls:
         # By another daemon, or by one that died right then, or long ago.
         if await self._threads.run(is_placed, record, models_dir):
             paths = paths_of(record, models_dir)
-            for progress, wanted, path in zip(pull.files, record.remote_files, paths, strict=True):
+            for progress, wanted, path in zip(pull.files, record.files, paths, strict=True):
                 if not await is_same(path, wanted, progress, self._threads):
                     raise taken(target_of(record, models_dir))
             await self._threads.run(self._conclude, record)
@@ -333,7 +335,7 @@ class Pulls:
 
     async def _fetch(self, connection: Connection, pull: Pull, number: int) -> None:
         record, progress, run = pull.record, pull.files[number], self._threads.run
-        file = record.remote_files[number]
+        file = record.files[number]
         path, part = self.staging.folder_of(record) / file.name, self.staging.part_of(record, file)
         if await run(size_of, path) == file.size:  # nothing gets there that is not verified
             progress.stage, progress.done = Stage.DONE, file.size

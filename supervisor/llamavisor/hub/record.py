@@ -5,17 +5,11 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from llamavisor.hub.failure import HubError, Why
-from llamavisor.hub.listing import Listing, RemoteFile
+from llamavisor.hub.listing import Commit, Listing, RemoteFile, harmless
 from llamavisor.hub.spec import Spec, parse, path_problem
-
-
-def _harmless(path: str) -> str:
-    if problem := path_problem(path):
-        raise ValueError(problem)
-    return path
 
 
 def _is_repository(text: str) -> str:
@@ -26,14 +20,6 @@ def _is_repository(text: str) -> str:
     if not is_plain:
         raise ValueError("is no repository")
     return text
-
-
-class _RecordedFile(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    path: Annotated[str, AfterValidator(_harmless)]
-    size: int = Field(ge=0)
-    digest: str = Field(default="", pattern=r"^(?:[0-9a-f]{64}|[0-9a-f]{40})?$")
 
 
 class Record(BaseModel):
@@ -54,9 +40,9 @@ class Record(BaseModel):
 
     repository: Annotated[str, AfterValidator(_is_repository)]
     revision: str
-    commit: str = Field(pattern=r"^[0-9a-zA-Z]{1,64}$")
-    name: Annotated[str, AfterValidator(_harmless), Field(pattern=r"^[^/]*$")]
-    files: tuple[_RecordedFile, ...] = Field(min_length=1)
+    commit: Commit
+    name: Annotated[str, AfterValidator(harmless), Field(pattern=r"^[^/]*$")]
+    files: tuple[RemoteFile, ...] = Field(min_length=1)
     is_under_way: bool = True
     why: str = ""
     reason: str = ""
@@ -64,19 +50,18 @@ class Record(BaseModel):
     @classmethod
     def of(cls, listing: Listing, name: str, files: tuple[RemoteFile, ...]) -> Record:
         """What is to be brought of a repository."""
-        recorded = tuple(_RecordedFile(path=each.path, size=each.size, digest=each.digest) for each in files)
         return cls(
             repository=listing.repository,
             revision=listing.revision,
             commit=listing.commit,
             name=name,
-            files=recorded,
+            files=files,
         )
 
     @property
     def remote_files(self) -> tuple[RemoteFile, ...]:
         """The files as the Hub has them."""
-        return tuple(RemoteFile(each.path, each.size, each.digest) for each in self.files)
+        return self.files
 
     @property
     def listing(self) -> Listing:
@@ -111,9 +96,4 @@ def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
     if len(set(names)) < len(names):
         twice = next(each for each in names if names.count(each) > 1)
         raise HubError(f"{listing.repository} has two files {twice} that belong together", why=Why.NO_FILE)
-    try:
-        return Record.of(listing, name, files)
-    except ValidationError as exc:
-        where = ".".join(map(str, exc.errors(include_url=False, include_input=False)[0]["loc"]))
-        text = f"{listing.repository}: the Hub tells of it what cannot be ({where})"
-        raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+    return Record.of(listing, name, files)

@@ -15,11 +15,12 @@ from urllib.parse import quote
 
 import anyio
 import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llamavisor.gguf import GgufError, Header, ShortError, parse_beginning
 from llamavisor.hub.access import Access, find_access
 from llamavisor.hub.failure import HubError, Why, refusal
-from llamavisor.hub.listing import Choice, Listing, RemoteFile, arrange
+from llamavisor.hub.listing import Choice, Commit, Listing, RemoteFile, arrange, is_gguf
 from llamavisor.hub.patience import Patience
 from llamavisor.hub.spec import Spec
 from llamavisor.threads import Threads
@@ -33,6 +34,7 @@ MAX_HEADERS = 32
 """Of more models of one repository nothing is read: what the Hub allows in a minute is not endless."""
 HEADERS_AT_ONCE = 4
 MAX_REDIRECTS = 5
+MAX_PORT = 65535
 GIT_MAX_BYTES = 10_000_000
 """Git itself holds no larger files on the Hub."""
 ASKED_AT_ONCE = 8
@@ -40,7 +42,21 @@ ASKED_AT_ONCE = 8
 
 _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
-_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
+_STRONG_ETAG = re.compile(r"(?!W/)[!-~]{1,1000}")
+
+
+_NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What huggingface_hub makes of an answer that is none."""
+
+
+class _Told(BaseModel):
+    """What the Hub tells of a repository: it is held against what can be here, where it comes in, and nowhere later."""
+
+    model_config = ConfigDict(frozen=True)
+
+    commit: Commit
+    files: tuple[RemoteFile, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +93,7 @@ class Connection:
         self._access = access
 
     def __repr__(self) -> str:
-        return f"<Connection {self._access.endpoint}>"
+        return f"<Connection {self._access.shown}>"
 
     @asynccontextmanager
     async def open(
@@ -104,18 +120,18 @@ class Connection:
             HubError: it does not come, or no more of it.
         """
         what = f"{listing.repository}/{file.path}"
+        path = f"{listing.repository}/resolve/{listing.commit}/{quote(file.path)}"
         headers = {"Accept-Encoding": "identity"}
-        if url is None:
-            path = f"{listing.repository}/resolve/{listing.commit}/{quote(file.path)}"
-            url = httpx.URL(f"{self._access.endpoint}/{path}")
-            if self._access.token is not None:  # httpx keeps it from other hosts
-                headers["Authorization"] = f"Bearer {self._access.token.reveal()}"
+        if url is None and self._access.token is not None:  # httpx keeps it from other hosts
+            headers["Authorization"] = f"Bearer {self._access.token.reveal()}"
         if begin or end is not None:
             headers["Range"] = f"bytes={begin}-{'' if end is None else end - 1}"
             if etag:
                 headers["If-Range"] = etag
         with _translated(what):
-            async with self._client.stream("GET", url, headers=headers) as response:
+            async with self._client.stream(
+                "GET", url or f"{self._access.endpoint}/{path}", headers=headers
+            ) as response:
                 yield self._body(response, what, begin)
 
     def _body(self, response: httpx.Response, what: str, begin: int) -> Body:
@@ -135,8 +151,9 @@ class Connection:
             length = headers.get("Content-Length", "")
             begin, total = 0, int(length) if length.isdigit() else None
         etag = headers.get("ETag", "")
+        etag = etag if _STRONG_ETAG.fullmatch(etag) else ""
         url = response.url if response.history else None
-        return Body(begin, status == 200, total, "" if etag.startswith("W/") else etag, url, _chunks(response, what))
+        return Body(begin, status == 200, total, etag, url, _chunks(response, what))
 
 
 class Hub:
@@ -166,8 +183,10 @@ class Hub:
         access = await self._access()
 
         async def stay_safe(request: httpx.Request) -> None:
+            if (request.url.port or 0) > MAX_PORT:  # the socket would find out, deep in anyio
+                raise HubError(f"{access.shown} sends us to a port that is none", why=Why.SERVER)
             if access.endpoint.startswith("https:") and request.url.scheme != "https":
-                raise HubError(f"{access.endpoint} sends us to an address without TLS", why=Why.SERVER)
+                raise HubError(f"{access.shown} sends us to an address without TLS", why=Why.SERVER)
 
         async with httpx.AsyncClient(
             timeout=httpx.Timeout(self.patience.stall_s, connect=self.patience.connect_s),
@@ -184,16 +203,15 @@ class Hub:
         Args:
             spec: its repository and revision count.
             reads_headers: whether the beginning of every model is fetched and read, too: 64 KiB each. What cannot be
-                read of those is left out.
+                read of those, or not in time for all, is left out.
 
         Raises:
             HubError: it cannot be known.
         """
         access = await self._access()
-        commit, files = await self.patience.keep_trying(
-            lambda: self._ask(spec.repository, _fetch_info, spec, access, self.patience.stall_s)
+        listing = await self.patience.keep_trying(
+            lambda: self._ask(spec.repository, _fetch_listing, spec, access, self.patience.stall_s)
         )
-        listing = arrange(spec.repository, spec.revision, commit, files)
         if not reads_headers or not listing.choices:
             return listing
         choices = dict(enumerate(listing.choices))
@@ -203,9 +221,10 @@ class Hub:
             async with limiter:
                 choices[number] = await self.inspect(connection, listing, choice)
 
-        async with self.connect() as connection, anyio.create_task_group() as tasks:
-            for number, choice in enumerate(listing.choices[:MAX_HEADERS]):
-                tasks.start_soon(read, number, choice)
+        with anyio.move_on_after(self.patience.answer_s):
+            async with self.connect() as connection, anyio.create_task_group() as tasks:
+                for number, choice in enumerate(listing.choices[:MAX_HEADERS]):
+                    tasks.start_soon(read, number, choice)
         return replace(listing, choices=tuple(choices.values()))
 
     async def inspect(self, connection: Connection, listing: Listing, choice: Choice) -> Choice:
@@ -249,8 +268,8 @@ class Hub:
         raise HubError(f"{what}: the Hub does not answer", why=Why.STALLED)
 
 
-def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list[RemoteFile]]:
-    """The commit of a revision, and all its files: one request. Blocking."""
+def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:
+    """What a repository holds at a revision: one request. Blocking, as a stranger's thousand files take their time."""
     import httpx2  # noqa: PLC0415 (half a second, for who pulls nothing)
     from huggingface_hub import HfApi, constants, errors  # noqa: PLC0415 (likewise)
 
@@ -260,11 +279,11 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     try:
         info = api.model_info(spec.repository, revision=spec.revision, files_metadata=True, timeout=timeout_s)
         files = [
-            RemoteFile(str(each.rfilename), int(each.size), _digest(each))
+            {"path": each.rfilename, "size": each.size, "digest": _digest(each)}
             for each in info.siblings or ()
-            if each.size is not None
+            if each.size is not None and is_gguf(each.rfilename)
         ]
-        return str(info.sha), files
+        told = _Told.model_validate({"commit": info.sha, "files": files})
     except errors.HfHubHTTPError as exc:
         headers = {name.lower(): value for name, value in exc.response.headers.items()}
         has_token = access.token is not None
@@ -275,12 +294,17 @@ def _fetch_info(spec: Spec, access: Access, timeout_s: float) -> tuple[str, list
     except httpx2.ReadTimeout as exc:
         raise HubError(f"{spec.repository}: the Hub does not answer", why=Why.STALLED) from exc
     except httpx2.HTTPError as exc:
-        text = f"{access.endpoint} cannot be reached: {_cause(exc)}"
+        text = f"{access.shown} cannot be reached: {_cause(exc)}"
         hint = "Look at the network, and at HF_ENDPOINT and the proxy of the daemon."
         raise HubError(text, why=Why.UNREACHABLE, hint=hint) from exc
-    except (ValueError, TypeError, KeyError, AttributeError, httpx2.InvalidURL) as exc:
-        text = f"{access.endpoint} answers what is no answer of a Hub"
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors(include_url=False, include_input=False)[0]["loc"]))
+        text = f"{spec.repository}: the Hub tells of it what cannot be ({where})"
         raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+    except (*_NO_ANSWER, httpx2.InvalidURL) as exc:
+        text = f"{access.shown} answers what is no answer of a Hub"
+        raise HubError(text, why=Why.SERVER, hint="Look at HF_ENDPOINT.") from exc
+    return arrange(spec.repository, spec.revision, told.commit, told.files)
 
 
 def _digest(told: RepoSibling) -> str:
@@ -312,6 +336,8 @@ def _translated(what: str) -> Iterator[None]:
         raise HubError(f"{what}: the connection was cut", why=Why.UNREACHABLE) from exc
     except (httpx.HTTPError, httpx.InvalidURL) as exc:
         raise HubError(f"{what}: the Hub sends us elsewhere, and there is nothing", why=Why.SERVER) from exc
+    except ValueError as exc:  # a number of thousands of digits, a host that no host can be called
+        raise HubError(f"{what}: the server answers what cannot be understood", why=Why.SERVER) from exc
 
 
 def _cause(error: BaseException) -> str:

@@ -18,6 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]*[A-Za-z0-9_])?")
 _QUANTIZATION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_./-]{0,199}")
 _MAX_GLOB_CHARS = 500
+_MAX_PATH_CHARS = 500
 _HINT = "Write USER/REPO or USER/REPO:QUANT, as in ggml-org/gemma-3-4b-it-GGUF:Q4_K_M."
 
 
@@ -97,7 +98,7 @@ def path_problem(path: str) -> str:
         return "leads out of its folder"
     if parts[-1].startswith("."):
         return "is hidden"
-    if any(len(part.encode(errors="surrogateescape")) > 200 for part in parts):
+    if len(path) > _MAX_PATH_CHARS or any(len(part.encode(errors="surrogateescape")) > 200 for part in parts):
         return "is too long"
     return ""
 

@@ -215,7 +215,7 @@ class Staging:
         with on_disk(self.path), suppress(FileNotFoundError):
             remembered = self._remembered()
         for record in remembered.records:
-            parts = (self.part_of(record, file).whole for file in record.remote_files)
+            parts = (self.part_of(record, file).whole for file in record.files)
             size, changed_at = self._weigh([self.path / record.key, *parts], seen)
             is_under_way, rel = record.is_under_way, f"{NAME}/{record.key}"
             found.append(Holding(rel, record.name, record.key, size, changed_at, is_under_way))
@@ -256,7 +256,7 @@ class Staging:
         """How much of some pulls is still to come; what several want comes once."""
         missing: dict[Path, int] = {}
         for record in records:
-            for file in record.remote_files:
+            for file in record.files:
                 part = self.part_of(record, file)
                 here = max(0, *map(size_of, (self.folder_of(record) / file.name, part.whole, part.partial)))
                 missing[part.whole] = min(missing.get(part.whole, file.size), file.size - min(here, file.size))
@@ -329,7 +329,7 @@ class Staging:
             self.part_of(record, file).whole
             for record in remembered.records
             if record.key != done
-            for file in record.remote_files
+            for file in record.files
         }
         places = [(self.path, _OF_PULL)] + ([(self._files, _OF_FILE)] if not remembered.unread else [])
         found: set[Path] = set()
