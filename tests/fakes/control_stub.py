@@ -35,6 +35,7 @@ def router(name: str = "main", **changes: object) -> dict[str, object]:
         "models_dir": "/srv/models",
         "model_count": 2,
         "loaded_count": 1,
+        "devices": [{"id": "RAM", "name": "RAM", "budget_bytes": 24 * 2**30}],
         "llama_server": "/usr/bin/llama-server",
         "build": "b11434",
         "log_file": "/var/lib/llamavisor/logs/main.log",
