@@ -534,6 +534,27 @@ def test_with_a_real_daemon(configured: RunningDaemon) -> None:
     assert done.returncode == 0
 
 
+def test_a_build_without_a_gpu_beside_one_with(
+    tmp_path: Path, models_dir: Path, fake_llama_server: Callable[..., Path]
+) -> None:
+    """What one router of a daemon sees, the other does not: each is judged by what it sees itself."""
+    with_gpu = fake_llama_server(devices=["SYCL0: Intel(R) Arc(TM) A770 Graphics (16000 MiB, 15000 MiB free)"])
+    text = (
+        f'llama_server = "{with_gpu}"\nport = {free_port()}\n[defaults]\ngpu_layers = 9\n[metrics]\nenabled = false\n'
+    )
+    for name, binary in (("gpu", with_gpu), ("cpu", fake_llama_server())):
+        text += f'[[router]]\nname = "{name}"\nmodels_dir = "{models_dir}"\nllama_server = "{binary}"\n'
+    with RunningDaemon(tmp_path, models_dir, with_gpu, config=text) as daemon:
+        eventually(lambda: all(router["devices"] for router in daemon.status()["routers"]), what="devices")
+        done = daemon.cli("doctor", "--json", "--config", str(daemon.config), timeout_s=90)
+    found = {(each["grade"], each["text"]) for each in json.loads(done.stdout)["findings"]}
+    texts = {text for grade, text in found if grade in ("warning", "problem")}
+    assert ("ok", "router gpu sees SYCL0") in found
+    assert any("llama-server of router cpu sees no GPU" in text for text in texts)
+    assert "router cpu asks for a GPU by gpu_layers, and llama-server sees none" in texts
+    assert not [text for text in texts if "router gpu" in text]
+
+
 @pytest.mark.real
 def test_with_the_true_llama_server(configure: Configure, environ: dict[str, str], llama_server: Path) -> None:
     """Its version and options are told, and what a pinned model takes is worked out by its own tool."""
