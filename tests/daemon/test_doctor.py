@@ -246,6 +246,15 @@ def test_options_that_all_are_heeded(examined: Examined, configure: Configure) -
     assert len(findings) == 2
 
 
+def test_pins_are_held_against_what_they_may_grow_to(examined: Examined, configure: Configure) -> None:
+    """As admission does, which sets aside a model's prompt cache with it."""
+    pinned = 'memory = { RAM = "1GiB" }\n[model.alpha]\npin = true\nargs = ["--cache-ram", "%d"]'
+    fits = graded(examined(configure(pinned % 64), "options"), Grade.OK)
+    assert "router main: the pinned models (alpha) fit at once" in fits
+    found = only(examined(configure(pinned % 4096), "options"), Grade.PROBLEM)
+    assert "the pinned models (alpha) want 4.0 GiB of RAM, and models may take 1.0 GiB" in found.text
+
+
 # Files and folders
 
 

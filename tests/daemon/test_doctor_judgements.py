@@ -12,7 +12,7 @@ import pytest
 from llamavisor import footprint
 from llamavisor.gauge import RAM_ID
 from llamavisor.settings import MemoryBudget, RouterSettings
-from llamavisord.doctor import Finding, Grade, clock, memory, models, options, service
+from llamavisord.doctor import Finding, Grade, clock, memory, models, options, pins, service
 from llamavisord.doctor.account import Account
 from llamavisord.doctor.clock import Kept
 from llamavisord.doctor.finding import Findings
@@ -175,11 +175,11 @@ def test_pins_that_cannot_fit() -> None:
     """What they want together is held against each budget; a device of which nothing is known is left out."""
     machine = Machine((RAM, CUDA0), (footprint.Device("CUDA0", CUDA0.id),))
     both = {"qwen": {CUDA0.id: 15 * GIB, RAM_ID: GIB}, "llama": {CUDA0.id: 9 * GIB, RAM_ID: GIB, "unknown": 1}}
-    (found,) = options.judge_pins("main", machine, both)
+    (found,) = pins.judge("main", machine, both)
     assert found.grade is Grade.PROBLEM
     assert "(qwen, llama) want 24.0 GiB of CUDA0" in found.text
     assert "may take 22.0 GiB" in found.text
-    assert not list(options.judge_pins("main", machine, {"qwen": both["qwen"]}))
+    assert not list(pins.judge("main", machine, {"qwen": both["qwen"]}))
 
 
 def test_budgets_of_devices_that_are_not_there() -> None:
