@@ -23,6 +23,9 @@ import pytest
 from fakes.bare_router import free_port
 from fakes.control_stub import ControlStub, device, folder, gateway, memory, model, router, status
 from fakes.waiting import eventually
+from llamavisor.ledger import NAME as LEDGER
+from llamavisor.ledger import Ledger
+from llamavisor.pins import Pins
 from llamavisord.cli import main
 from llamavisord.cli.errors import UnreachableError
 from llamavisord.doctor import CHECKS, Case, Check, Finding, Grade, examine, open_case
@@ -255,6 +258,27 @@ def test_pins_are_held_against_what_they_may_grow_to(examined: Examined, configu
     assert "the pinned models (alpha) want 4.0 GiB of RAM, and models may take 1.0 GiB" in found.text
 
 
+def test_what_was_pinned_by_name_is_reckoned_with(examined: Examined, configure: Configure, tmp_path: Path) -> None:
+    """By the ledger of the last daemon, which is left as it is; a word by name goes before what is written."""
+    file = configure('memory = { RAM = "1MiB" }')
+    (tmp_path / "state").mkdir()
+    pins = Pins()
+    ledger = Ledger(tmp_path / "state" / LEDGER, [pins])
+    assert examined(file, "options") == [ok("all that is configured can be heeded on this machine")]
+    pins.wish("alpha", is_pinned=True)
+    assert ledger.flush().is_written
+    before = (tmp_path / "state" / LEDGER).stat()
+    assert "the pinned models (alpha) want" in only(examined(file, "options"), Grade.PROBLEM).text
+    pins.wish("alpha", is_pinned=False)
+    assert (tmp_path / "state" / LEDGER).stat() == before
+    assert ledger.flush().is_written
+    file = configure('memory = { RAM = "1MiB" }\n[model.alpha]\npin = true')
+    assert examined(file, "options") == [ok("all that is configured can be heeded on this machine")]
+    (tmp_path / "state" / LEDGER).write_text("no ledger")
+    assert "the pinned models (alpha) want" in only(examined(file, "options"), Grade.PROBLEM).text
+    assert os.listdir(tmp_path / "state") == [LEDGER]
+
+
 # Files and folders
 
 
@@ -462,8 +486,9 @@ def configured(
     tmp_path: Path, models_dir: Path, fake_llama_server: Callable[..., Path], free_port: int
 ) -> RunningDaemon:
     """A daemon that has a configuration file."""
-    state = f'state_dir = "{tmp_path / "state"}"'
-    return RunningDaemon(tmp_path, models_dir, fake_llama_server(), config=config_of(models_dir, free_port, state))
+    binary = fake_llama_server()
+    keys = f'state_dir = "{tmp_path / "state"}"\nllama_server = "{binary}"'
+    return RunningDaemon(tmp_path, models_dir, binary, config=config_of(models_dir, free_port, keys))
 
 
 def test_with_a_daemon_of_another_configuration(configured: RunningDaemon, tmp_path: Path) -> None:
@@ -541,6 +566,34 @@ def test_with_a_real_daemon(configured: RunningDaemon) -> None:
     assert any(f"answers, pid {daemon.pid}" in text for text in texts)
     assert told["counts"]["problem"] == 0, [each for each in told["findings"] if each["grade"] == "problem"]
     assert done.returncode == 0
+
+
+def test_pins_as_a_daemon_has_them(configured: RunningDaemon, free_port: int) -> None:
+    """What was pinned at run time counts while it runs and after; and what it took there is what it is to take."""
+
+    def told() -> list[str]:
+        done = configured.cli("doctor", "--json", "--config", str(configured.config), timeout_s=90)
+        return [finding["text"] for finding in json.loads(done.stdout)["findings"] if "pinned" in finding["text"]]
+
+    ledger = configured.state_dir / LEDGER
+    with configured as daemon:
+        daemon.wait_for_router("ready")
+        assert told() == []
+        assert daemon.cli("pin", "alpha").returncode == 0
+        assert told() == ["router main: the pinned models (alpha) fit at once"]
+        assert daemon.status()["memory"]["pinned"] == ["alpha"]
+        daemon.chat("alpha", port=free_port)
+        records = eventually(
+            lambda: ledger.exists() and json.loads(ledger.read_text())["sections"]["footprints"],
+            what="a measurement",
+            within_s=60,  # it is made some seconds after the answer, and written down some seconds later
+        )
+    assert told() == ["router main: the pinned models (alpha) fit at once"]  # as the ledger says
+    kept = json.loads(ledger.read_text())
+    kept["sections"]["footprints"] = [{**each, "bytes": [{"RAM": 2**50}]} for each in records]
+    ledger.write_text(json.dumps(kept))
+    (text,) = told()
+    assert text.startswith("router main: the pinned models (alpha) want ")
 
 
 def test_a_build_without_a_gpu_beside_one_with(

@@ -211,7 +211,7 @@ async def test_ps_and_status_tell_of_memory(stage: Stage, monkeypatch: pytest.Mo
         assert "no model is loaded for now: RAM is short" in daemon.warnings()
         monkeypatch.setattr(daemon, "view", dict)
         status = answer(await api.status(asked()))
-    assert status["memory"] == {key: told[key] for key in ("devices", "enforced", "strain")}
+    assert status["memory"] == {key: told[key] for key in ("devices", "enforced", "strain", "pinned")}
     assert status["memory"]["devices"][0]["budget_bytes"] == 24 * GIB
 
 

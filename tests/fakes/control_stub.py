@@ -128,7 +128,7 @@ def occupant(name: str = "alpha", **changes: object) -> dict[str, object]:
 
 def memory(*devices: dict[str, object], **changes: object) -> dict[str, object]:
     """How it stands about memory as the control API shows it; budgets are not enforced if nothing else is said."""
-    return {"devices": list(devices), "enforced": False, "strain": None, **changes}
+    return {"devices": list(devices), "enforced": False, "strain": None, "pinned": [], **changes}
 
 
 def gateway(**changes: object) -> dict[str, object]:

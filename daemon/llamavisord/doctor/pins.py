@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from anyio import from_thread
 
@@ -11,6 +11,9 @@ from llamavisor.appraisal import Appraiser
 from llamavisor.binary import Binary
 from llamavisor.catalog import EntryState, Scanner
 from llamavisor.errors import OptionError
+from llamavisor.ledger import NAME as LEDGER
+from llamavisor.ledger import Footprints, Ledger
+from llamavisor.pins import Pins
 from llamavisor.sections import ModelSpec, section, specify
 from llamavisor.settings import RouterSettings
 from llamavisor.shelf import Offered
@@ -28,12 +31,13 @@ def look(case: Case, router: RouterSettings, machine: Machine, found: Binary) ->
     """The pinned models of one router."""
     config = case.config
     assert config is not None  # noqa: S101 (the check needs one)
-    if not any(rule.settings.pin for rule in config.rules):
-        return
+    learned, wishes = Footprints(), Pins()
+    Ledger(config.state_dir / LEDGER, [learned, wishes]).peek()
+    appraiser = Appraiser(footprints=learned)
     pinned: dict[str, Sizes] = {}
     unknown: list[str] = []
-    for spec in _pinned(config, router, machine):
-        sizes = _size(case, router, machine, found, spec)
+    for spec in _pinned(case, config, router, machine, wishes):
+        sizes = _size(spec, machine, found, case.env_of(router), appraiser)
         if sizes is None:
             unknown.append(spec.name)
         else:
@@ -75,19 +79,27 @@ def judge(router: str, machine: Machine, pinned: Mapping[str, Sizes]) -> Finding
             )
 
 
-def _pinned(config: Config, router: RouterSettings, machine: Machine) -> Iterator[ModelSpec]:
+def _pinned(case: Case, config: Config, router: RouterSettings, machine: Machine, wishes: Pins) -> Iterator[ModelSpec]:
+    """The models of a router that are to stay: as the daemon says, else by what was last wished and what is written."""
+    told: Collection[str] | None = case.status["memory"].get("pinned") if case.status is not None else None
+    is_any = wishes.among(()) or any(rule.settings.pin for rule in config.rules) if told is None else told
+    if not is_any:
+        return  # a look at thousands of files is saved
     limits = {each.id: budgets.Limit(each.total_bytes, each.budget_bytes, is_auto=False) for each in machine.memories}
     allowance = budgets.allow(limits, machine.gpus or (), router.models_max)
     scanner = Scanner(str(router.models_dir), link_dirs=tuple(map(str, config.link_dirs)))
     scanner.scan()
     for entry in scanner.entries:
-        if entry.state is EntryState.READY:
+        is_pinned = wishes.expected(entry.name, config.rules) if told is None else entry.name in told
+        if is_pinned and entry.state is EntryState.READY:
             spec = specify(entry, config.rules, router=router.name, base=router.layers, allowance=allowance)
-            if spec is not None and spec.is_pinned:
+            if spec is not None:
                 yield spec
 
 
-def _size(case: Case, router: RouterSettings, machine: Machine, found: Binary, spec: ModelSpec) -> Sizes | None:
+def _size(
+    spec: ModelSpec, machine: Machine, found: Binary, env: Mapping[str, str], appraiser: Appraiser
+) -> Sizes | None:
     """What admission sets aside for a model, by device; None when nobody can say, or what the router sees."""
     if machine.gpus is None:
         return None
@@ -95,5 +107,5 @@ def _size(case: Case, router: RouterSettings, machine: Machine, found: Binary, s
         offered = Offered(spec, section(spec, found.flags, binary=str(found.path)))
     except OptionError:  # said already
         return None
-    appraisal = from_thread.run(Appraiser().appraise, found, case.env_of(router), offered, machine.gpus)
+    appraisal = from_thread.run(appraiser.appraise, found, env, offered, machine.gpus)
     return appraisal.footprint.grown() if appraisal is not None else None
