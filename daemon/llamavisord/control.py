@@ -154,7 +154,7 @@ class _Api:
                 **self._daemon.view(),
                 "ready": self._daemon.is_ready,
                 "event_id": self._bus.last_id,
-                "routers": [router_view(router) for router in self._fleet],
+                "routers": self._routers(),
                 "folders": folders_view(self._fleet),
                 "memory": memory_view(self._fleet.memory.occupancy()),
                 "models": await in_steps(inventory, shown),
@@ -211,7 +211,10 @@ class _Api:
 
     async def routers(self, _: web.Request) -> web.Response:
         """How the routers are."""
-        return _json({"routers": [router_view(router) for router in self._fleet]})
+        return _json({"routers": self._routers()})
+
+    def _routers(self) -> list[dict[str, Any]]:
+        return [router_view(router, self._fleet.memory.capacity) for router in self._fleet]
 
     async def load(self, request: web.Request) -> web.Response:
         """Load a model.
@@ -279,7 +282,8 @@ class _Api:
         with anyio.move_on_after(max(within_s, GLANCE_S)) as scope:
             await router.wait_until(is_done)
         status = _outcome(scope, within_s, f"router {router.name}")
-        return _json({"router": router_view(router), "changed": changed, "event_id": event_id}, status=status)
+        view = router_view(router, self._fleet.memory.capacity)
+        return _json({"router": view, "changed": changed, "event_id": event_id}, status=status)
 
     async def drain(self, request: web.Request) -> web.Response:
         """Have the gateway take no new requests (503 with `Retry-After`) and finish those that it has.

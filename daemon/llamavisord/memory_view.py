@@ -16,6 +16,7 @@ def memory_view(occupancy: Occupancy) -> dict[str, Any]:
         "devices": [_device(each, occupancy) for each in occupancy.devices],
         "enforced": occupancy.is_enforced,
         "strain": occupancy.strain or None,
+        "pinned": list(occupancy.pinned),
     }
 
 

@@ -52,6 +52,11 @@ class Admission:
         return self._orders.limits
 
     @property
+    def pinned(self) -> AbstractSet[str]:
+        """The models that are not to be chosen, be they in memory or not."""
+        return self._orders.pinned
+
+    @property
     def orders(self) -> tuple[Order, ...]:
         """All who wait, in the order of arrival; to be read only."""
         return tuple(self._orders)

@@ -45,7 +45,7 @@ class Capacity:
             await self.meter.first.wait()
         seen = await host.sight(self.meter.devices)
         name = host.settings.name
-        if seen is None or _places(seen) == _places(self._devices.get(name, ())):
+        if seen is None or _places(seen) == _places(self._devices.setdefault(name, ())):
             return False
         self._devices[name] = seen
         return True
@@ -54,8 +54,12 @@ class Capacity:
         """Keep nothing of routers but these."""
         self._devices = {name: devices for name, devices in self._devices.items() if name in routers}
 
+    def knows(self, router: str) -> bool:
+        """Whether anybody could say which GPUs a router sees."""
+        return router in self._devices
+
     def devices_of(self, router: str) -> tuple[footprint.Device, ...]:
-        """The GPUs that a router sees, in its order."""
+        """The GPUs that a router sees, in its order; none while nobody can say."""
         return self._devices.get(router, ())
 
     def limits(self, settings: RouterSettings) -> dict[str, budgets.Limit]:

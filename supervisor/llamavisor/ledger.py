@@ -15,6 +15,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol, TypeVar
@@ -172,6 +173,17 @@ class Ledger:
             return (f"{self._path} cannot be used: {exc.strerror}. {self._put_aside()}",)
         except _UnusableError as exc:
             return (f"{self._path} cannot be used: {exc}. {self._put_aside()}",)
+        return self._take(raw)
+
+    def peek(self) -> None:
+        """Reads the file as far as it can be read, for who is not its owner: it stays as it is, whatever it is like.
+
+        Blocking.
+        """
+        with suppress(OSError, _UnusableError):
+            self._take(self._read())
+
+    def _take(self, raw: Mapping[str, object]) -> tuple[str, ...]:
         problems = []
         for name, content in raw.items():
             section = self._sections.get(name)

@@ -124,6 +124,7 @@ class Occupancy:
         queues: in the order of arrival.
         is_enforced: whether budgets are kept to, which needs `serve = "gateway"`; else they are only shown.
         strain: why no model is loaded for now: memory is short; "" while it is not.
+        pinned: the models that are to stay once they are in memory, by name.
         quarantined: the models that are not loaded for now because they have failed.
     """
 
@@ -132,6 +133,7 @@ class Occupancy:
     queues: tuple[Queue, ...]
     is_enforced: bool
     strain: str = ""
+    pinned: tuple[str, ...] = ()
     quarantined: tuple[Quarantined, ...] = ()
 
 

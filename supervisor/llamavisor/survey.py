@@ -50,6 +50,7 @@ def survey(
         queues=tuple(_queues(admission.orders)),
         is_enforced=is_enforced,
         strain=strain,
+        pinned=tuple(sorted(admission.pinned)),
         quarantined=tuple(sorted(quarantined, key=lambda each: (each.model, each.router))),
     )
 

@@ -15,13 +15,14 @@ from fakes.host import FakeHost
 from fakes.machine import FakeMachine
 from fakes.supervised import PATIENCE_S
 from fakes.watch import FakeWatch
+from llamavisor import footprint
 from llamavisor.catalog import Entry, EntryState, FileId, ModelFile
 from llamavisor.downloads import Downloads
 from llamavisor.events import Bus
 from llamavisor.fleet import Fleet
 from llamavisor.hub import Hub
 from llamavisor.launch import ModelSource
-from llamavisor.settings import FleetSettings, RouterSettings
+from llamavisor.settings import FleetSettings, MemoryBudget, RouterSettings
 from llamavisord.config import Config
 from llamavisord.daemon import Daemon
 from llamavisord.inventory import Inventory, to_json
@@ -42,6 +43,7 @@ class Stage:
         self.watches: dict[Path, FakeWatch] = {}
         self.hosts: dict[str, FakeHost] = {}
         self.withholds: dict[str, dict[str, str]] = {}
+        self.sights: dict[str, tuple[footprint.Device, ...] | None] = {}
         self.bus = Bus()
         self.fleet = Fleet(
             make_host=self._make_host,
@@ -62,6 +64,7 @@ class Stage:
         host = FakeHost(settings, folder=self.folder, machine=self.machine)
         host.source = source
         host.withholds = self.withholds.get(settings.name, {})
+        host.devices = self.sights.get(settings.name, ())
         self.hosts[settings.name] = host
         return host
 
@@ -74,10 +77,11 @@ class Stage:
             watch.put(*entries)
         return watch
 
-    def config(self, *routers: tuple[str, str], **more: Any) -> Config:
+    def config(self, *routers: tuple[str, str], memory: MemoryBudget | None = None, **more: Any) -> Config:
         """A configuration of routers as (name, folder)."""
+        budget = memory or MemoryBudget()
         settings = tuple(
-            RouterSettings(name=name, port=9000 + number, models_dir=self.folder / folder, models_max=0)
+            RouterSettings(name=name, port=9000 + number, models_dir=self.folder / folder, models_max=0, memory=budget)
             for number, (name, folder) in enumerate(routers)
         )
         return cast("Config", _Config(FleetSettings(routers=settings, **more)))

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,13 +17,15 @@ import pytest
 
 from fakes.control_stub import ControlStub, model, router
 from fakes.waiting import eventually
-from llamavisord.cli import main
+from llamavisord.cli import complete, main
 from llamavisord.completions import SHELLS
 from llamavisord.completions.outline import Kind, outline
 
 REPOSITORY = Path(__file__).parents[2]
 FILES = {"bash": "llamavisor", "zsh": "_llamavisor", "fish": "llamavisor.fish"}
 PATIENCE_S = 20.0
+PATIENT = "import sys, llamavisord.cli.complete as each; from llamavisord.cli import main; each.PATIENCE_S = 60.0"
+"""On a busy machine a daemon may take longer to tell names than people wait for a Tab."""
 
 
 class Shell:
@@ -32,7 +33,8 @@ class Shell:
 
     Args:
         name: which.
-        folder: its home; `llamavisor` in it writes down what it was called with, and completes as the true one does.
+        folder: its home; `llamavisor` in it writes down what it was called with, and completes as the true one does,
+            but for its patience.
         socket: where the daemon is.
     """
 
@@ -42,7 +44,7 @@ class Shell:
         self._said = folder / "said"
         program = folder / "llamavisor"
         program.write_text(
-            f'#!/bin/sh\n[ "$1" = __complete ] && exec {sys.executable} -m llamavisord "$@"\n'
+            f'#!/bin/sh\n[ "$1" = __complete ] && exec {sys.executable} -c "{PATIENT}; sys.exit(main())" "$@"\n'
             f'for each; do echo "<$each>"; done > {self._said}.new && mv {self._said}.new {self._said}\n'
         )
         program.chmod(0o755)
@@ -225,11 +227,12 @@ def test_every_name_of_a_model_or_router_is_completed() -> None:
 # The command behind them
 
 
-def test_names_are_told_quickly(
+def test_names_are_told_in_order(
     daemon: ControlStub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Models, then their aliases; routers; nothing for what nobody knows. A socket on the line is heeded."""
     monkeypatch.setenv("LLAMAVISOR_SOCKET", "/nowhere/control.sock")
+    monkeypatch.setattr(complete, "PATIENCE_S", 60.0)
 
     def said(*words: str) -> list[str]:
         assert main(["__complete", *words]) == 0
@@ -254,25 +257,25 @@ def test_names_are_told_quickly(
 def test_a_daemon_that_does_not_answer_keeps_nobody(
     daemon: ControlStub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a second there is no completion, and no word of it."""
+    """Its answer is not waited for; then there is no completion, and no word of it."""
     monkeypatch.setenv("LLAMAVISOR_SOCKET", str(daemon.path))
 
     def hold(_: dict[str, str]) -> tuple[int, str, bytes]:
-        daemon.closing.wait(5)
+        daemon.closing.wait()
         return 500, "text/plain", b""
 
     daemon.answer_with("GET", "/control/v1/models", hold)
-    began = time.monotonic()
+    assert complete.PATIENCE_S <= 1.0
     assert main(["__complete", "models"]) == 0
-    assert time.monotonic() - began < 4
-    assert capsys.readouterr().out == ""
+    eventually(lambda: ("GET", "/control/v1/models", {}) in daemon.requests, what="a question")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_tab_imports_nothing_heavy(daemon: ControlStub) -> None:
     """The libraries of the daemon are not paid for by who completes a word."""
-    code = "import sys; from llamavisord.cli import main; main(['__complete', 'models']); print(*sys.modules)"
+    code = f"{PATIENT}; main(['__complete', 'models']); print(*sys.modules)"
     env = {**os.environ, "LLAMAVISOR_SOCKET": str(daemon.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=90)
     *names, imported = done.stdout.splitlines()
     assert names[0] == "alpha"
     assert not set(imported.split()) & {"pydantic", "httpx", "aiohttp", "anyio", "psutil", "asyncio", "tomllib"}

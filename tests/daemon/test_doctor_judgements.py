@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from llamavisor import footprint
 from llamavisor.gauge import RAM_ID
 from llamavisor.settings import MemoryBudget, RouterSettings
-from llamavisord.doctor import Finding, Grade, clock, memory, models, options, service
+from llamavisord.doctor import Finding, Grade, clock, memory, models, options, pins, service
 from llamavisord.doctor.account import Account
 from llamavisord.doctor.clock import Kept
 from llamavisord.doctor.finding import Findings
@@ -30,6 +31,7 @@ a line that is none
 """
 RAM = Memory(RAM_ID, "RAM", 32 * GIB, 16 * GIB, 28 * GIB)
 CUDA0 = Memory("0000:01:00.0", "CUDA0 (NVIDIA GeForce RTX 3090)", 24 * GIB, 23 * GIB, 22 * GIB)
+OTHER = "0000:02:00.0"
 SERVICE = {
     "LoadState": "loaded",
     "ActiveState": "active",
@@ -148,27 +150,36 @@ def test_an_nvidia_driver_without_bindings(tmp_path: Path) -> None:
     assert not list(memory.judge_bindings((), has_bindings=False))
 
 
-def test_a_daemon_tells_of_its_devices() -> None:
-    """GPUs are known by what a router calls them, and RAM is none."""
-    keys = ("id", "name", "total_bytes", "free_bytes", "budget_bytes")
-    devices = [
-        {**dict(zip(keys, (each.id, each.name, each.total_bytes, each.free_bytes, each.budget_bytes), strict=True))}
-        for each in (RAM, CUDA0)
-    ]
-    machine = told([{**each, "reason": None} for each in devices])
-    assert machine.memories == (RAM, CUDA0)
-    assert machine.gpus == (footprint.Device("CUDA0", "0000:01:00.0", 23 * GIB),)
+def test_a_daemon_tells_what_each_router_sees() -> None:
+    """Two call one GPU differently, and have budgets of their own; one sees none; of one nobody can say."""
+    devices = [{**asdict(each), "reason": None} for each in (RAM, CUDA0, replace(CUDA0, id=OTHER))]
+
+    def seen(**names: str) -> Machine:
+        own = [{"id": place, "name": name, "budget_bytes": GIB} for name, place in {"RAM": RAM_ID, **names}.items()]
+        return told(devices, own)
+
+    both, one = seen(CUDA0=CUDA0.id, CUDA1=OTHER), seen(CUDA0=OTHER)
+    assert both.gpus == (footprint.Device("CUDA0", CUDA0.id, 23 * GIB), footprint.Device("CUDA1", OTHER, 23 * GIB))
+    assert one.gpus == (footprint.Device("CUDA0", OTHER, 23 * GIB),)
+    assert [each.budget_bytes for each in both.memories] == [GIB, GIB, GIB]
+    assert [each.budget_bytes for each in one.memories] == [GIB, 22 * GIB, GIB]
+    blind = seen()
+    assert blind.gpus == ()
+    assert worst(memory.judge_sight("main", blind, ())).grade is Grade.WARNING
+    silent = told(devices, None)
+    assert silent == Machine((RAM, CUDA0, replace(CUDA0, id=OTHER)), None)
+    assert worst(memory.judge_sight("main", silent, ())).grade is Grade.NOTE
 
 
 def test_pins_that_cannot_fit() -> None:
     """What they want together is held against each budget; a device of which nothing is known is left out."""
     machine = Machine((RAM, CUDA0), (footprint.Device("CUDA0", CUDA0.id),))
     both = {"qwen": {CUDA0.id: 15 * GIB, RAM_ID: GIB}, "llama": {CUDA0.id: 9 * GIB, RAM_ID: GIB, "unknown": 1}}
-    (found,) = options.judge_pins("main", machine, both)
+    (found,) = pins.judge("main", machine, both)
     assert found.grade is Grade.PROBLEM
     assert "(qwen, llama) want 24.0 GiB of CUDA0" in found.text
     assert "may take 22.0 GiB" in found.text
-    assert not list(options.judge_pins("main", machine, {"qwen": both["qwen"]}))
+    assert not list(pins.judge("main", machine, {"qwen": both["qwen"]}))
 
 
 def test_budgets_of_devices_that_are_not_there() -> None:

@@ -15,8 +15,10 @@ from aiohttp.test_utils import make_mocked_request
 
 from daemon.stage import Asked, Stage, entry
 from fakes.control_stub import device, memory, occupant
+from llamavisor import footprint
 from llamavisor.errors import DemandRefusedError, LlamavisorError, ModelNotFoundError, RouterNotFoundError
 from llamavisor.occupancy import DeviceUse, Forecast, Occupancy, Occupant, Queue
+from llamavisor.settings import MemoryBudget
 from llamavisord.control import FORECAST_S, WaitTimeoutError, _Api, control_app
 from llamavisord.control_socket import ControlSocket
 from llamavisord.memory_view import forecast_view, memory_view, memory_warnings, ps_view
@@ -209,8 +211,31 @@ async def test_ps_and_status_tell_of_memory(stage: Stage, monkeypatch: pytest.Mo
         assert "no model is loaded for now: RAM is short" in daemon.warnings()
         monkeypatch.setattr(daemon, "view", dict)
         status = answer(await api.status(asked()))
-    assert status["memory"] == {key: told[key] for key in ("devices", "enforced", "strain")}
+    assert status["memory"] == {key: told[key] for key in ("devices", "enforced", "strain", "pinned")}
     assert status["memory"]["devices"][0]["budget_bytes"] == 24 * GIB
+
+
+@pytest.mark.usefixtures("virtual_time")
+async def test_each_router_tells_what_it_sees(stage: Stage) -> None:
+    """Two call one GPU differently, and have budgets of their own; one sees none, and of one nobody can say."""
+    first, second, alone = (
+        footprint.Device(*each) for each in (("CUDA0", "01:00.0"), ("CUDA1", "02:00.0"), ("CUDA0", "02:00.0"))
+    )
+    stage.sights |= {"both": (first, second), "one": (alone,), "none": (), "silent": None}
+    sizes = MemoryBudget(devices=(("CUDA0", 4 * GIB), ("CUDA1", 8 * GIB), ("RAM", GIB)))
+    async with stage.running(stage.config(*((name, "a") for name in stage.sights), memory=sizes)) as daemon:
+        told = answer(await _Api(daemon).routers(asked()))["routers"]
+    ram = {"id": "RAM", "name": "RAM", "budget_bytes": GIB}
+    assert {each["name"]: each["devices"] for each in told} == {
+        "both": [
+            ram,
+            {"id": first.id, "name": "CUDA0", "budget_bytes": 4 * GIB},
+            {"id": second.id, "name": "CUDA1", "budget_bytes": 8 * GIB},
+        ],
+        "one": [ram, {"id": second.id, "name": "CUDA0", "budget_bytes": 4 * GIB}],
+        "none": [ram],
+        "silent": None,
+    }
 
 
 # --- who is to stay ---------------------------------------------------------------------------------------------------

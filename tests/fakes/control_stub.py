@@ -35,6 +35,7 @@ def router(name: str = "main", **changes: object) -> dict[str, object]:
         "models_dir": "/srv/models",
         "model_count": 2,
         "loaded_count": 1,
+        "devices": [{"id": "RAM", "name": "RAM", "budget_bytes": 24 * 2**30}],
         "llama_server": "/usr/bin/llama-server",
         "build": "b11434",
         "log_file": "/var/lib/llamavisor/logs/main.log",
@@ -127,7 +128,7 @@ def occupant(name: str = "alpha", **changes: object) -> dict[str, object]:
 
 def memory(*devices: dict[str, object], **changes: object) -> dict[str, object]:
     """How it stands about memory as the control API shows it; budgets are not enforced if nothing else is said."""
-    return {"devices": list(devices), "enforced": False, "strain": None, **changes}
+    return {"devices": list(devices), "enforced": False, "strain": None, "pinned": [], **changes}
 
 
 def gateway(**changes: object) -> dict[str, object]:

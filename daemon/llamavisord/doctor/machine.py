@@ -26,7 +26,7 @@ class Memory:
         name: for people.
         total_bytes: what there is.
         free_bytes: what can be had now.
-        budget_bytes: what the models of the router may take together.
+        budget_bytes: what the models of the router may take together; if it does not see it, those of others that do.
         reason: why a number is missing.
     """
 
@@ -44,7 +44,7 @@ class Machine:
 
     Attributes:
         memories: RAM and every GPU, seen by the router or not.
-        gpus: those that the router sees, in its order; None if its llama-server does not say.
+        gpus: those that the router sees, in its order; None if neither its llama-server nor a daemon says.
     """
 
     memories: tuple[Memory, ...]
@@ -66,7 +66,8 @@ def machine_of(case: Case, router: RouterSettings, found: Binary | None) -> Mach
         found: its llama-server, None if there is none.
     """
     if case.status is not None and case.status["memory"]["devices"]:
-        return told(case.status["memory"]["devices"])
+        own = case.router_status(router.name) or {}
+        return told(case.status["memory"]["devices"], own.get("devices"))  # an older daemon does not say
     readings = from_thread.run(_read, case, found)
     gpus = _seen(case, router, found, readings)
     limits = budgets.limits(router.memory, gpus or (), readings)
@@ -77,26 +78,35 @@ def machine_of(case: Case, router: RouterSettings, found: Binary | None) -> Mach
     return replace(machine, memories=tuple(_with_budget(each, limits) for each in memories))
 
 
-def told(devices: Sequence[Mapping[str, object]]) -> Machine:
-    """What a daemon says of them, as in the answer to `status`. Pure."""
+def told(devices: Sequence[Mapping[str, object]], own: Sequence[Mapping[str, object]] | None) -> Machine:
+    """What a daemon says, as in the answer to `status`. Pure.
+
+    Args:
+        devices: those of all routers; the budget is the smallest.
+        own: RAM and what this router sees, with its own budgets; None while that is not known.
+    """
 
     def number(device: Mapping[str, object], key: str) -> int | None:
         value = device[key]
         return value if isinstance(value, int) else None
 
+    budget = {each["id"]: number(each, "budget_bytes") for each in (*devices, *(own or ()))}
+    free = {each["id"]: number(each, "free_bytes") for each in devices}
     memories = tuple(
         Memory(
             id=str(device["id"]),
             name=str(device["name"]),
             total_bytes=number(device, "total_bytes"),
             free_bytes=number(device, "free_bytes"),
-            budget_bytes=number(device, "budget_bytes"),
+            budget_bytes=budget[device["id"]],
             reason=str(device["reason"] or ""),
         )
         for device in devices
     )
-    gpus = (footprint.Device(each.name.partition(" (")[0], each.id, each.free_bytes) for each in memories)
-    return Machine(memories, tuple(each for each in gpus if each.id != RAM_ID))
+    if own is None:
+        return Machine(memories, None)
+    seen = (footprint.Device(str(each["name"]), str(each["id"]), free.get(each["id"])) for each in own)
+    return Machine(memories, tuple(each for each in seen if each.name != RAM_ID))
 
 
 async def _read(case: Case, found: Binary | None) -> tuple[Reading, ...]:

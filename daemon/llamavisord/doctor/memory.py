@@ -54,7 +54,7 @@ def judge(memories: Sequence[Memory]) -> Findings:
 def judge_sight(router: str, machine: Machine, drivers: Sequence[str]) -> Findings:
     """What is to be said of the GPUs that a router sees, where these drivers are. Pure."""
     if machine.gpus is None:
-        yield note(f"router {router}: which GPUs it sees is not known, as its llama-server does not say")
+        yield note(f"router {router}: which GPUs it sees is not known, as its llama-server has not said")
     elif machine.gpus:
         yield ok(f"router {router} sees {', '.join(each.name for each in machine.gpus)}")
     else:

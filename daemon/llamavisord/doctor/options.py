@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-
-from anyio import from_thread
+from collections.abc import Collection, Sequence
 
 from llamavisor import budgets, flags
-from llamavisor.appraisal import Appraiser
 from llamavisor.binary import Binary
-from llamavisor.catalog import EntryState, Scanner
 from llamavisor.errors import BinaryError, OptionError
 from llamavisor.gauge import RAM_ID
 from llamavisor.options import OptionLayer
-from llamavisor.sections import ModelSpec, section, specify
 from llamavisor.settings import RouterSettings
-from llamavisor.shelf import Offered
 from llamavisor.units import format_size
 from llamavisord.config import Config
+from llamavisord.doctor import pins
 from llamavisord.doctor.case import Case
 from llamavisord.doctor.finding import Findings, Grade, note, ok, problem, warning
 from llamavisord.doctor.machine import Machine, machine_of
@@ -28,7 +23,6 @@ LEAST_SEVERAL = 2
 _FOR_SEVERAL = ("split_mode", "tensor_split", "main_gpu")
 """Options that say how several GPUs share a model."""
 _ABOUT_GPUS = frozenset({"gpu_layers", "devices", "args"})
-Sizes = Mapping[str, int]
 
 
 def look(case: Case) -> Findings:
@@ -54,7 +48,7 @@ def _look(case: Case, config: Config) -> Findings:
             yield problem(text, hint)
         machine = machine_of(case, router, found)
         yield from judge(config, router, machine, found, cores=os.cpu_count() or 1)
-        yield from _pins(case, router, machine, found)
+        yield from pins.look(case, router, machine, found)
         if case.status is None:  # a daemon says so itself
             yield from judge_budget(router, machine)
     if case.status is None:
@@ -132,75 +126,6 @@ def judge_budget(router: RouterSettings, machine: Machine) -> Findings:
         if memory is not None and memory.total_bytes is not None and size > memory.total_bytes:
             text = f"router {router.name}: memory of {name} is {format_size(size)}, and there is"
             yield warning(f"{text} {format_size(memory.total_bytes)}", 'what there is counts; say "auto" or less')
-
-
-def judge_pins(router: str, machine: Machine, pinned: Mapping[str, Sizes]) -> Findings:
-    """Whether the models that are never to leave have room together. Pure.
-
-    Args:
-        router: its name.
-        machine: what it has.
-        pinned: what each of them is expected to take, by device.
-    """
-    total: dict[str, int] = {}
-    for sizes in pinned.values():
-        for device, size in sizes.items():
-            total[device] = total.get(device, 0) + size
-    names = ", ".join(pinned)
-    for device, size in total.items():
-        memory = machine.memory(device)
-        if memory is None or memory.budget_bytes is None:
-            continue
-        told = f"{format_size(size)} of {memory.name}, and models may take {format_size(memory.budget_bytes)}"
-        if size > memory.budget_bytes:
-            text = f"router {router}: the pinned models ({names}) want {told}: not all of them fit at once"
-            yield problem(text, "pin fewer, give them less ctx_size or a smaller quantization, or raise `memory`")
-
-
-def _pins(case: Case, router: RouterSettings, machine: Machine, found: Binary) -> Findings:
-    config = case.config
-    assert config is not None  # noqa: S101 (the check needs one)
-    if not any(rule.settings.pin for rule in config.rules):
-        return
-    pinned: dict[str, Sizes] = {}
-    unknown: list[str] = []
-    for spec in _pinned(config, router, machine):
-        sizes = _size(case, router, machine, found, spec)
-        if sizes is None:
-            unknown.append(spec.name)
-        else:
-            pinned[spec.name] = sizes
-    if unknown:
-        yield note(f"router {router.name}: what {', '.join(unknown)} takes is not known, so pins are not added up")
-    findings = list(judge_pins(router.name, machine, pinned))
-    if pinned and not unknown and not findings:
-        yield ok(f"router {router.name}: the pinned models ({', '.join(pinned)}) fit at once")
-    yield from findings
-    if router.models_max and len(pinned) > router.models_max:
-        text = f"router {router.name}: {len(pinned)} models are pinned, and models_max is {router.models_max}"
-        yield problem(text, "raise models_max, or pin fewer")
-
-
-def _pinned(config: Config, router: RouterSettings, machine: Machine) -> Iterator[ModelSpec]:
-    limits = {each.id: budgets.Limit(each.total_bytes, each.budget_bytes, is_auto=False) for each in machine.memories}
-    allowance = budgets.allow(limits, machine.gpus or (), router.models_max)
-    scanner = Scanner(str(router.models_dir), link_dirs=tuple(map(str, config.link_dirs)))
-    scanner.scan()
-    for entry in scanner.entries:
-        if entry.state is EntryState.READY:
-            spec = specify(entry, config.rules, router=router.name, base=router.layers, allowance=allowance)
-            if spec is not None and spec.is_pinned:
-                yield spec
-
-
-def _size(case: Case, router: RouterSettings, machine: Machine, found: Binary, spec: ModelSpec) -> Sizes | None:
-    """What a model is expected to take, by device; None when nobody can say."""
-    try:
-        offered = Offered(spec, section(spec, found.flags, binary=str(found.path)))
-    except OptionError:  # said already
-        return None
-    appraisal = from_thread.run(Appraiser().appraise, found, case.env_of(router), offered, machine.gpus or ())
-    return appraisal.footprint.bytes if appraisal is not None else None
 
 
 def _listed(machine: Machine) -> str:
