@@ -167,8 +167,9 @@ class _Pulling:
         if (await self._known(word))[0]:
             return word
         pulls, _ = await self._known(None)
-        named = {view["id"] for view in pulls if view["model"] == word and view["state"] != "done"}
-        return named.pop() if len(named) == 1 else word
+        states = {view["id"]: view["state"] for view in pulls if view["model"] == word}
+        named = [key for key, state in states.items() if state != "done"] or list(states)
+        return named[0] if len(named) == 1 else word
 
     def _foresee(self, choice: Choice, spec: Spec, router: Router | None) -> dict[str, Any]:
         """How a model would do on a router."""
@@ -270,7 +271,7 @@ def _said(record: Record, folder: Path) -> dict[str, Any]:
 
 
 def _choice_of(record: Record) -> Choice:
-    return Choice(name=record.name, files=record.remote_files)
+    return Choice(name=record.name, files=record.files)
 
 
 def _progress_view(file: Progress) -> dict[str, Any]:
@@ -283,4 +284,5 @@ def _progress_view(file: Progress) -> dict[str, Any]:
         "left_s": file.left_s,
         "silent_s": file.silent_s,
         "trouble": file.trouble or None,
+        "again": file.is_again,
     }

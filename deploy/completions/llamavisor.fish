@@ -229,7 +229,7 @@ complete -c llamavisor -n '__llamavisor_at pull' -l name -x -d 'what the model i
 complete -c llamavisor -n '__llamavisor_at pull' -l router -x -a '(__llamavisor_names routers)' -d 'into the models folder of this router'
 complete -c llamavisor -n '__llamavisor_at pull' -l list -d 'only show what the repository holds, and what of it fits this machine'
 complete -c llamavisor -n '__llamavisor_at pull' -l detach -d 'do not wait until it is there'
-complete -c llamavisor -n '__llamavisor_at pull' -l cancel -x -a '(__llamavisor_names pulls)' -d 'end a pull; what came is kept, and the same pull goes on with it'
+complete -c llamavisor -n '__llamavisor_at pull' -l cancel -x -a '(__llamavisor_names pulls)' -d 'end a pull, by its ID or its model; what came is kept, and the same pull goes on with it'
 complete -c llamavisor -n '__llamavisor_at pull' -l drop -d 'with --cancel: remove what came'
 complete -c llamavisor -n '__llamavisor_at pull' -s h -l help -d 'show what it takes'
 complete -c llamavisor -n '__llamavisor_at pulls' -l debug -d 'show the traceback of an error'

@@ -82,7 +82,7 @@ def _reckon(
     limits: Mapping[str, Limit],
 ) -> Prospect:
     if choice.entry is None or choice.header is None:
-        raise _UnknownError("its header is not known")
+        raise _UnknownError(choice.unread or "its header was not read")
     if router.launch is None:
         raise _UnknownError(f"router {router.name} is {router.state.value}")
     found, settings = router.launch.found, router.settings

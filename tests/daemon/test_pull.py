@@ -155,6 +155,7 @@ def test_a_model_is_pulled_and_served(daemon: RunningDaemon, folder: Path) -> No
     assert last.endswith(f": {folder}/tiny-Q8_0.gguf")
     assert daemon.cli("load", "tiny-Q8_0").returncode == 0
     assert daemon.chat("tiny-Q8_0")
+    assert daemon.cli("pull", "--cancel", "tiny-Q8_0").stdout == "tiny-Q8_0: had ended already\n"
     again = daemon.cli("pull", "user/tiny:q8_0")
     assert again.stdout == f"tiny-Q8_0: is there already: {folder}/tiny-Q8_0.gguf\n"
 
@@ -244,6 +245,10 @@ REFUSED = [
     (["user/repo", "--file", "*Q5*"], "has no GGUF file like", ExitCode.NOT_FOUND),
     (["../repo"], "is no name on the Hub", ExitCode.USAGE),
     (["user/tiny", "--name", "../up"], "is no name for a model", ExitCode.USAGE),
+    (["user/tiny", "--name", "a#b"], "holds a '#'", ExitCode.USAGE),
+    (["user/tiny", "--name", "a,b"], "holds a ','", ExitCode.USAGE),
+    (["user/tiny", "--name=-a"], "begins with '-'", ExitCode.USAGE),
+    (["user/tiny", "--name", ""], "--name names nothing", ExitCode.USAGE),
     (["user/repo:F16"], "Make room, or take a smaller quantization", ExitCode.FAILED),
     (["user/tiny", "--router", "gpu7"], "no router", ExitCode.NOT_FOUND),
     ([], "name either what to pull", ExitCode.USAGE),

@@ -374,7 +374,7 @@ def test_du_tells_of_pulls(start: Callable[..., RunningDaemon], models_dir: Path
     record = Record.of(listing, name, (RemoteFile(f"{name}.gguf", 9000, "0" * 64),))
     staging = Staging(models_dir)
     staging.write(record.model_copy(update={"is_under_way": False}))
-    staging.part_of(record, record.remote_files[0]).partial.write_bytes(b"x" * 5000)
+    staging.part_of(record, record.files[0]).partial.write_bytes(b"x" * 5000)
     daemon = start()
     start_with(daemon, "import llamavisor.storage.cleaning as cleaning; cleaning.OLD_S = 0")
     with daemon:

@@ -116,6 +116,15 @@ def test_what_is_not_there(paths: list[str], text: str, file: str, told: str) ->
     assert told in raised.value.hint
 
 
+def test_models_of_one_quantization() -> None:
+    """The first is meant by its name; each can be had, whatever they would be called in the hub's own cache."""
+    there = listing("A-Q4_K_M.gguf", "B-Q4_K_M.gguf", "13b/D-Q4_K_M.gguf", "C-Q4_K_M-00001-of-00002.gguf")
+    problems = {choice.first.path: choice.problem for choice in there.choices}
+    assert [path for path, problem in problems.items() if problem] == ["C-Q4_K_M-00001-of-00002.gguf"]
+    assert choose(there, "user/repo:Q4_K_M").first.path == "13b/D-Q4_K_M.gguf"
+    assert choose(there, file="B-*").first.path == "B-Q4_K_M.gguf"
+
+
 def test_a_pattern_takes_what_is_no_model_alone() -> None:
     """A pattern may name a projector, which comes by itself then."""
     there = listing("M-Q4_0.gguf", "mmproj-F16.gguf")
@@ -221,6 +230,18 @@ async def test_all_headers_of_a_repository(server: HubServer) -> None:
         "M-F16": False,
         "M-Q4_K_M": True,
         "M-Q8_0": True,
+    }
+
+
+@pytest.mark.anyio
+async def test_what_is_meant_is_read_first(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many models not all are read, but that which would be pulled; of each other it is told why not."""
+    monkeypatch.setattr("llamavisor.hub.remote.MAX_HEADERS", 2)
+    there = await hub(server).look(parse_spec("user/repo:Q8_0"), reads_headers=True)
+    assert {choice.name: choice.unread.partition(" ")[0] for choice in there.choices} == {
+        "M-F16": "the",  # file begins with something else
+        "M-Q4_K_M": "only",
+        "M-Q8_0": "",
     }
 
 

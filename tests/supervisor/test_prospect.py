@@ -177,7 +177,7 @@ def test_why_nobody_can_say() -> None:
     unread, place = replace(choice, header=None), Place({"RAM": 32 * GIB})
     elsewhere = ModelRule.of("L-*", ModelSettings.model_validate({"router": ["other"]}))
     impossible = ModelRule.of("L-*", ModelSettings.model_validate({"args": ["--no-such-option"]}))
-    assert place.foresee(unread) == Prospect(reason="its header is not known")
+    assert place.foresee(unread) == Prospect(reason="its header was not read")
     assert place.foresee(choice, elsewhere).reason == "the tables of the configuration keep it from router main"
     assert "--no-such-option" in place.foresee(choice, impossible).reason
     assert Place({"RAM": GIB}).foresee(unread).is_fitting is False

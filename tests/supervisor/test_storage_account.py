@@ -305,7 +305,7 @@ def test_what_a_pull_shares_with_a_model_is_the_models(tmp_path: Path) -> None:
         }
     )
     staging.write(record)
-    os.link(tmp_path / "alpha.gguf", staging.part_of(record, record.remote_files[0]).whole)
+    os.link(tmp_path / "alpha.gguf", staging.part_of(record, record.files[0]).whole)
     told = account(str(tmp_path), entries(tmp_path))
     assert [share.size_bytes for share in told.models] == [size]
     assert told.leftover_bytes < size

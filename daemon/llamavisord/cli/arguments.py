@@ -293,11 +293,12 @@ def _add_pulling(commands: Commands) -> None:
         default=True,
         help="whether its draft comes too (default: yes)",
     )
-    add("--name", default="", help="what the model is to be called (default: as its file is)")
+    add("--name", help="what the model is to be called (default: as its file is)")
     add("--router", metavar="NAME", help="into the models folder of this router (default: of the first)")
     add("--list", action="store_true", help="only show what the repository holds, and what of it fits this machine")
     add("--detach", action="store_true", help="do not wait until it is there")
-    add("--cancel", metavar="ID", help="end a pull; what came is kept, and the same pull goes on with it")
+    cancels = "end a pull, by its ID or its model; what came is kept, and the same pull goes on with it"
+    add("--cancel", metavar="ID", help=cancels)
     add("--drop", action="store_true", help="with --cancel: remove what came")
     commands.add("pulls", "show the models that come from the Hub, and how far they are", talks=True, json=True)
 

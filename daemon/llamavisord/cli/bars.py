@@ -90,6 +90,8 @@ def _numbers(file: dict[str, Any]) -> str:
         told.append(f"{format_size(int(file['speed_bytes_per_s'])):>10}/s")
         if file["left_s"] is not None:
             told.append(f"{format_duration(file['left_s'])} left")
+    if file.get("again"):
+        told.append("once more: it had another hash")
     return "  ".join(told)
 
 

@@ -90,13 +90,16 @@ def _check(arguments: Namespace) -> None:
     if (arguments.spec is None) is (arguments.cancel is None):
         text = "name either what to pull or, with --cancel, the ID of a pull"
         raise CommandError(text, hint="as in `llamavisor pull USER/REPO:QUANT`", exit_code=ExitCode.USAGE)
+    if arguments.name == "":
+        raise CommandError("--name names nothing", exit_code=ExitCode.USAGE)
     if arguments.drop and arguments.cancel is None:
         raise CommandError("--drop goes with --cancel", exit_code=ExitCode.USAGE)
 
 
 def _order(arguments: Namespace) -> dict[str, object]:
     names = ("spec", "file", "revision", "mmproj", "draft", "name", "router")
-    return {name: getattr(arguments, name) for name in names}
+    said = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,8 @@ class Choice:
         draft: likewise.
         problem: why it cannot be used, empty when it can.
         entry: what the catalog would make of it if it lay in the hub's cache; None of what is no model by itself.
-        header: the beginning of its first file, None when that was not read.
+        header: the beginning of its first file, None when that is not known.
+        unread: why it is not known, empty if nobody wanted to know it.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Choice:
     problem: str = ""
     entry: Entry | None = None
     header: Header | None = None
+    unread: str = ""
 
     @property
     def first(self) -> RemoteFile:
@@ -213,14 +215,19 @@ def arrange(repository: str, revision: str, commit: str, files: Iterable[RemoteF
         text = f"{repository} holds {len(known)} GGUF files, and more than {MOST_FILES} are not looked at"
         raise HubError(text, why=Why.NO_FILE)
     models = {path: file for path, file in known.items() if not _is_statistic(file)}
-    entries = group(join(_judged(models.values(), snapshot)), (), "").values()
-    choices = sorted(_choices(entries, models, snapshot), key=lambda choice: choice.first.path)
+    units = join(_judged(models.values(), snapshot))
+    # What names models would have in the cache is no matter here: they get others.
+    problems = {unit.first.path: unit.verdict.reason for unit in units if unit.verdict.state is not EntryState.READY}
+    entries = group(units, (), "").values()
+    choices = sorted(_choices(entries, models, snapshot, problems), key=lambda choice: choice.first.path)
     own = {file.path for choice in choices for file in choice.files}
     others = tuple(file for path, file in sorted(known.items()) if path not in own)
     return Listing(repository=repository, revision=revision, commit=commit, choices=tuple(choices), others=others)
 
 
-def _choices(entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot: Snapshot) -> Iterator[Choice]:
+def _choices(
+    entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot: Snapshot, problems: Mapping[str, str]
+) -> Iterator[Choice]:
     for entry in entries:
         files = tuple(known[snapshot.inside(file.path)] for file in entry.files)
         if any(mark in files[0].name.lower() for mark in _NO_MODELS):
@@ -230,7 +237,7 @@ def _choices(entries: Iterable[Entry], known: Mapping[str, RemoteFile], snapshot
             files=files,
             projector=known[snapshot.inside(entry.projector.path)] if entry.projector else None,
             draft=known[snapshot.inside(entry.draft.path)] if entry.draft else None,
-            problem="" if entry.state is EntryState.READY else entry.reason,
+            problem=problems.get(entry.path, ""),
             entry=entry,
         )
 

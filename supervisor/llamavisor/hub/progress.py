@@ -19,7 +19,7 @@ class Stage(Enum):
     WAITING = "waiting"
     """Nothing yet, or somebody else brings it, or the next attempt is due later."""
     CHECKING = "checking"
-    """What is here of it is read."""
+    """What is here of it is read, or has come and is being made sure of."""
     RECEIVING = "receiving"
     """It comes."""
     DONE = "done"
@@ -38,6 +38,7 @@ class Progress:
         stage: what is being done.
         done: bytes that are here.
         trouble: why it is tried again, empty when all is well.
+        is_again: whether all of it had come, and was not what the Hub had promised.
     """
 
     def __init__(self, name: str, size: int, *, clock: Callable[[], float] = anyio.current_time) -> None:
@@ -46,6 +47,7 @@ class Progress:
         self.stage = Stage.WAITING
         self.done = 0
         self.trouble = ""
+        self.is_again = False
         self._clock = clock
         self._seen: deque[tuple[float, int]] = deque()
         self._moved_at = clock()

@@ -7,6 +7,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from llamavisor import ini
+from llamavisor.catalog.naming import name_problem
 from llamavisor.hub.failure import HubError, Why
 from llamavisor.hub.listing import Commit, Listing, RemoteFile, harmless
 from llamavisor.hub.spec import Spec, parse, path_problem
@@ -59,11 +61,6 @@ class Record(BaseModel):
         )
 
     @property
-    def remote_files(self) -> tuple[RemoteFile, ...]:
-        """The files as the Hub has them."""
-        return self.files
-
-    @property
     def listing(self) -> Listing:
         """Where they are."""
         return Listing(repository=self.repository, revision=self.revision, commit=self.commit, choices=())
@@ -80,6 +77,13 @@ class Record(BaseModel):
         return f"{self.name[:60]}-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}"
 
 
+def _name_problem(name: str) -> str | None:
+    """Why a model cannot be called so, or lie under that name in a folder and be served."""
+    if "/" in name:
+        return "names a folder"
+    return path_problem(name) or ini.value_problem(name) or name_problem(name)
+
+
 def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
     """What is to be brought for what is asked.
 
@@ -88,9 +92,9 @@ def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
     """
     choice = listing.choose(spec)
     name = name or choice.name
-    if "/" in name or (problem := path_problem(name)):
-        reason = "names a folder" if "/" in name else problem
-        raise HubError(f"{name!r} is no name for a model: it {reason}", why=Why.SPEC)
+    if problem := _name_problem(name):
+        hint = "Name it otherwise with --name." if name == choice.name else ""
+        raise HubError(f"{name!r} is no name for a model: it {problem}", why=Why.SPEC, hint=hint)
     files = choice.wanted(spec)
     names = [file.name for file in files]
     if len(set(names)) < len(names):

@@ -37,6 +37,8 @@ MAX_REDIRECTS = 5
 MAX_PORT = 65535
 GIT_MAX_BYTES = 10_000_000
 """Git itself holds no larger files on the Hub."""
+_TOO_MANY = f"only {MAX_HEADERS} models of a repository are looked at"
+_TOO_LATE = "the Hub did not tell in time what its header says"
 ASKED_AT_ONCE = 8
 """So many repositories are asked about at once."""
 
@@ -214,7 +216,7 @@ class Hub:
         )
         if not reads_headers or not listing.choices:
             return listing
-        choices = dict(enumerate(listing.choices))
+        choices = {number: replace(choice, unread=_TOO_MANY) for number, choice in enumerate(listing.choices)}
         limiter = anyio.CapacityLimiter(HEADERS_AT_ONCE)
 
         async def read(number: int, choice: Choice) -> None:
@@ -223,15 +225,18 @@ class Hub:
 
         with anyio.move_on_after(self.patience.answer_s):
             async with self.connect() as connection, anyio.create_task_group() as tasks:
-                for number, choice in enumerate(listing.choices[:MAX_HEADERS]):
-                    tasks.start_soon(read, number, choice)
+                for number in _read_first(listing, spec)[:MAX_HEADERS]:
+                    tasks.start_soon(read, number, listing.choices[number])
         return replace(listing, choices=tuple(choices.values()))
 
     async def inspect(self, connection: Connection, listing: Listing, choice: Choice) -> Choice:
-        """The same model with what its first file says of it; as it was if that cannot be had, or not in time."""
-        with anyio.move_on_after(self.patience.answer_s), suppress(HubError, GgufError):
-            return replace(choice, header=await self._read(connection, listing, choice.first))
-        return choice
+        """The same model with what its first file says of it, or why that cannot be had."""
+        with anyio.move_on_after(self.patience.answer_s):
+            try:
+                return replace(choice, header=await self._read(connection, listing, choice.first), unread="")
+            except (HubError, GgufError) as exc:
+                return replace(choice, unread=str(exc))
+        return replace(choice, unread=_TOO_LATE)
 
     async def _read(self, connection: Connection, listing: Listing, file: RemoteFile) -> Header:
         prefix, url = b"", None
@@ -266,6 +271,14 @@ class Hub:
         with anyio.move_on_after(self.patience.answer_s):
             return await self._threads.run(ask, *args, abandon_on_cancel=True)
         raise HubError(f"{what}: the Hub does not answer", why=Why.STALLED)
+
+
+def _read_first(listing: Listing, spec: Spec) -> list[int]:
+    """The models by their numbers: that which is meant first, for not all of them may be looked at."""
+    meant: Choice | None = None
+    with suppress(HubError):
+        meant = listing.choose(spec)
+    return sorted(range(len(listing.choices)), key=lambda number: listing.choices[number] is not meant)
 
 
 def _fetch_listing(spec: Spec, access: Access, timeout_s: float) -> Listing:

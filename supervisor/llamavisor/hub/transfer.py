@@ -157,13 +157,14 @@ async def _complete(connection: Connection, errand: Errand, sink: Sink, patience
         before = sink.size
         try:
             await _bring(connection, errand, sink)
+            progress.stage = Stage.CHECKING
             if await run(sink.is_right):
                 return
             await run(sink.clear)
             progress.reach(0)
             if is_second:
                 raise _wrong(errand, "what comes has another hash than the Hub says")
-            is_second = True  # what was here, or one bit on the way
+            is_second = progress.is_again = True  # what was here, or one bit on the way
             continue
         except HubError as exc:
             failures = 1 if sink.size > before else failures + 1
