@@ -16,7 +16,8 @@ from llamavisor.hub import Hub, Patience, Pulls, parse
 from llamavisor.hub.staging import NAME
 from llamavisord.tiny_model import write_tiny_model
 
-PATIENCE = Patience(connect_s=5.0, stall_s=0.5, delays_s=(0.01, 0.01, 0.01))
+PATIENCE = Patience(connect_s=15.0, stall_s=30.0, delays_s=(0.01, 0.01, 0.01))
+"""A stall lasts until the server is released: nothing depends on how fast the machine is."""
 SECRET = "hf_verysecret"
 MANY = 3_000_000
 MIB = 1_048_576
