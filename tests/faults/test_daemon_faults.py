@@ -240,7 +240,7 @@ def test_d6_a_second_signal_hurries_a_drain(start: Start) -> None:
             daemon.wait_for_event("DaemonStopping")
             daemon.signal(signal.SIGTERM)
             assert daemon.wait() == 0
-            assert time.monotonic() - began < 3.0
+            assert time.monotonic() - began < STOPS_S
 
 
 def ends_soon(daemon: RunningDaemon, *, within_s: float = STOPS_S) -> None:
@@ -262,7 +262,7 @@ def test_d6_the_end_during_a_probe(tmp_path: Path, models_dir: Path) -> None:
         began = time.monotonic()
         daemon.signal(signal.SIGTERM)
         assert daemon.wait() == 0
-        assert time.monotonic() - began < 5  # the probe itself may take 30 s
+        assert time.monotonic() - began < STOPS_S  # the probe itself may take 30 s
 
 
 # --- D8: a bug --------------------------------------------------------------------------------------------------------
