@@ -11,6 +11,7 @@ import anyio
 import huggingface_hub
 
 from fakes.hub_server import HubFile, HubServer, Repository
+from fakes.waiting import PATIENCE_S
 from llamavisor.events import Bus, Event
 from llamavisor.hub import Hub, Patience, Pulls, parse
 from llamavisor.hub.staging import NAME
@@ -65,7 +66,7 @@ class Here:
 
     async def pull(self, text: str, **more: str) -> Path | None:
         """Brings a model."""
-        with anyio.fail_after(30):
+        with anyio.fail_after(PATIENCE_S):
             return await (await self.pulls.start(parse(text), **more)).wait()
 
     def told(self, *kinds: type[Event]) -> list[Event]:
@@ -88,6 +89,6 @@ class Here:
 
 async def until(look: Callable[[], object]) -> None:
     """Waits for something that another task does."""
-    with anyio.fail_after(15):
+    with anyio.fail_after(PATIENCE_S):
         while not look():
             await anyio.sleep(0.005)
