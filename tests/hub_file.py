@@ -21,7 +21,7 @@ FILE = HubFile(CONTENT)
 NAME = "model-Q4_K_M.gguf"
 LISTING = Listing(repository="user/repo", revision="main", commit="a" * 40, choices=())
 WANTED = RemoteFile(NAME, len(CONTENT), FILE.oid)
-PATIENCE = Patience(connect_s=5.0, stall_s=0.4, delays_s=(0.01, 0.01, 0.01))
+PATIENCE = Patience(connect_s=15.0, stall_s=30.0, delays_s=(0.01, 0.01, 0.01))
 
 
 @contextmanager

@@ -11,12 +11,14 @@ import anyio
 import huggingface_hub
 
 from fakes.hub_server import HubFile, HubServer, Repository
+from fakes.waiting import PATIENCE_S
 from llamavisor.events import Bus, Event
 from llamavisor.hub import Hub, Patience, Pulls, parse
 from llamavisor.hub.staging import NAME
 from llamavisord.tiny_model import write_tiny_model
 
-PATIENCE = Patience(connect_s=5.0, stall_s=0.5, delays_s=(0.01, 0.01, 0.01))
+PATIENCE = Patience(connect_s=15.0, stall_s=30.0, delays_s=(0.01, 0.01, 0.01))
+"""A stall lasts until the server is released: nothing depends on how fast the machine is."""
 SECRET = "hf_verysecret"
 MANY = 3_000_000
 MIB = 1_048_576
@@ -64,7 +66,7 @@ class Here:
 
     async def pull(self, text: str, **more: str) -> Path | None:
         """Brings a model."""
-        with anyio.fail_after(30):
+        with anyio.fail_after(PATIENCE_S):
             return await (await self.pulls.start(parse(text), **more)).wait()
 
     def told(self, *kinds: type[Event]) -> list[Event]:
@@ -87,6 +89,6 @@ class Here:
 
 async def until(look: Callable[[], object]) -> None:
     """Waits for something that another task does."""
-    with anyio.fail_after(15):
+    with anyio.fail_after(PATIENCE_S):
         while not look():
             await anyio.sleep(0.005)

@@ -6,6 +6,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+import anyio
+import anyio.lowlevel
 import pydantic
 from aiohttp import web
 
@@ -74,15 +76,17 @@ class _Pulling:
         router = self._router(query.get("router"))
         listing = await self._daemon.downloads.hub.look(spec, reads_headers=True)
         chosen = _chosen(listing, spec)
+        models: list[dict[str, Any]] = []
+        for choice in listing.choices:
+            told = {**_choice_view(choice, spec), **self._foresee(choice, spec, router), "chosen": choice is chosen}
+            models.append(told)
+            await anyio.lowlevel.checkpoint()  # a hostile header takes some ms to be reckoned
         return web.json_response(
             {
                 "repository": listing.repository,
                 "revision": listing.revision,
                 "commit": listing.commit,
-                "models": [
-                    {**_choice_view(choice, spec), **self._foresee(choice, spec, router), "chosen": choice is chosen}
-                    for choice in listing.choices
-                ],
+                "models": models,
                 "others": [_file_view(file) for file in listing.others],
                 **self._room_view(router),
             }

@@ -70,9 +70,9 @@ def test_who_has_been_told_of_a_model_can_ask_it(start: Start, tmp_path: Path) -
 
 def test_a_folder_that_hangs_makes_the_first_commands_slow_and_no_others(start: Start, tmp_path: Path) -> None:
     """F14: the time for the first look passes once, for the daemon and not for each who asks."""
-    with late(start(), tmp_path / "never", first_look_s=1.0) as daemon:
+    with late(start(), tmp_path / "never", first_look_s=4.0) as daemon:
         assert daemon.models() == {}
         began = time.monotonic()
         for _ in range(5):
             assert daemon.models() == {}
-        assert time.monotonic() - began < 1.0
+        assert time.monotonic() - began < 4.0

@@ -633,6 +633,7 @@ def test_what_a_person_wants_to_know(begin: Begin, hub: HubServer, folder: Path)
             terminal.until("200.0 MiB do not go into the 64.0 MiB of RAM of router main; --list shows what does")
             eventually(is_stalled)
             terminal.until("nothing for ")
+            stalled(hub, folder)  # the next daemon is to be at it when it is asked
             daemon.signal(signal.SIGKILL)
             daemon.wait()
             terminal.until("the daemon does not answer")

@@ -181,7 +181,7 @@ def test_force_lets_an_answer_end_first(start: Callable[..., RunningDaemon], mod
 
 def test_force_that_takes_too_long_removes_nothing(start: Callable[..., RunningDaemon], models_dir: Path) -> None:
     """When the answer does not end in time the command says so, and no file is touched."""
-    with start(model={"token_s": 1.5}) as daemon, ThreadPoolExecutor(1) as threads:
+    with start(model={"token_s": 3.0}) as daemon, ThreadPoolExecutor(1) as threads:
         daemon.wait_for_router("ready")
         assert daemon.cli("load", "alpha").returncode == 0
         answer = threads.submit(daemon.chat, "alpha")

@@ -152,7 +152,7 @@ async def test_reading_neither_wakes_a_model_nor_keeps_it_awake(start: Callable[
             began = anyio.current_time()
             while router.status("alpha") != "sleeping":
                 assert (await reader.read()) == used
-                assert anyio.current_time() - began < 4
+                assert anyio.current_time() - began < PATIENCE_S
                 await anyio.sleep(0.1)
             told = len(events.all)
             for _ in range(10):
@@ -225,7 +225,7 @@ async def test_the_process_hangs_up_after_five_seconds(router: BareRouter) -> No
         began = anyio.current_time()
         with anyio.fail_after(PATIENCE_S):
             await anyio.wait_readable(connection._plug)
-        assert 4 < anyio.current_time() - began < 8
+        assert anyio.current_time() - began > 4
         assert (await reader.read()).in_flight == 0
         assert reader._connection is not connection
 

@@ -34,9 +34,9 @@ def hang(work):
         threading.Event().wait()
     return begin
 storage.{work} = hang(module.{work})
-storage.LOOK_S, desk.READ_S, desk.DEED_S, desk.TURN_S = 2.0, 1.0, 1.0, 0.3
+storage.LOOK_S, desk.READ_S, desk.DEED_S, desk.TURN_S = 4.0, 4.0, 4.0, 0.3
 """
-"""What makes a blocking function hang in one folder, and nobody wait for long."""
+"""What makes a blocking function hang in one folder, and nobody wait for long, but for one that is busy."""
 
 HANG_PULLS = """
 import pathlib, threading
@@ -106,7 +106,7 @@ def test_f14_a_folder_that_hangs_is_not_tidied_and_no_other_waits_for_it(
     two: Two, models_dir: Path, other: Path
 ) -> None:
     """F14: du tells of all folders but the one that hangs, rm and clean refuse that alone, and no thread is lost."""
-    daemon = two("import llamavisor.storage.storage as storage; storage.LOOK_S = 0.5")
+    daemon = two("import llamavisor.storage.storage as storage; storage.LOOK_S = 2.0")
     worker = next(each for each in daemon.processes() if "llamavisor.watch.worker" in each.cmdline())
     assert problems(daemon) == {str(models_dir): None, str(other): None}
     threads = psutil.Process(daemon.pid).num_threads()
@@ -138,7 +138,7 @@ def test_f14_a_disk_that_hangs_takes_three_threads_and_no_more(
     daemon = two(HANG.format(module="account", work="account", folder=str(other), mark=str(mark)))
     with ends_in_time(daemon), ThreadPoolExecutor(8) as people:
         for told in people.map(lambda _: problems(daemon), range(8)):
-            assert told == {str(models_dir): None, str(other): f"folder {other} does not answer within 1 s"}
+            assert told == {str(models_dir): None, str(other): f"folder {other} does not answer within 4 s"}
         assert mark.read_text() == "xxx"
         assert daemon.status()["ready"]
         assert daemon.cli("rm", "--yes", "alpha").returncode == 0
@@ -152,7 +152,7 @@ def test_f14_a_removal_that_hangs_is_followed_by_no_other(two: Two, other: Path,
     with ends_in_time(daemon):
         first = daemon.cli("rm", "--yes", "delta")
         assert first.returncode == 1
-        assert f"folder {other} does not answer within 1 s; it goes on when the disk answers" in first.stderr
+        assert f"folder {other} does not answer within 4 s; it goes on when the disk answers" in first.stderr
         eventually(mark.exists, what="a removal that has begun")
         following = daemon.cli("rm", "--yes", "epsilon")
         assert following.returncode == 1

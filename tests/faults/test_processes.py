@@ -46,6 +46,8 @@ Start = Callable[..., RunningDaemon]
 HOUR_S = 3600.0
 SEEN_S = 1.0
 """How long the end of a process may go unseen."""
+REAPED_S = 10.0
+"""Two looks at what was handed over, one a second, also on a busy machine."""
 
 
 @pytest.fixture
@@ -181,8 +183,8 @@ def test_p8_a_router_that_ignores_sigterm(start: Start) -> None:
     with start(ignore_sigterm=True) as daemon:
         router = psutil.Process(daemon.wait_for_router("ready")["pid"])
         began = time.monotonic()
-        assert daemon.cli("stop", "main", timeout_s=2 * TERM_GRACE_S).returncode == 0
-        assert TERM_GRACE_S <= time.monotonic() - began < TERM_GRACE_S + 5
+        assert daemon.cli("stop", "main", timeout_s=3 * TERM_GRACE_S).returncode == 0
+        assert TERM_GRACE_S <= time.monotonic() - began < 2 * TERM_GRACE_S
         assert not router.is_running()
         assert daemon.router()["state"] == "stopped"
         told = [line for line in daemon.log.read_text().splitlines() if "SIGKILL" in line]
@@ -258,7 +260,7 @@ def test_p12_zombies_of_a_router_that_ends(start: Start) -> None:
         assert [child.status() for child in router.children()] == [psutil.STATUS_ZOMBIE] * 5
         router.kill()
         assert daemon.wait_for_event("RouterExited")["status"] == "SIGKILL"
-        eventually(lambda: not daemon.zombies(), what="no zombies", within_s=2.5)
+        eventually(lambda: not daemon.zombies(), what="no zombies", within_s=REAPED_S)
 
 
 @pytest.mark.real
@@ -274,7 +276,7 @@ def test_p12_an_orphan_that_ends_later(tmp_path: Path, models_dir: Path, llama_s
         assert stat is not None
         assert stat.parent == daemon.pid
         eventually(lambda: known.pid in daemon.zombies(), what="its end")
-        eventually(lambda: not known.is_current, what="its reaping", within_s=2.5)
+        eventually(lambda: not known.is_current, what="its reaping", within_s=REAPED_S)
         for number, status in ((signal.SIGTERM, "exit code 0"), (signal.SIGKILL, "SIGKILL")):
             ends = len(daemon.events("RouterExited"))
             os.kill(daemon.wait_for_router("ready")["pid"], number)

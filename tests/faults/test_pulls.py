@@ -55,9 +55,12 @@ async def test_m8_two_daemons_on_one_folder(here: Here, server: HubServer) -> No
     """Two daemons that pull the same into one folder bring it once, and both have it."""
     other = Here(server, here.models_dir)
     server.faults = [Fault(stall_after=MIB)]
-    async with other.pulls.opened(), anyio.create_task_group() as tasks:
-        tasks.start_soon(here.pull, "user/big")
-        tasks.start_soon(other.pull, "user/big")
+    async with other.pulls.opened():
+        pulls = [await each.pulls.start(parse("user/big")) for each in (here, other)]
+        await until(lambda: any(pull.done_bytes for pull in pulls))
+        server.released.set()
+        for pull in pulls:
+            await pull.wait()
     assert [pull.state for each in (here, other) for pull in each.pulls.all] == [PullState.DONE] * 2
     assert sum(asked.sent[0] for asked in server.downloads()) == MANY
     assert here.hidden() == []
@@ -70,7 +73,8 @@ async def test_m7_two_models_of_one_name(here: Here, server: HubServer) -> None:
     with pytest.raises(HubError, match="already") as raised:
         await here.pulls.start(parse("other/big"))
     assert raised.value.why is Why.EXISTS
-    await pull.wait()
+    server.released.set()
+    assert await pull.wait()
 
 
 async def test_m7_a_file_that_appears_meanwhile(here: Here, server: HubServer) -> None:
@@ -79,6 +83,7 @@ async def test_m7_a_file_that_appears_meanwhile(here: Here, server: HubServer) -
     pull = await here.pulls.start(parse("user/big"))
     await until(lambda: pull.done_bytes)
     (here.models_dir / "Big-Q4_K_M.gguf").write_bytes(b"mine")
+    server.released.set()
     with pytest.raises(HubError) as raised:
         await pull.wait()
     assert raised.value.why is Why.EXISTS
@@ -92,17 +97,15 @@ async def test_m7_a_file_that_appears_meanwhile(here: Here, server: HubServer) -
 @pytest.mark.parametrize("drop", [False, True])
 async def test_m9_cancelled(here: Here, server: HubServer, drop: bool) -> None:
     """Who cancels sees nothing half done; what came is gone on with, or has gone."""
-    server.faults = [Fault(stall_after=2_000_000, times=9)]
-    patient = Here(server, here.models_dir, Patience(stall_s=30.0))
-    async with patient.pulls.opened():
-        pull = await patient.pulls.start(parse("user/big"))
-        await until(lambda: pull.done_bytes > MIB)
-        await patient.pulls.cancel(pull.id, drop=drop)
-        assert (pull.state, await pull.wait()) == (PullState.CANCELLED, None)
-        assert patient.visible() == []
-        assert bool(patient.hidden()) is not drop
-        assert [record.name for record in await patient.pulls.paused()] == ([] if drop else ["Big-Q4_K_M"])
-        assert patient.told(PullCancelled)
+    server.faults = [Fault(stall_after=2_000_000)]
+    pull = await here.pulls.start(parse("user/big"))
+    await until(lambda: pull.done_bytes > MIB)
+    await here.pulls.cancel(pull.id, drop=drop)
+    assert (pull.state, await pull.wait()) == (PullState.CANCELLED, None)
+    assert here.visible() == []
+    assert bool(here.hidden()) is not drop
+    assert [record.name for record in await here.pulls.paused()] == ([] if drop else ["Big-Q4_K_M"])
+    assert here.told(PullCancelled)
     server.faults = []
     server.asked.clear()
     await here.pull("user/big")
@@ -117,6 +120,8 @@ async def test_m9_cancelled_at_any_moment(server: HubServer, models_dir: Path, s
     states = []
     for turns in (0, 1, 2, 4, 8, 16, 32, 64):
         here = Here(server, models_dir)
+        if not turns:  # of each file comes that share and one byte: a fast one does not always get to its end first
+            server.faults = [Fault(stall_after=int(share * MANY) + 1, times=3)]
         async with here.pulls.opened():
             pull = await here.pulls.start(parse("user/vision:Q8_0"))
             await until(lambda pull=pull: pull.done_bytes >= share * pull.total_bytes)
@@ -124,6 +129,7 @@ async def test_m9_cancelled_at_any_moment(server: HubServer, models_dir: Path, s
                 await anyio.lowlevel.checkpoint()
             await here.pulls.cancel(pull.id)
             states.append(pull.state)
+            server.faults = []
             assert len(here.visible()) == (3 if pull.state is PullState.DONE else 0)
             await here.pull("user/vision:Q8_0")
         assert here.hidden() == []
@@ -136,7 +142,7 @@ async def test_m9_cancelled_at_any_moment(server: HubServer, models_dir: Path, s
 async def test_m10_what_was_under_way_is_taken_up_again(server: HubServer, models_dir: Path) -> None:
     """The next daemon goes on with what was under way when the last one ended, but not with what was cancelled."""
     server.faults = [Fault(stall_after=2_000_000, times=2)]
-    async with (first := Here(server, models_dir, Patience(stall_s=30.0))).pulls.opened():
+    async with (first := Here(server, models_dir)).pulls.opened():
         pulls = [await first.pulls.start(parse(text)) for text in ("user/big", "user/big:q8_0")]
         await until(lambda: all(pull.done_bytes > MIB for pull in pulls))
         await first.pulls.cancel(pulls[1].id)
@@ -221,7 +227,7 @@ async def test_m6_litter_is_swept_and_nothing_else(here: Here, server: HubServer
 @pytest.mark.parametrize("drop", [False, True])
 async def test_m9_cancelled_while_it_waits(server: HubServer, models_dir: Path, moment: str, drop: bool) -> None:
     """A pull that waits for its turn, for another daemon, or for a look at its content can be cancelled and dropped."""
-    other, here = (Here(server, models_dir, Patience(stall_s=30.0)) for _ in range(2))
+    other, here = (Here(server, models_dir) for _ in range(2))
     server.faults = [Fault(stall_after=MIB, times=9)]
     async with other.pulls.opened(), here.pulls.opened():
         if moment == "queued":
@@ -248,7 +254,7 @@ async def test_m9_cancelled_while_it_waits(server: HubServer, models_dir: Path, 
 @pytest.mark.parametrize("drop", [False, True])
 async def test_m8_a_pull_that_one_of_two_daemons_gives_up(server: HubServer, models_dir: Path, drop: bool) -> None:
     """What one daemon cancels the other still brings, and its own next one goes on with it."""
-    mine, theirs = (Here(server, models_dir, Patience(stall_s=30.0)) for _ in range(2))
+    mine, theirs = (Here(server, models_dir) for _ in range(2))
     server.faults = [Fault(stall_after=MIB, times=2)]
     async with mine.pulls.opened():
         pull = await mine.pulls.start(parse("user/big"))
@@ -258,6 +264,7 @@ async def test_m8_a_pull_that_one_of_two_daemons_gives_up(server: HubServer, mod
             await mine.pulls.cancel(pull.id, drop=drop)
             await until(lambda: theirs.told(PullStarted))
             assert waiting.state is PullState.UNDER_WAY
+    server.released.set()
     async with (later := Here(server, models_dir)).pulls.opened():
         assert await later.pulls.all[0].wait() == models_dir / "Big-Q4_K_M.gguf"
 
@@ -372,6 +379,7 @@ async def test_m7_too_many_pulls(here: Here, monkeypatch: pytest.MonkeyPatch, se
     with pytest.raises(HubError, match="2 pulls are under way") as raised:
         await here.pulls.start(parse("user/tiny"))
     assert raised.value.why is Why.TOO_MANY
+    server.released.set()
     for pull in pulls:
         await pull.wait()
     assert await here.pull("user/tiny")
@@ -388,7 +396,7 @@ async def test_m7_what_is_there_is_read_before_it_is_believed(here: Here) -> Non
 
 async def test_m5_what_is_here_needs_no_room(server: HubServer, models_dir: Path) -> None:
     """What came before, and what two pulls have in common, counts once when it is asked whether there is room."""
-    here = Here(server, models_dir, Patience(stall_s=30.0))
+    here = Here(server, models_dir)
     server.faults = [Fault(stall_after=2_000_000, times=9)]
     async with here.pulls.opened():
         first = await here.pulls.start(parse("user/vision:Q4_0"))
@@ -403,32 +411,32 @@ async def test_m5_what_is_here_needs_no_room(server: HubServer, models_dir: Path
                 await here.pulls.start(parse("user/tiny"))
 
 
-async def test_f14_a_pull_into_a_folder_that_hangs(
-    here: Here, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_f14_a_pull_into_a_folder_that_hangs(here: Here, server: HubServer, tmp_path: Path) -> None:
     """A models folder that hangs takes a few threads, and nobody else's time; who asks for it is told."""
-    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
-    released = threading.Event()
+    released, hanging = threading.Event(), list[Path]()
     true_lstat = Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
         if "hung" in path.parts:
+            hanging.append(path)
             released.wait()
         return true_lstat(path)
 
     (tmp_path / "hung").mkdir()
-    before = threading.active_count()
     async with (hung := Here(server, tmp_path / "hung")).pulls.opened():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "lstat", lstat)
-            for _ in range(3 * THREADS):
-                with anyio.fail_after(5), pytest.raises(HubError, match="does not answer"):
-                    await hung.pulls.paused()
-            with anyio.fail_after(5), pytest.raises(HubError, match="does not answer"):
-                await hung.pulls.start(parse("user/big"))
-            assert threading.active_count() - before <= THREADS + 4
+            with pytest.MonkeyPatch.context() as hurry:
+                hurry.setattr("llamavisor.hub.pulls.DISK_S", 0.1)
+                for _ in range(3 * THREADS):
+                    with anyio.fail_after(15), pytest.raises(HubError, match="does not answer"):
+                        await hung.pulls.paused()
+                with anyio.fail_after(15), pytest.raises(HubError, match="does not answer"):
+                    await hung.pulls.start(parse("user/big"))
+            assert 0 < len(hanging) <= THREADS
             assert await here.pull("user/big")
-            with anyio.fail_after(5):
+            hanging.clear()
+            with anyio.fail_after(15):
                 async with anyio.create_task_group() as daemon:
 
                     async def live() -> None:
@@ -436,7 +444,7 @@ async def test_f14_a_pull_into_a_folder_that_hangs(
                             pass
 
                     daemon.start_soon(live)
-                    await anyio.sleep(0.1)
+                    await until(lambda: hanging)
                     daemon.cancel_scope.cancel()
             released.set()
         assert await hung.pull("user/big")
@@ -444,7 +452,7 @@ async def test_f14_a_pull_into_a_folder_that_hangs(
 
 async def test_m6_pulls_that_nobody_goes_on_with_are_given_up(server: HubServer, models_dir: Path) -> None:
     """Cleaning gives up what was left long ago and removes what nobody wants; what is under way or young stays."""
-    here = Here(server, models_dir, Patience(stall_s=30.0))
+    here = Here(server, models_dir)
     server.faults = [Fault(stall_after=MIB, times=9)]
     async with here.pulls.opened():
         left, goes = [await here.pulls.start(parse(text)) for text in ("user/big", "user/big:q8_0")]
@@ -553,6 +561,7 @@ async def test_m9_who_leaves_ends_only_what_nobody_else_wants(here: Here, server
     again = await here.pulls.start(parse("user/big"))
     await here.pulls.start(parse("user/big"), who="a")
     await here.pulls.leave("a")
+    server.released.set()
     assert await again.wait()
 
 
@@ -577,8 +586,6 @@ async def test_f14_a_folder_that_hangs_amid_a_pull(
     here: Here, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A write that hangs keeps its own pull; it cannot be cancelled, which is told, and is once the disk is back."""
-    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
-    monkeypatch.setattr("llamavisor.threads.SURELY_S", 0.2)
     released, hangs = threading.Event(), threading.Event()
     true_pwrite = os.pwrite
 
@@ -593,8 +600,10 @@ async def test_f14_a_folder_that_hangs_amid_a_pull(
     async with (hung := Here(server, tmp_path / "hung")).pulls.opened():
         pull = await hung.pulls.start(parse("user/big"))
         await until(hangs.is_set)
-        with anyio.fail_after(5), pytest.raises(HubError, match="does not answer"):
-            await hung.pulls.cancel(pull.id)
+        with pytest.MonkeyPatch.context() as hurry:
+            hurry.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
+            with anyio.fail_after(15), pytest.raises(HubError, match="does not answer"):
+                await hung.pulls.cancel(pull.id)
         assert await here.pull("user/big")
         assert [each.id for each in hung.pulls.under_way] == [pull.id]
         released.set()
@@ -607,7 +616,7 @@ async def test_f14_what_was_refused_is_not_begun_later(
     server: HubServer, tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pull that could not be written down in time, as was told, is not gone on with when the disk is back."""
-    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 0.2)
+    monkeypatch.setattr("llamavisor.hub.pulls.DISK_S", 2.0)  # far more than what is done before takes
     released = threading.Event()
     true_replace = staging_module.replace_file
 
@@ -645,6 +654,7 @@ async def test_m5_a_full_disk_amid_a_pull(server: HubServer, models_dir: Path) -
             await until(lambda: pull.done_bytes)
             patch.setattr("llamavisor.hub.staging.replace_file", refuse)
             patch.setattr(os, "pwrite", pwrite)
+            server.released.set()
             with pytest.raises(HubError):
                 await pull.wait()
     async with (later := Here(server, models_dir)).pulls.opened():
@@ -659,7 +669,9 @@ async def test_m9_what_was_dropped_is_gone(here: Here, server: HubServer) -> Non
     server.faults = [Fault(stall_after=MIB), Fault(cut_after=0, times=99)]
     for state in ("under way", "failed"):
         pull = await here.pulls.start(parse("user/big"))
-        if state == "failed":
+        if state == "under way":
+            await until(lambda pull=pull: pull.done_bytes)
+        else:
             with pytest.raises(HubError):
                 await pull.wait()
         assert await here.pulls.cancel(pull.id, drop=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
 import pytest
 
 from fakes.hub_server import Fault, HubServer
+from fakes.waiting import PATIENCE_S
 from hub_file import CONTENT, FILE, LISTING, NAME, PATIENCE, WANTED, bring, hub_of_one_file
-from llamavisor.hub import Hub, HubError, Patience, Progress, RemoteFile, Why
+from llamavisor.hub import Hub, HubError, Progress, RemoteFile, Why
 from llamavisor.hub.part import Part
 from llamavisor.hub.remote import Connection
 from llamavisor.hub.transfer import Errand, fetch
@@ -56,10 +58,12 @@ async def test_m1_a_cut_is_gone_on_from(connection: Connection, part: Part, serv
     assert sum(asked.sent[0] for asked in server.downloads()) == len(CONTENT)
 
 
-async def test_m2_a_stall_is_a_cut(connection: Connection, part: Part, server: HubServer) -> None:
+async def test_m2_a_stall_is_a_cut(part: Part, server: HubServer) -> None:
     """A server that sends nothing any more is left after the stall timeout, and what it sent is kept."""
     server.faults = [Fault(stall_after=1_500_000)]
-    await bring(connection, part)
+    patience = replace(PATIENCE, stall_s=2.0)
+    async with Hub({"HF_ENDPOINT": server.url}, patience).connect() as connection:
+        await bring(connection, part, patience=patience)
     assert part.whole.read_bytes() == CONTENT
     assert [asked.range for asked in server.downloads()] == ["bytes=0-2999999", "bytes=1500000-2999999"]
 
@@ -141,10 +145,9 @@ async def test_m9_a_file_cancelled_in_the_middle(connection: Connection, part: P
     """Who is cancelled leaves what came, and the next one goes on from there."""
     server.faults = [Fault(stall_after=2_000_000)]
     progress = Progress(NAME, len(CONTENT))
-    patience = Patience(stall_s=30.0)
-    async with Hub({"HF_ENDPOINT": server.url}, patience).connect() as patient, anyio.create_task_group() as tasks:
-        tasks.start_soon(fetch, patient, Errand(LISTING, WANTED, part, progress, Threads(4)), patience)
-        with anyio.fail_after(10):
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(fetch, connection, Errand(LISTING, WANTED, part, progress, Threads(4)), PATIENCE)
+        with anyio.fail_after(PATIENCE_S):
             while progress.done < 1_000_000:
                 await anyio.sleep(0.01)
         tasks.cancel_scope.cancel()

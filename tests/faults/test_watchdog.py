@@ -138,7 +138,7 @@ def test_d7_a_stop_that_takes_longer_than_the_watchdog_waits(
 def test_d7_without_systemd_a_stall_is_a_metric(tmp_path: Path, models_dir: Path, fake_llama_server: Fake) -> None:
     """D7: how long the event loop was blocked is told in the metrics for ten seconds after it is over."""
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM.format(bug=BLOCKED.replace("sleep(60)", "sleep(1.5)")))
+    program.write_text(PROGRAM.format(bug=BLOCKED.replace("sleep(60)", "sleep(4)")))
     daemon = RunningDaemon(tmp_path, models_dir, fake_llama_server())
     daemon.program = [sys.executable, str(program)]
 
@@ -148,11 +148,11 @@ def test_d7_without_systemd_a_stall_is_a_metric(tmp_path: Path, models_dir: Path
 
     with daemon:
         daemon.wait_for_router("ready")
-        assert lag_s() < 1.0
+        assert lag_s() < 3.0
         daemon.signal(signal.SIGHUP)
-        eventually(lambda: lag_s() >= 1.0)
+        eventually(lambda: lag_s() >= 3.0)
         time.sleep(1.0)
-        assert 1.0 <= lag_s() < 10.0
+        assert 3.0 <= lag_s() < 10.0
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from llamavisor.process import ExitStatus, Process, Spawner, become_subreaper
 pytestmark = pytest.mark.anyio
 
 ENV = {"PATH": os.environ["PATH"]}
-DEADLINE_S = 10.0
+DEADLINE_S = 30.0
 POLITE = """
 import signal, sys, time
 signal.signal(15, lambda *_: sys.exit(7))

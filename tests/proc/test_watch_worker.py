@@ -28,6 +28,8 @@ pytestmark = pytest.mark.anyio
 
 NEVER_S = 3600.0
 """An interval that does not come within a test: what is noticed was hinted at."""
+SOON_S = 4.0
+"""Also on a busy machine, and before any look or answer is due, of which the first comes after 5 s."""
 MODEL = small_model().encode()
 
 
@@ -114,7 +116,7 @@ async def test_a_file_that_is_renamed_in(root: Path) -> None:
         begin = time.monotonic()
         drop(root, "second")
         await listener.until(lambda: "second" in listener.ready())
-        assert time.monotonic() - begin < 1.0  # 30 ms on a quiet machine
+        assert time.monotonic() - begin < SOON_S  # 30 ms on a quiet machine
 
 
 async def test_the_disk_is_asked_by_the_worker_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +269,7 @@ async def test_two_thousand_files_at_once(root: Path) -> None:
 
 async def test_a_worker_that_hangs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped worker, as one on a dead mount, is told once, is not replaced, and goes on when it can."""
-    monkeypatch.setattr(watcher_module, "ANSWER_S", 0.2)
+    monkeypatch.setattr(watcher_module, "ANSWER_S", 1.0)
     watch = FolderWatch(root, interval_s=NEVER_S)
     async with watching(watch) as listener:
         pid = watch.pid
@@ -295,7 +297,7 @@ async def test_a_worker_that_hangs_does_not_hold_the_daemon(root: Path) -> None:
         assert watch.pid is not None
         os.kill(watch.pid, signal.SIGSTOP)
         begin = time.monotonic()
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < SOON_S
 
 
 async def test_a_worker_that_hangs_from_the_start(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +374,7 @@ async def test_cancelled_at_any_time(root: Path, after_s: float) -> None:
     begin = time.monotonic()
     with anyio.move_on_after(after_s):
         await FolderWatch(root).run(lambda _: None)
-    assert time.monotonic() - begin < after_s + 1.0
+    assert time.monotonic() - begin < after_s + SOON_S
 
 
 async def test_the_environment_of_the_worker(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

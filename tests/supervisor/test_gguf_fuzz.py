@@ -258,11 +258,11 @@ def _array_of_strings(count: int) -> bytes:
 def test_a_file_that_promises_too_much_costs_little(raw: bytes, size: int, limit_bytes: int) -> None:
     """The most that a liar gets is a bounded read, a chunk at a time, and it is over in a second or two."""
     source = Source(raw, size)
-    began = time.monotonic()
+    began = time.process_time()
     result = source.parse()
     assert isinstance(result, GgufError)
     assert source.bytes_read <= limit_bytes
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_many_names_stay_within_bounds() -> None:

@@ -283,7 +283,7 @@ async def test_files_that_do_not_answer(launcher: Make, models_dir: Path, monkey
         return None
 
     monkeypatch.setattr(NamedFile, "problem", problem)
-    monkeypatch.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.5)
     specs = {path.stem: spec(path.stem, path) for path in models_dir.iterdir()}
     for name, folder in (("alpha", "/dead"), ("beta", "/alive")):
         table = OptionLayer(f'[model."{name}"]', ModelSettings(chat_template=f"{folder}/t.jinja"))

@@ -16,6 +16,7 @@ from trio.testing import MockClock
 from fakes.gauge import GIB, FakeGauge
 from fakes.kernel import Kernel
 from fakes.supervised import Story
+from fakes.waiting import PATIENCE_S
 from llamavisor.events import Bus, GaugeBack, GaugeFailed, MemoryKill
 from llamavisor.gauge import RAM_ID, Device, Pressure, Reading
 from llamavisor.meter import MEASURE_S, READ_BUSY_S, READ_DEADLINE_S, READ_EVERY_S, Aside, Meter
@@ -356,19 +357,22 @@ async def test_work_that_hangs_holds_one_thread() -> None:
 
     def hang() -> int:
         began.append(0)
-        release.wait(20.0)
+        release.wait(PATIENCE_S)
         return 0
 
     assert await aside(lambda: 7) == 7
-    with anyio.move_on_after(0.2) as scope:
-        await aside(hang)
-    assert scope.cancelled_caught
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(aside, hang)
+        with anyio.fail_after(PATIENCE_S):
+            while not began:
+                await anyio.sleep(0.01)
+        tasks.cancel_scope.cancel()
     with anyio.move_on_after(0.2) as scope:
         await aside(hang)
     assert scope.cancelled_caught
     assert began == [0]
     release.set()
-    with anyio.fail_after(10.0):
+    with anyio.fail_after(PATIENCE_S):
         assert await aside(lambda: 8) == 8
     with pytest.raises(ZeroDivisionError):
         await aside(lambda: 1 // 0)

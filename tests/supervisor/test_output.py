@@ -11,6 +11,7 @@ from typing import Self
 import anyio
 import pytest
 
+from fakes.waiting import PATIENCE_S
 from llamavisor.output import LINE_BYTES, OutputFile
 
 pytestmark = pytest.mark.anyio
@@ -41,7 +42,7 @@ class Writer:
 
 async def next_line(lines: AsyncIterator[str]) -> str:
     """The next line, soon."""
-    with anyio.fail_after(5):
+    with anyio.fail_after(PATIENCE_S):
         return await anext(lines)
 
 

@@ -73,10 +73,10 @@ def test_a_pattern_with_one_name_matches_that_alone(pattern: str, name: str) -> 
 def test_ten_thousand_names_against_many_tables_take_no_time() -> None:
     """Sixty globs and a table for each of a thousand models, looked up for ten thousand names."""
     rules = _rules(*(f"*{i}-q?_*" for i in range(60)), *(f"model-{i}" for i in range(1000)))
-    began = time.perf_counter()
+    began = time.process_time()
     found = sum(len(matching(rules, f"model-{i}")) for i in range(10_000))
     assert found == 1000
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_table_knows_everything_that_defaults_knows() -> None:

@@ -510,13 +510,13 @@ def test_ten_thousand_models_take_a_second() -> None:
     rules = (_rule("*", ctx_size=512, tags=["t"]), *(_rule(f"m{i}*", args=["--top-k", str(i)]) for i in range(30)))
     entries = [_entry(f"m{i}", aliases=(f"f{i}",)) for i in range(10_000)]
     base = _base(threads=1, ctx_size=256)
-    began = time.perf_counter()
+    began = time.process_time()
     specs = [specify(entry, rules, router="main", base=tuple(base)) for entry in entries]
     cleared, notes = without_clashes(spec for spec in specs if spec)
     sections = {name: section(spec, NEW, binary=BINARY) for name, spec in cleared.items()}
-    made = time.perf_counter()
+    made = time.process_time()
     lint(for_router(sections), NEW)
-    linted = time.perf_counter()
+    linted = time.process_time()
     assert (len(sections), notes) == (10_000, {})
     assert sections["m5"]["top-k"] == "5"
     assert made - began < 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -47,11 +48,19 @@ async def test_an_error_of_the_work_is_its_own() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio", "trio"])
 async def test_threads_that_hang_are_bounded() -> None:
     """Work that was left to itself takes its thread until it ends; who waits for a free one can leave."""
-    threads, released, done = Threads(2), threading.Event(), []
+    threads, begun, released, done = Threads(2), threading.Semaphore(0), threading.Event(), []
+
+    def hang() -> None:
+        begun.release()
+        released.wait()
+
     for _ in range(2):
-        with anyio.move_on_after(0.05) as left:
-            await threads.run(released.wait, abandon_on_cancel=True)
-        assert left.cancelled_caught
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(threads.run, hang, abandon_on_cancel=True))
+            with anyio.fail_after(15):
+                while not begun.acquire(blocking=False):
+                    await anyio.sleep(0.01)
+            tasks.cancel_scope.cancel()
     with anyio.move_on_after(0.05) as left:
         await threads.run(done.append, "never")
     assert (left.cancelled_caught, done) == (True, [])

@@ -319,7 +319,7 @@ async def test_an_answer_that_drips() -> None:
             began = anyio.current_time()
             with pytest.raises(UsageError, match="no answer within"):
                 await reader.read(timeout_s=0.2)
-            assert anyio.current_time() - began < 2
+            assert anyio.current_time() - began < 0.02 * len(answer()) / 2
         tasks.cancel_scope.cancel()
 
 
@@ -327,9 +327,11 @@ async def test_an_answer_that_drips() -> None:
 async def test_a_read_that_is_cancelled_leaves_a_reader_that_works() -> None:
     """A read that is given up from outside closes its connection and nothing else."""
     async with talking(None, answer()) as talker, reading(talker.port) as reader:
-        with anyio.move_on_after(0.05) as scope:
-            await reader.read()
-        assert scope.cancelled_caught
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(reader.read)
+            while not talker.requests:
+                await anyio.sleep(0.001)
+            tasks.cancel_scope.cancel()
         await talker.hung_up.wait()
         assert (await reader.read()).in_flight == 3
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from fakes.waiting import PATIENCE_S
 from llamavisord.config import GatewaySettings
 from llamavisord.gateway.guard import NOBODY, Caller, Guard
 from llamavisord.gateway.keys import Key, Keys, _digest
@@ -423,7 +424,7 @@ async def test_requests_as_they_come_over_the_wire(request_: str, status: int) -
             assert isinstance(stream, SocketStream)
             assert stream.extra(SocketAttribute.remote_port) == port
             await stream.send(request_.encode())
-            with anyio.fail_after(5):
+            with anyio.fail_after(PATIENCE_S):
                 assert (await stream.receive()).split(b" ", 2)[1] == str(status).encode()
     finally:
         await runner.cleanup()

@@ -273,7 +273,7 @@ async def test_the_stock_is_shared() -> None:
 
 async def test_a_stalled_body_is_given_up() -> None:
     """A body of which nothing more comes is not waited for, and what had come of it is let go."""
-    async with serving(Place(stall_s=0.05)) as place, connected(place) as client:
+    async with serving(Place(stall_s=0.5)) as place, connected(place) as client:
         await client.send(whole(CHAT)[:-1])
         assert (await client.line()).startswith(b"HTTP/1.1 408")
         error = await place.failure()
@@ -295,7 +295,7 @@ async def test_a_client_that_leaves_is_not_waited_for(place: Place) -> None:
 @pytest.mark.parametrize("broken", [b"x\r\n", b"-1\r\nx", b"5\r\nabcdefgh"])
 async def test_broken_chunks_are_not_waited_for(broken: bytes) -> None:
     """A body whose chunks are none ends no later than one of which nothing more comes."""
-    async with serving(Place(stall_s=0.05)) as place, connected(place) as client:
+    async with serving(Place(stall_s=0.5)) as place, connected(place) as client:
         await client.send(head("Transfer-Encoding: chunked") + chunk(b"{"))
         while not place.stock.held_bytes:
             await asyncio.sleep(0.001)
