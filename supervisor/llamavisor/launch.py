@@ -7,6 +7,7 @@ default.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,10 +279,17 @@ class Launcher:
             if file.path in self._looked_at or len(self._looked_at) >= LOOKS_MAX:
                 return
             self._looked_at.add(file.path)
-            with anyio.move_on_after(FILES_TIMEOUT_S):
-                problems[file] = await run_in_thread(work, file, abandon_on_cancel=True)
+            claim = threading.Lock()
+            try:
+                with anyio.move_on_after(FILES_TIMEOUT_S):
+                    problems[file] = await run_in_thread(work, file, claim, abandon_on_cancel=True)
+            finally:
+                if claim.acquire(blocking=False):  # no thread has begun with it, and none will
+                    self._looked_at.discard(file.path)
 
-        def work(file: NamedFile) -> str | None:
+        def work(file: NamedFile, claim: threading.Lock) -> str | None:
+            if not claim.acquire(blocking=False):
+                return None
             try:
                 return file.problem()
             finally:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from fakes import FakeLlamaServer
@@ -300,6 +302,25 @@ async def test_files_that_do_not_answer(launcher: Make, models_dir: Path, monkey
         assert looks == ["/dead/t.jinja"], "a second look beside one that hangs"
     finally:
         answers.set()
+
+
+async def test_files_that_no_thread_was_free_for(launcher: Make, models_dir: Path, tmp_path: Path) -> None:
+    """A file that nobody has got to in time does not answer, and is looked at as soon as there is a thread for it."""
+    (tmp_path / "t.jinja").touch()
+    table = OptionLayer('[model."alpha"]', ModelSettings(chat_template=f"{tmp_path}/t.jinja"))
+    alpha = replace(spec("alpha", models_dir / "alpha.gguf"), layers=(table,))
+    told = launcher(source=Known({"alpha": alpha}))
+    launch = await launch_of(told)
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    others = [object() for _ in range(int(limiter.total_tokens))]
+    for other in others:
+        limiter.acquire_on_behalf_of_nowait(other)
+    with pytest.MonkeyPatch.context() as hurry:
+        hurry.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.05)
+        assert "does not answer" in (await told.objection(launch, alpha) or "")
+    for other in others:
+        limiter.release_on_behalf_of(other)
+    assert await told.objection(launch, alpha) is None
 
 
 async def test_rules_are_tried_with_their_files(launcher: Make, tmp_path: Path) -> None:
