@@ -7,8 +7,7 @@ default.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -33,7 +32,7 @@ from llamavisor.settings import RouterSettings, base_url
 from llamavisor.shelf import Offer, Offered
 from llamavisor.shortage import SHORTAGE_HINT, is_shortage
 from llamavisor.sight import Sights
-from llamavisor.threads import run_in_thread
+from llamavisor.threads import Threads, run_in_thread
 from llamavisor.usage import UsageReader
 
 REQUEST_TIMEOUT_S = 3600
@@ -122,7 +121,7 @@ class Launcher:
         self._probes = probes
         self._source = source
         self._standing: tuple[Binary, Offer] | None = None  # what was written last, and for which build
-        self._looked_at: set[str] = set()  # files that a thread is looking at, which may never come back
+        self._looks: dict[str, Threads] = {}  # at files that tables name, by path; one may never come back
         self._environ = environ
         self._sights = sights or Sights()
         self._appraiser = appraiser or Appraiser()
@@ -272,35 +271,23 @@ class Launcher:
 
         One may lie on a dead mount: it is given up then, and not looked at again before that look has come back.
         """
-        problems: dict[NamedFile, str | None] = {}
+        problems: dict[NamedFile, str | None] = {file: file.complain("does not answer") for file in files}
 
-        async def look(file: NamedFile) -> None:
-            problems[file] = file.complain("does not answer")
-            if file.path in self._looked_at or len(self._looked_at) >= LOOKS_MAX:
+        async def look(path: str) -> None:
+            self._looks = {path: threads for path, threads in self._looks.items() if threads.at_work}
+            if path in self._looks or len(self._looks) >= LOOKS_MAX:
                 return
-            self._looked_at.add(file.path)
-            claim = threading.Lock()
-            try:
-                with anyio.move_on_after(FILES_TIMEOUT_S):
-                    problems[file] = await run_in_thread(work, file, claim, abandon_on_cancel=True)
-            finally:
-                if claim.acquire(blocking=False):  # no thread has begun with it, and none will
-                    self._looked_at.discard(file.path)
+            threads = self._looks[path] = Threads(1)
+            same = [file for file in files if file.path == path]  # several tables may name it
+            with anyio.move_on_after(FILES_TIMEOUT_S):
+                problems.update(await threads.run(_problems_of, same, abandon_on_cancel=True))
 
-        def work(file: NamedFile, claim: threading.Lock) -> str | None:
-            if not claim.acquire(blocking=False):
-                return None
-            try:
-                return file.problem()
-            finally:
-                self._looked_at.discard(file.path)
-
-        remaining = sorted(files, key=lambda file: (file.path, file.key, file.source))
+        remaining = sorted({file.path for file in files})
         while remaining:
             batch, remaining = remaining[: LOOKS_MAX // 2], remaining[LOOKS_MAX // 2 :]
             async with anyio.create_task_group() as group:
-                for file in batch:
-                    group.start_soon(look, file)
+                for path in batch:
+                    group.start_soon(look, path)
         return problems
 
     async def objection(self, launch: Launch, spec: ModelSpec) -> str | None:
@@ -439,6 +426,10 @@ class Launcher:
         if self.settings.api_key is not None:
             env["LLAMA_API_KEY"] = self.settings.api_key
         return env
+
+
+def _problems_of(files: Iterable[NamedFile]) -> dict[NamedFile, str | None]:
+    return {file: file.problem() for file in files}
 
 
 def _is_replaced(found: Binary) -> bool:

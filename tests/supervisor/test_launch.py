@@ -304,8 +304,8 @@ async def test_files_that_do_not_answer(launcher: Make, models_dir: Path, monkey
         answers.set()
 
 
-async def test_files_that_no_thread_was_free_for(launcher: Make, models_dir: Path, tmp_path: Path) -> None:
-    """A file that nobody has got to in time does not answer, and is looked at as soon as there is a thread for it."""
+async def test_files_are_looked_at_however_busy_others_are(launcher: Make, models_dir: Path, tmp_path: Path) -> None:
+    """A file that hangs elsewhere takes the threads of nobody who looks here."""
     (tmp_path / "t.jinja").touch()
     table = OptionLayer('[model."alpha"]', ModelSettings(chat_template=f"{tmp_path}/t.jinja"))
     alpha = replace(spec("alpha", models_dir / "alpha.gguf"), layers=(table,))
@@ -315,12 +315,26 @@ async def test_files_that_no_thread_was_free_for(launcher: Make, models_dir: Pat
     others = [object() for _ in range(int(limiter.total_tokens))]
     for other in others:
         limiter.acquire_on_behalf_of_nowait(other)
-    with pytest.MonkeyPatch.context() as hurry:
-        hurry.setattr("llamavisor.launch.FILES_TIMEOUT_S", 0.05)
-        assert "does not answer" in (await told.objection(launch, alpha) or "")
+    assert await told.objection(launch, alpha) is None
     for other in others:
         limiter.release_on_behalf_of(other)
-    assert await told.objection(launch, alpha) is None
+
+
+async def test_a_file_that_two_tables_name(launcher: Make, models_dir: Path, tmp_path: Path) -> None:
+    """It is there for both; and if it is not, each model is told so."""
+    file = tmp_path / "t.jinja"
+    specs = {
+        name: replace(spec(name, models_dir / "alpha.gguf"), layers=(OptionLayer(f"[model.{name}]", settings),))
+        for name, settings in dict.fromkeys(("one", "two"), ModelSettings(chat_template=str(file))).items()
+    }
+    told = launcher(source=Known(specs))
+    launch = await launch_of(told)
+    missing = await told.write_offer(launch, specs, kept={}, before=Offer())
+    assert {name: each.reason for name, each in missing.withheld.items()} == {
+        name: f"[model.{name}]: chat_template {file} is not there" for name in specs
+    }
+    file.touch()
+    assert not (await told.write_offer(launch, specs, kept={}, before=Offer())).withheld
 
 
 async def test_rules_are_tried_with_their_files(launcher: Make, tmp_path: Path) -> None:
