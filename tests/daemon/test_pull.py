@@ -475,6 +475,18 @@ def test_a_pull_that_was_cancelled_is_known_to_the_next_daemon(begin: Begin, hub
         assert daemon.call("GET", PULLS)[1] == {"pulls": [], "problems": []}
 
 
+def test_who_asks_a_model_too_early_is_told_how_to_have_it(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
+    """One of the Hub is to be pulled; one that is on its way is waited for."""
+    asked = daemon.cli("run", "user/repo", "hi")
+    assert (asked.returncode, "`llamavisor pull user/repo`" in asked.stderr) == (ExitCode.NOT_FOUND, True)
+    is_stalled = stalled(hub, folder)
+    assert daemon.cli("pull", "user/repo", "--detach").returncode == 0
+    eventually(is_stalled)
+    asked = daemon.cli("run", "M-Q4_K_M", "hi")
+    assert (asked.returncode, "on its way" in asked.stderr) == (ExitCode.NOT_FOUND, True)
+    hub.released.set()
+
+
 def test_a_closed_terminal_stops_nothing(daemon: RunningDaemon, hub: HubServer, folder: Path) -> None:
     """Whoever watches may be killed: the daemon brings it all the same."""
     is_stalled = stalled(hub, folder)

@@ -67,12 +67,14 @@ async def test_m8_two_daemons_on_one_folder(here: Here, server: HubServer) -> No
 
 
 async def test_m7_two_models_of_one_name(here: Here, server: HubServer) -> None:
-    """While a model comes, another of its name is refused at once, not when it has come."""
+    """While a model comes, another of its name is refused at once, not when it has come; so is it by another name."""
     server.faults = [Fault(stall_after=MIB)]
     pull = await here.pulls.start(parse("user/big"))
     with pytest.raises(HubError, match="already") as raised:
         await here.pulls.start(parse("other/big"))
     assert raised.value.why is Why.EXISTS
+    with pytest.raises(HubError, match="as Big-Q4_K_M"):
+        await here.pulls.start(parse("user/big"), name="other")
     server.released.set()
     assert await pull.wait()
 

@@ -408,7 +408,7 @@ def test_the_doctor_knows_the_service(service: Installed) -> None:
     assert f"{UNIT} is active (running), enabled" in well["service: ok"]
     address = f"127.0.0.1:{service.port}, [::1]:{service.port}"
     assert f"llamavisor.socket listens on {address}, as the configuration says" in well["service: ok"]
-    assert "/srv/models can be read by llamavisor" in well["models: ok"]
+    assert "/srv/models can be read by the user llamavisor" in well["models: ok"]
     assert "/var/lib/llamavisor (state) can be written by llamavisor" in well["state: ok"]
     unprivileged = examined("daemon")
     assert any("not permitted to use" in text for text in unprivileged.pop("socket: problem"))

@@ -28,8 +28,10 @@ BACK_S = 30.0
 """How long whoever watches waits for a daemon that is being restarted: it goes on with the pull."""
 SEEN_S = 10.0
 """How long the daemon may take to see what it has put into its folder."""
-_PULLS = "/control/v1/pulls"
-_UNDER_WAY = "under_way"
+PULLS = "/control/v1/pulls"
+"""Where the daemon tells of pulls."""
+UNDER_WAY = "under_way"
+"""The state of a pull that goes on."""
 
 
 def pull(arguments: Namespace) -> int:
@@ -42,7 +44,7 @@ def pull(arguments: Namespace) -> int:
         return _list(client, arguments)
     begun: dict[str, Any] | None = None
     try:
-        answer = client.call("POST", _PULLS, {}, body=_order(arguments), timeout_s=LOOK_TIMEOUT_S)
+        answer = client.call("POST", PULLS, {}, body=_order(arguments), timeout_s=LOOK_TIMEOUT_S)
         begun = answer["pull"]
         told = Screen(sys.stderr) if arguments.json else Screen()
         if answer["usual"] and begun["quantization"]:
@@ -67,14 +69,14 @@ def pull(arguments: Namespace) -> int:
 
 def pulls(arguments: Namespace) -> int:
     """Show all pulls."""
-    answer, screen = client_of(arguments).get(_PULLS), Screen()
+    answer, screen = client_of(arguments).get(PULLS), Screen()
     if arguments.json:
         screen.json(answer)
         return ExitCode.OK
     if not answer["pulls"] and not answer["problems"]:
         screen.line("no pulls: `llamavisor pull USER/REPO` begins one")
         return ExitCode.OK
-    found = sorted(answer["pulls"], key=lambda each: each["state"] != _UNDER_WAY)
+    found = sorted(answer["pulls"], key=lambda each: each["state"] != UNDER_WAY)
     if found:
         screen.table(("MODEL", "STATE", "DONE", "SIZE", "SPEED", "LEFT", "ID"), [_row(each) for each in found])
     for each in answer["pulls"]:
@@ -110,11 +112,11 @@ def _watch(client: Client, begun: dict[str, Any]) -> dict[str, Any]:
     """
     bars, seen, heard_at = Bars(Screen(sys.stderr)), begun, time.monotonic()
     try:
-        while seen["state"] == _UNDER_WAY:
+        while seen["state"] == UNDER_WAY:
             bars.show(seen)
             time.sleep(TICK_S)
             try:
-                found = client.get(_PULLS, id=begun["id"])["pulls"]
+                found = client.get(PULLS, id=begun["id"])["pulls"]
             except UnreachableError as exc:
                 if time.monotonic() - heard_at > BACK_S:
                     text = f"the daemon does not answer any more; {begun['model']} goes on when it is back"
@@ -190,7 +192,7 @@ def _tell_detached(answer: dict[str, Any], arguments: Namespace) -> int:
 
 def _cancel(client: Client, arguments: Namespace) -> int:
     query = {"drop": str(arguments.drop).lower()}
-    answer = client.call("DELETE", f"{_PULLS}/{quote(arguments.cancel, safe='')}", query)
+    answer = client.call("DELETE", f"{PULLS}/{quote(arguments.cancel, safe='')}", query)
     if arguments.json:
         Screen().json(answer)
         return ExitCode.OK
@@ -254,7 +256,7 @@ def _choice_row(choice: dict[str, Any]) -> tuple[object, ...]:
 
 def _row(pull: dict[str, Any]) -> tuple[object, ...]:
     done, size = pull["done_bytes"], pull["size_bytes"]
-    is_moving = pull["state"] == _UNDER_WAY
+    is_moving = pull["state"] == UNDER_WAY
     return (
         pull["model"],
         "under way" if is_moving else pull["state"],

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Namespace
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llamavisord.cli.chat import chat
 from llamavisord.cli.client import Client, model_path
 from llamavisord.cli.errors import CommandError, UnreachableError, with_hint
 from llamavisord.cli.look import client_of
+from llamavisord.cli.pull import PULLS, UNDER_WAY
 from llamavisord.cli.question import Question, prompt_of
 from llamavisord.cli.render import NAME_WIDTH, Progress, Screen, shortened
 from llamavisord.exit_codes import ExitCode
@@ -239,9 +240,12 @@ def _refuse(client: Client, model: str) -> None:
     try:
         client.get(model_path(model))
     except CommandError as error:
-        if "/" in model and not error.hint.startswith("did you mean"):
+        if "/" in model:
             error.hint = f"`llamavisor pull {model}` brings it, if the Hub has it"
-        raise
+        with suppress(CommandError):
+            if any(pull["model"] == model and pull["state"] == UNDER_WAY for pull in client.get(PULLS)["pulls"]):
+                error.hint = "it is on its way: `llamavisor pulls` shows how far it is"
+        raise error from None
 
 
 def _nearest(found: list[dict[str, Any]]) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def _look_into(case: Case, folder: Path) -> Findings:
         hint = f"let {name} read it: chgrp {name} and chmod g+rx, or install-service, which does that"
         yield problem(f"{folder} cannot be read by {name}: {bar}", hint)
         return
-    yield ok(f"{folder} can be read by {case.account.name}")
+    yield ok(f"{folder} can be read by the user {case.account.name}")
     yield from judge_disk(folder, *_space(folder))
     told = _told(case, folder)
     if told is not None and told["mode"] not in (None, "inotify"):

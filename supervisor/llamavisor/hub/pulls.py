@@ -206,7 +206,7 @@ class Pulls:
         return pull
 
     def _check_name(self, record: Record) -> None:
-        """Two models of one name would find out at their end."""
+        """Two models of one name would find out at their end, and so would one content under two names."""
         under_way, models_dir = self.under_way, self.models_dir
         if len(under_way) >= MOST:
             text = f"{len(under_way)} pulls are under way or wait already"
@@ -215,6 +215,9 @@ class Pulls:
             if pull.id != record.key and target_of(pull.record, models_dir) == target_of(record, models_dir):
                 text = f"{record.name} is being pulled already, from {pull.record.repository} at {pull.record.commit}"
                 raise HubError(text, why=Why.EXISTS, hint="Cancel that, or pull under another name.")
+            if pull.name != record.name and pull.record.files == record.files:
+                text = f"{record.repository} is being pulled already, as {pull.name}"
+                raise HubError(text, why=Why.EXISTS, hint="More names of one model are the aliases in its table.")
 
     async def _check_room(self, record: Record) -> None:
         """Refuses what the disk has no room for, what others bring considered: other daemons that share it, too."""
