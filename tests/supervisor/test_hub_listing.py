@@ -17,6 +17,7 @@ from llamavisor.gguf import GgufError, ShortError, parse, parse_beginning
 from llamavisor.hub import Choice, Hub, HubError, Listing, Patience, RemoteFile, Why
 from llamavisor.hub import parse as parse_spec
 from llamavisor.hub.listing import arrange, is_gguf
+from llamavisor.hub.record import plan
 
 GIB = 1024**3
 PATIENCE = Patience(connect_s=5.0, stall_s=5.0, delays_s=(0.01, 0.01, 0.01))
@@ -123,6 +124,17 @@ def test_models_of_one_quantization() -> None:
     assert [path for path, problem in problems.items() if problem] == ["C-Q4_K_M-00001-of-00002.gguf"]
     assert choose(there, "user/repo:Q4_K_M").first.path == "13b/D-Q4_K_M.gguf"
     assert choose(there, file="B-*").first.path == "B-Q4_K_M.gguf"
+
+
+def test_files_that_no_preset_can_name() -> None:
+    """Under another name one file can be had; of several each keeps its own."""
+    alone, several = listing("a#b.gguf"), listing("c#-00001-of-00002.gguf", "c#-00002-of-00002.gguf")
+    with pytest.raises(HubError, match="holds a '#'") as raised:
+        plan(alone, parse_spec("user/repo"))
+    assert "--name" in raised.value.hint
+    assert plan(alone, parse_spec("user/repo"), "ab").name == "ab"
+    with pytest.raises(HubError, match="no router could be told of its file"):
+        plan(several, parse_spec("user/repo"), "c")
 
 
 def test_a_pattern_takes_what_is_no_model_alone() -> None:

@@ -97,6 +97,10 @@ def plan(listing: Listing, spec: Spec, name: str = "") -> Record:
         raise HubError(f"{name!r} is no name for a model: it {problem}", why=Why.SPEC, hint=hint)
     files = choice.wanted(spec)
     names = [file.name for file in files]
+    for each in names if len(names) > 1 else ():  # one file alone is called as the model is
+        if problem := ini.value_problem(each):
+            text = f"{listing.repository}: no router could be told of its file {each!r}: it {problem}"
+            raise HubError(text, why=Why.NO_FILE)
     if len(set(names)) < len(names):
         twice = next(each for each in names if names.count(each) > 1)
         raise HubError(f"{listing.repository} has two files {twice} that belong together", why=Why.NO_FILE)
