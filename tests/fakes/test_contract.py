@@ -285,13 +285,15 @@ def test_a_model_that_dies_while_it_answers(router: BareRouter, models_dir: Path
 
 
 def test_sigterm_to_an_idle_router(router: BareRouter) -> None:
-    """SIGTERM ends the router with 0, its models before it, and its event streams cleanly."""
+    """SIGTERM ends the router with 0, its models before it, and before those its event streams, cleanly."""
     processes = [router.load("alpha"), router.load("beta")]
     with router.events() as events:
+        told = len(events.all)
         router.signal(signal.SIGTERM)
         assert router.wait() == 0
         assert not any(psutil.pid_exists(process.pid) for process in processes)
         eventually(lambda: events.has_ended, what="the end of the event stream")
+        assert events.all[told:] == []
 
 
 def test_sigterm_to_a_router_with_a_loading_model(start: Callable[..., BareRouter], models_dir: Path) -> None:
