@@ -289,6 +289,7 @@ class Registry:
         """End all processes and wait until they have ended."""
         with self._changed:
             self._is_ending = True
+            self._listeners.clear()  # the streams end first: nobody hears of the models' ends
             self._changed.notify_all()
             for model in [model for model in self._models.values() if model.is_running]:
                 self._log("unload_all", f"stopping model instance name={model.name}")
