@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-SETTLE_S = 15.0
+SETTLE_S = 8.0
 """How long after a test its last thread or process may take to go."""
 _POLL_S = 0.01
 _PR_SET_CHILD_SUBREAPER = 36

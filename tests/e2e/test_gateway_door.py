@@ -25,7 +25,8 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture
 def daemon(tmp_path: Path, models_dir: Path, llama_server: Path) -> Iterator[RunningDaemon]:
     """A daemon whose gateway has room for three connections and bodies of a megabyte."""
-    write_tiny_model(models_dir / "endless.gguf", ["on", "and"], loop=True)
+    # Slow, and with much to say: its answers go on while others come.
+    write_tiny_model(models_dir / "endless.gguf", ["on", "and"], loop=True, n_layer=60, n_ctx=20_000)
     port = free_port()
     config = f"""
 models_dir = "{models_dir}"
