@@ -928,6 +928,24 @@ def test_a_command_line_that_makes_no_sense_is_a_usage_error(
     assert err.startswith("usage: llamavisor")
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("ls", "did you mean models?"),
+        ("sttus", "did you mean status?"),
+        ("download", "did you mean pull?"),
+        ("x", "--help lists"),
+    ],
+)
+def test_a_command_that_there_is_not_leads_to_one_that_there_is(
+    word: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By what looks alike, and by what other programs call it."""
+    assert main(["--socket", "/nowhere", word]) == ExitCode.USAGE
+    assert f"there is no command '{word}'" in (err := capsys.readouterr().err)
+    assert told in err
+
+
 def test_help_and_version_are_data(capsys: pytest.CaptureFixture[str]) -> None:
     """They are asked for, so they go to standard output."""
     assert main(["--help"]) == ExitCode.OK

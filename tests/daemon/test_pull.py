@@ -161,7 +161,11 @@ def test_a_model_is_pulled_and_served(daemon: RunningDaemon, folder: Path) -> No
 
 
 def test_a_model_that_no_router_can_be_told_of(daemon: RunningDaemon, folder: Path) -> None:
-    """While the routers are stopped nobody waits for one: the model is there, and so is the answer."""
+    """While the routers are stopped nobody waits for one: the model is there, and so is the answer.
+
+    It is routers that are stopped, and models that are unloaded.
+    """
+    assert "`llamavisor unload`" in daemon.cli("stop", "tiny-Q8_0").stderr
     assert daemon.cli("stop", "main").returncode == 0
     began = time.monotonic()
     done = daemon.cli("pull", "user/tiny")

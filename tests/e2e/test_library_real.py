@@ -46,6 +46,27 @@ def test_the_example_chats_with_a_model(tmp_path: Path, models_dir: Path, llama_
         assert said.endswith("beta says: I am beta\n")
 
 
+def test_the_example_ends_with_a_sentence(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
+    """Without arguments with how it is called, else with what is wrong: no traceback."""
+    (tmp_path / "empty").mkdir()
+    env = {**os.environ, "LLAMAVISOR_LLAMA_SERVER": str(llama_server)}
+    for words, told in (
+        ([], "chat.py MODELS_DIR STATE_DIR"),
+        ([str(tmp_path / "empty"), "state"], "holds no model"),
+        ([str(models_dir), "state", "nobody"], "no model 'nobody'"),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(EXAMPLE), *words],
+            env=env,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
+
+
 def test_the_example_pulls_a_model(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """One of the Hub is brought into the folder, listed and asked; the next run finds it there and brings nothing."""
     write_tiny_model(tmp_path / "new", ["I", "am", "pulled"])
