@@ -180,7 +180,7 @@ class Appraiser:
         header = spec.header or looks["model"].header
         if header is None:
             return None
-        weights = _weigh(header, sum(file.size for file in spec.own_files), looks)
+        weights = _weigh(header, spec.own_bytes, looks)
         plan = Plan(options=options, n_ctx=context_size(header, options), devices=devices)
         ids = dict.fromkeys((*spec.files, *(look.id for look in looks.values() if look.id is not None)))
         key = FootprintKey.of(tuple(ids), plan.digest, found.fingerprint.files)

@@ -103,9 +103,9 @@ def _reckon(
     except OptionError as error:
         raise _UnknownError(str(error)) from error
     plan = Plan(options=options, n_ctx=context_size(header, options), devices=capacity.devices_of(settings.name))
-    own = sum(file.size for file in model.own_files)
-    beside = sum(file.size for file in model.files) - own  # spread as adapters are, for their headers are not known
-    footprint = estimate(Weights(header=header, size_bytes=own, adapter_bytes=beside), plan)
+    # What lies beside it is spread as adapters are, for its headers are not known.
+    weights = Weights(header=header, size_bytes=model.own_bytes, adapter_bytes=model.beside_bytes)
+    footprint = estimate(weights, plan)
     if footprint is None:
         raise _UnknownError("its header does not say enough")
     sizes = footprint.grown()

@@ -88,6 +88,16 @@ class ModelSpec:
         """The contents that it is made of itself, without projector and draft."""
         return self.files[: len(self.files) - (self.projector is not None) - (self.draft is not None)]
 
+    @property
+    def own_bytes(self) -> int:
+        """Of its own files together."""
+        return sum(file.size for file in self.own_files)
+
+    @property
+    def beside_bytes(self) -> int:
+        """Of the projector and the draft that were found and are used."""
+        return sum(file.size for file in self.files) - self.own_bytes
+
     def is_same(self, other: ModelSpec) -> bool:
         """Whether `other` says the same, be it something that needs no load; when a file was changed does not count."""
         return self == other and self._is_looked_after_as(other)
@@ -167,8 +177,7 @@ def for_memory(spec: ModelSpec, flags: FlagSet | None = None) -> OptionLayer | N
     """What a model is told because of the memory budget, and by nobody else; arguments as for `layers_in_force`."""
     if spec.allowance is None:
         return None
-    own = sum(file.size for file in spec.own_files)
-    sizes = own, sum(file.size for file in spec.files) - own
+    sizes = spec.own_bytes, spec.beside_bytes
 
     def knows(option: str) -> bool:
         return flags is None or flags.find(option) is not None

@@ -23,10 +23,10 @@ pytestmark = pytest.mark.real
 EXAMPLE = Path(__file__).parents[2] / "examples" / "chat.py"
 
 
-def run_example(models_dir: Path, folder: Path, model: str, llama_server: Path, **env: str) -> str:
-    """What it prints, in a folder in which it has its state; both are named as a person there would."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLE), os.path.relpath(models_dir, folder), "state", model],
+def call_example(folder: Path, llama_server: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """The example as a person in this folder calls it."""
+    return subprocess.run(
+        [sys.executable, str(EXAMPLE), *words],
         env={**os.environ, "LLAMAVISOR_LLAMA_SERVER": str(llama_server), **env},
         cwd=folder,
         capture_output=True,
@@ -34,6 +34,11 @@ def run_example(models_dir: Path, folder: Path, model: str, llama_server: Path, 
         check=False,
         timeout=100,
     )
+
+
+def run_example(models_dir: Path, folder: Path, model: str, llama_server: Path, **env: str) -> str:
+    """What it prints, in a folder in which it has its state; both are named as a person there would."""
+    done = call_example(folder, llama_server, os.path.relpath(models_dir, folder), "state", model, **env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -49,21 +54,12 @@ def test_the_example_chats_with_a_model(tmp_path: Path, models_dir: Path, llama_
 def test_the_example_ends_with_a_sentence(tmp_path: Path, models_dir: Path, llama_server: Path) -> None:
     """Without arguments with how it is called, else with what is wrong: no traceback."""
     (tmp_path / "empty").mkdir()
-    env = {**os.environ, "LLAMAVISOR_LLAMA_SERVER": str(llama_server)}
     for words, told in (
         ([], "chat.py MODELS_DIR STATE_DIR"),
         ([str(tmp_path / "empty"), "state"], "holds no model"),
         ([str(models_dir), "state", "nobody"], "no model 'nobody'"),
     ):
-        done = subprocess.run(
-            [sys.executable, str(EXAMPLE), *words],
-            env=env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
+        done = call_example(tmp_path, llama_server, *words)
         assert (done.returncode, told in done.stderr, "Traceback" in done.stderr) == (1, True, False), done.stderr
 
 

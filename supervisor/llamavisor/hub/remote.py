@@ -37,8 +37,6 @@ MAX_REDIRECTS = 5
 MAX_PORT = 65535
 GIT_MAX_BYTES = 10_000_000
 """Git itself holds no larger files on the Hub."""
-_TOO_MANY = f"only {MAX_HEADERS} models of a repository are looked at"
-_TOO_LATE = "the Hub did not tell in time what its header says"
 ASKED_AT_ONCE = 8
 """So many repositories are asked about at once."""
 
@@ -46,8 +44,8 @@ _R = TypeVar("_R")
 _Ts = TypeVarTuple("_Ts")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 _STRONG_ETAG = re.compile(r"(?!W/)[!-~]{1,1000}")
-
-
+_TOO_MANY = f"only {MAX_HEADERS} models of a repository are looked at"
+_TOO_LATE = "the Hub did not tell in time what its header says"
 _NO_ANSWER = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What huggingface_hub makes of an answer that is none."""
 
