@@ -24,7 +24,6 @@ from llamavisor.folder import Folder
 from llamavisor.models import Model
 from llamavisor.refresh import REMEDIES, remedy
 from llamavisor.router import Router
-from llamavisor.sections import ModelSpec
 from llamavisor.settings import OnOverwrite
 from llamavisor.states import RESIDENT, Change, ModelState
 
@@ -131,7 +130,7 @@ class Inventory:
         model, entry, router = known.model, known.entry, known.router
         offered = router.shelf.offer.models.get(known.name) if router is not None else None
         stale = self._stale[router.name].get(known.name) if router is not None else None
-        told = _own_files(offered.spec) if offered is not None else None
+        told = offered.spec.own_files if offered is not None else None
         # Of what is in memory the file on disk says nothing any more once it is another one.
         seen = entry if stale is None or entry is None or _ids(entry) == told else None
         header = seen.header if seen is not None else None
@@ -212,12 +211,6 @@ class Inventory:
 
 def _ids(entry: Entry) -> tuple[FileId, ...]:
     return tuple(file.id for file in entry.files)
-
-
-def _own_files(spec: ModelSpec) -> tuple[FileId, ...]:
-    """Which contents a model is made of, without its projector and its draft."""
-    others = (spec.projector is not None) + (spec.draft is not None)
-    return spec.files[: len(spec.files) - others]
 
 
 def _words(section: Mapping[str, str], key: str) -> list[str]:

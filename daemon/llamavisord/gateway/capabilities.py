@@ -90,8 +90,7 @@ def meta_of(spec: ModelSpec) -> dict[str, object]:
 
 def _size_bytes(spec: ModelSpec, header: Header) -> int:
     """Of all tensors. Of a split model its files have to do: only the header of the first is at hand."""
-    own = spec.own_files
-    return sum(file.size for file in own) if len(own) > 1 else sum(share.size_bytes for share in header.type_mix)
+    return spec.own_bytes if len(spec.own_files) > 1 else sum(share.size_bytes for share in header.type_mix)
 
 
 def _file_type(header: Header) -> str:
